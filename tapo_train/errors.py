@@ -1,0 +1,88 @@
+"""The exceptions of this package, as one tree.
+
+    TapoError
+    ├── ConfigError            a recipe or override is wrong (names the dotted path)
+    ├── DataError              a task, rollout or world file is wrong (names file and line)
+    ├── RolloutError           the sampler cannot go on
+    │   ├── AlignmentError     image tokens and image features disagree
+    │   └── EngineError        the engine refused or lost a request
+    ├── ToolError              a tool call failed; carries the outcome it is recorded as
+    │   ├── ToolArgumentError  the policy's arguments are wrong (outcome model_error)
+    │   └── ToolRefusedError   a guard refused the call (outcome refused)
+    ├── CreditError            advantages or steps handed to the credit stage are impossible
+    ├── LearnerError           the update cannot go on (non-finite loss, empty batch, ...)
+    │   └── CheckpointError    a checkpoint is damaged or does not fit (names the file)
+    └── ProbeError             engine and learner disagree after a weight sync
+
+Each message says what is wrong, where, what was found and what would be right.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "AlignmentError",
+    "CheckpointError",
+    "ConfigError",
+    "CreditError",
+    "DataError",
+    "EngineError",
+    "LearnerError",
+    "ProbeError",
+    "RolloutError",
+    "TapoError",
+    "ToolArgumentError",
+    "ToolError",
+    "ToolRefusedError",
+]
+
+
+class TapoError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class ConfigError(TapoError, ValueError):
+    """A recipe or an override is wrong."""
+
+
+class DataError(TapoError, ValueError):
+    """An input file is malformed; the message names the file and the line."""
+
+
+class RolloutError(TapoError, RuntimeError):
+    """The sampler cannot go on."""
+
+
+class AlignmentError(RolloutError):
+    """The number of image tokens differs from the number of image features."""
+
+
+class EngineError(RolloutError):
+    """The inference engine refused or lost a request."""
+
+
+class ToolError(TapoError, RuntimeError):
+    """A tool call failed for a reason outside the policy."""
+
+
+class ToolArgumentError(ToolError, ValueError):
+    """The policy's arguments are wrong; the message is shown to the policy."""
+
+
+class ToolRefusedError(ToolError):
+    """A guard refused the call; the message is shown to the policy."""
+
+
+class CreditError(TapoError, ValueError):
+    """The credit stage was given impossible input (NaN advantage, applied twice, ...)."""
+
+
+class LearnerError(TapoError, RuntimeError):
+    """The update cannot go on."""
+
+
+class CheckpointError(LearnerError):
+    """A checkpoint is damaged or does not fit this run; the message names the file."""
+
+
+class ProbeError(TapoError, RuntimeError):
+    """Engine and learner log-probabilities of the probe differ by more than the tolerance."""
