@@ -1,0 +1,147 @@
+"""Encoded pictures into `Image`: bounded, checked once, identical bytes shared.
+
+A task file is somebody else's data, so nothing is opened before it was limited:
+bytes before reading, format before decoding, pixels (from the header) before
+anything is inflated. Damaged files are found here, with their place, instead of
+in the middle of a run. Pixels are not kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import struct
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image as Pillow
+
+from tapo_train.errors import DataError
+from tapo_train.types import Image, ImageRef
+
+__all__ = ["FORMATS", "ImageLimits", "ImageStore", "read_image"]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+"""The only decoders Pillow may try; everything else is refused by name."""
+
+_BROKEN = (
+    OSError,
+    SyntaxError,  # Pillow's word for a broken PNG chunk
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Pillow.DecompressionBombError,
+    Pillow.DecompressionBombWarning,  # an exception only where warnings are errors
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageLimits:
+    """What a picture may cost before it is refused."""
+
+    max_bytes: int = 32 * 2**20
+    """Encoded size [B]."""
+    max_pixels: int = 64_000_000
+    """width x height; HR-MMSearch's 4K pictures have 8.3 million."""
+
+
+def read_image(data: bytes, *, where: str, limits: ImageLimits | None = None) -> Image:
+    """Check `data` and describe it.
+
+    Width and height are those of the stored raster: EXIF orientation is not
+    applied, neither here nor where the picture is decoded, so boxes mean the same
+    everywhere. Of an animated file the first frame counts.
+
+    Raises:
+        DataError: too large, of another format than `FORMATS`, or damaged.
+    """
+    limits = limits or ImageLimits()
+    if len(data) > limits.max_bytes:
+        raise DataError(
+            f"{where}: picture of {len(data)} bytes; at most {limits.max_bytes} are accepted"
+        )
+    try:
+        width, height = _check(data, limits.max_pixels)
+    except _BROKEN as error:
+        raise DataError(
+            f"{where}: not a readable picture ({type(error).__name__}: {error}, "
+            f"{len(data)} bytes); wanted an undamaged {', '.join(FORMATS)} file"
+        ) from error
+    if width * height > limits.max_pixels:
+        raise DataError(
+            f"{where}: picture of {width} x {height} pixels; "
+            f"at most {limits.max_pixels} pixels are accepted"
+        )
+    digest = hashlib.sha256(data).hexdigest()
+    return Image(
+        sha256=digest,
+        data=data,
+        width=width,
+        height=height,
+        ref=ImageRef(root=f"sha256:{digest}"),
+    )
+
+
+def _check(data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Return (width, height); decode only if the header promises at most `max_pixels`."""
+    with Pillow.open(io.BytesIO(data), formats=FORMATS) as picture:
+        size = picture.size
+        if size[0] * size[1] > max_pixels:
+            return size
+        if picture.format == "PNG":
+            picture.verify()  # checksums of all chunks; far cheaper than inflating
+            return size
+        # A JPEG is entropy-decoded to its end but transformed at 1/8 of the size.
+        picture.draft("RGB", (max(1, size[0] // 8), max(1, size[1] // 8)))
+        picture.load()
+        return size
+
+
+@dataclass(slots=True)
+class ImageStore:
+    """Reads pictures so that equal files and equal bytes become one `Image` object."""
+
+    limits: ImageLimits = field(default_factory=ImageLimits)
+    _by_path: dict[Path, Image] = field(default_factory=dict)
+    _by_digest: dict[str, Image] = field(default_factory=dict)
+
+    def from_bytes(self, data: bytes, *, where: str) -> Image:
+        """The picture of these bytes; checked only the first time they are seen."""
+        digest = hashlib.sha256(data).hexdigest()
+        if digest not in self._by_digest:
+            self._by_digest[digest] = read_image(data, where=where, limits=self.limits)
+        return self._by_digest[digest]
+
+    def from_file(self, root: Path, name: str, *, where: str) -> Image:
+        """The picture in `root / name`, which must lie inside `root`, links followed."""
+        path = resolve_inside(root, name, where=where)
+        if path not in self._by_path:
+            self._by_path[path] = self.from_bytes(self._read(path, name, where), where=where)
+        return self._by_path[path]
+
+    def _read(self, path: Path, name: str, where: str) -> bytes:
+        try:
+            if not path.is_file():
+                raise DataError(f"{where}: picture {name!r} is not a file; looked at {path}")
+            with path.open("rb") as stream:
+                return stream.read(self.limits.max_bytes + 1)
+        except OSError as error:
+            raise DataError(f"{where}: picture {name!r} cannot be read: {error}") from error
+
+
+def resolve_inside(root: Path, name: str, *, where: str) -> Path:
+    """`root / name` without links and dots; DataError if that leaves `root`."""
+    try:
+        base = root.resolve()
+        path = (base / name).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{where}: impossible path {name!r}: {error}") from error
+    if not path.is_relative_to(base):
+        raise DataError(
+            f"{where}: path {name!r} leads out of the data folder; "
+            f"wanted a path relative to {base} that stays inside it"
+        )
+    return path

@@ -1,0 +1,128 @@
+"""The native task format: one JSON object per line, pictures as files beside it.
+
+    {"id": "q17", "prompt": [{"role": "user", "content": "<image>\\nWho built this?"}],
+     "image": ["images/tower.png"],
+     "reward_model": {"ground_truth": ["Gustave Eiffel", "Eiffel"], "style": "rule"},
+     "data_source": "towers", "hops": 2}
+
+It is the format of SenseNova-MARS (arXiv 2512.24330). Picture paths are relative
+to the file's folder (or a given root) and never leave it. Keys that are not named
+above are kept in `Task.metadata`. Deviations: `id` may be called `index` as in some
+of their files, but one of the two is needed; `image` may be a single path or absent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tapo_train.data.images import ImageStore
+from tapo_train.data.rows import (
+    IMAGE_PLACEHOLDER,
+    Row,
+    question_of,
+    read_json_lines,
+    require_unique_ids,
+)
+from tapo_train.errors import DataError
+from tapo_train.types import Image, Task
+
+__all__ = ["load_native", "write_tasks"]
+
+_RESERVED = ("id", "prompt", "image", "reward_model", "data_source")
+
+
+def load_native(path: Path, *, root: Path, store: ImageStore) -> list[Task]:
+    """All tasks of a native file, in file order."""
+    rows = list(read_json_lines(path))
+    tasks = [_task(row, root=root, store=store) for row in rows]
+    require_unique_ids([(task.id, row.where) for task, row in zip(tasks, rows, strict=True)])
+    return tasks
+
+
+def _task(row: Row, *, root: Path, store: ImageStore) -> Task:
+    names = () if row.fields.get("image") in (None, []) else row.texts("image")
+    images = tuple(store.from_file(root, name, where=row.where) for name in names)
+    identifier_name = "id" if row.fields.get("id") is not None else "index"
+    return Task(
+        id=row.identifier("id", "index"),
+        question=question_of(row, num_images=len(images)),
+        images=images,
+        answers=row.inner("reward_model").texts("ground_truth"),
+        source=row.optional_text("data_source"),
+        metadata={
+            key: value
+            for key, value in row.fields.items()
+            if key not in _RESERVED and key != identifier_name
+        },
+    )
+
+
+def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "images") -> None:
+    """Write `tasks` to a native file that `load_native` reads back to equal tasks.
+
+    Pictures go to `path.parent / image_folder`, named by their content, each once.
+    The file appears complete or not at all.
+
+    Raises:
+        DataError: a metadata key would hide a field of the format, two tasks share
+            an id, or a value is not JSON.
+    """
+    require_unique_ids([(task.id, f"task {number}") for number, task in enumerate(tasks)])
+    names = _write_images((image for task in tasks for image in task.images), path, image_folder)
+    lines = [_line(task, [names[image.sha256] for image in task.images]) for task in tasks]
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _line(task: Task, images: list[str]) -> str:
+    hidden = sorted(set(task.metadata) & {*_RESERVED, "index"})
+    if hidden:
+        raise DataError(f"task {task.id}: metadata {hidden} would hide fields of the task format")
+    fields: dict[str, Any] = {
+        "id": task.id,
+        "prompt": [
+            {"role": "user", "content": f"{IMAGE_PLACEHOLDER}\n" * len(images) + task.question}
+        ],
+        "image": images,
+        "reward_model": {"ground_truth": list(task.answers), "style": "rule"},
+        "data_source": task.source,
+    }
+    if not task.source:
+        del fields["data_source"]
+    row = Row(f"task {task.id}", fields)
+    row.identifier("id")
+    row.inner("reward_model").texts("ground_truth")
+    if question_of(row, num_images=len(images)) != task.question:
+        raise DataError(
+            f"task {task.id}: question {task.question!r} would not be read back as it is; "
+            f"wanted no white space and no {IMAGE_PLACEHOLDER} at its ends"
+        )
+    try:
+        return json.dumps({**fields, **task.metadata}, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"task {task.id}: metadata is not JSON: {error}") from error
+
+
+def _write_images(images: Iterable[Image], path: Path, folder: str) -> dict[str, str]:
+    """Store each picture once; return sha256 -> path relative to the task file."""
+    (path.parent / folder).mkdir(parents=True, exist_ok=True)
+    names: dict[str, str] = {}
+    for image in images:
+        if image.sha256 in names:
+            continue
+        name = f"{folder}/{image.sha256}{extension(image.data)}"
+        (path.parent / name).write_bytes(image.data)
+        names[image.sha256] = name
+    return names
+
+
+def extension(data: bytes) -> str:
+    """File name ending for encoded bytes, from their magic number."""
+    if data.startswith(b"\x89PNG"):
+        return ".png"
+    return ".jpg" if data.startswith(b"\xff\xd8") else ".webp"
