@@ -13,6 +13,7 @@ not touched before that. It is installed only where `import torchvision` fails w
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
@@ -59,4 +60,5 @@ class TorchvisionOpsFinder:
         return spec
 
 
-sys.meta_path.insert(0, TorchvisionOpsFinder)
+if os.environ.get("TORCHVISION_OPS_HOOK") != "off":
+    sys.meta_path.insert(0, TorchvisionOpsFinder)

@@ -1,0 +1,35 @@
+# The menu. Every target sets up .venv first when it is missing or out of date.
+PY := .venv/bin/python
+EXTRAS ?= cpu,dev
+export OMP_NUM_THREADS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test check bench docs clean
+
+help:  ## this menu
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+
+venv:  ## make .venv (EXTRAS=gpu,dev for CUDA builds); instant when up to date
+	@EXTRAS=$(EXTRAS) scripts/setup_env.sh
+
+demo: venv  ## train a small search agent on this machine, CPU only, and measure it before and after
+	@scripts/demo.sh
+
+test: venv  ## run all tests
+	$(PY) -m pytest
+
+check: venv  ## style, types and import rules
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	$(PY) -m pytest -q tests/test_imports.py
+
+bench: venv  ## measure speed and append to bench/results.jsonl
+	$(PY) -m bench
+
+docs: venv  ## regenerate docs/recipe.md from the recipe's dataclasses
+	$(PY) scripts/write_recipe_reference.py
+
+clean:  ## remove caches (not .venv, not runs/)
+	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
