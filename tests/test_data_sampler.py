@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tapo_train.data.sampler import TaskSampler, shard
+from tapo_train.errors import DataError
+
+
+def test_an_epoch_visits_every_task_once_and_the_next_in_another_order() -> None:
+    sampler = TaskSampler(12, seed=3)
+    first, second = (sampler.next_batch(4) + sampler.next_batch(8) for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert first != second
+
+
+def test_the_order_depends_on_the_seed_alone() -> None:
+    assert TaskSampler(50, seed=1).next_batch(50) == TaskSampler(50, seed=1).next_batch(50)
+    assert TaskSampler(50, seed=1).next_batch(50) != TaskSampler(50, seed=2).next_batch(50)
+
+
+def test_without_shuffling_tasks_come_in_file_order_for_ever() -> None:
+    sampler = TaskSampler(5, seed=0, shuffle=False)
+    assert [sampler.next_batch(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
+
+
+def test_a_task_already_in_a_batch_that_crosses_an_epoch_waits_for_the_next() -> None:
+    sampler = TaskSampler(3, seed=0, shuffle=False)
+    assert [sampler.next_batch(2) for _ in range(3)] == [[0, 1], [2, 0], [1, 2]]
+    wide = TaskSampler(4, seed=0, shuffle=False)
+    wide.next_batch(1)
+    assert wide.next_batch(4) == [1, 2, 3, 0]
+
+
+@given(num_tasks=st.integers(1, 9), seed=st.integers(0, 99), data=st.data())
+def test_batches_hold_no_task_twice_and_epochs_stay_complete(
+    num_tasks: int, seed: int, data: st.DataObject
+) -> None:
+    sampler = TaskSampler(num_tasks, seed=seed)
+    drawn: list[int] = []
+    for size in data.draw(st.lists(st.integers(1, num_tasks), min_size=1, max_size=8)):
+        batch = sampler.next_batch(size)
+        assert len(set(batch)) == size
+        drawn += batch
+    counts = [drawn.count(task) for task in range(num_tasks)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_sampler_restored_from_json_goes_on_as_if_never_stopped() -> None:
+    whole, stopped = (TaskSampler(7, seed=5) for _ in range(2))
+    expected = [whole.next_batch(3) for _ in range(9)]
+    begun = [stopped.next_batch(3) for _ in range(4)]
+    resumed = TaskSampler(7, seed=5)
+    resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
+    assert begun + [resumed.next_batch(3) for _ in range(5)] == expected
+
+
+def test_epoch_counts_from_zero_and_turns_when_the_last_task_was_taken() -> None:
+    sampler = TaskSampler(4, seed=0)
+    sampler.next_batch(3)
+    assert sampler.epoch == 0
+    sampler.next_batch(1)
+    assert sampler.epoch == 1
+    sampler.next_batch(1)
+    assert sampler.epoch == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("num_tasks", 8), ("seed", 6), ("shuffle", False), ("epoch", -1), ("pending", [0, 0])],
+)
+def test_a_state_of_another_run_is_refused(name: str, value: Any) -> None:
+    sampler = TaskSampler(7, seed=5)
+    with pytest.raises(DataError, match=name):
+        sampler.load_state_dict({**sampler.state_dict(), name: value})
+
+
+def test_a_state_without_a_key_is_refused() -> None:
+    with pytest.raises(DataError, match="pending"):
+        TaskSampler(7, seed=5).load_state_dict({"num_tasks": 7, "seed": 5})
+
+
+@pytest.mark.parametrize("num", [0, 5])
+def test_a_batch_larger_than_the_data_or_empty_is_refused(num: int) -> None:
+    with pytest.raises(DataError, match="between 1 and 4"):
+        TaskSampler(4, seed=0).next_batch(num)
+
+
+def test_a_sampler_over_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="at least one"):
+        TaskSampler(0, seed=0)
+
+
+def test_shards_are_disjoint_cover_the_batch_and_are_balanced() -> None:
+    batch = [9, 4, 7, 1, 3]
+    assert [shard(batch, rank, 2) for rank in range(2)] == [[9, 7, 3], [4, 1]]
+    assert shard(batch, 0, 1) == batch
+
+
+@pytest.mark.parametrize("rank", [-1, 2])
+def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
+    with pytest.raises(DataError, match="world size"):
+        shard([1, 2], rank, 2)
