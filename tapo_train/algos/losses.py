@@ -1,0 +1,247 @@
+"""The three policy surrogates on flat trained tokens: GRPO, GSPO, SAPO.
+
+Shapes: K trained tokens of the micro-batch in one vector, n trajectories. Entry k
+speaks of one token: its log-probability given everything before it. Tokens that
+are not trained do not occur, so there is no mask and nothing they could leak.
+
+A loss returns per-token values; `aggregation.aggregate` averages them. Advantages
+are per token, as the credit stage leaves them. In all three losses a token's value
+depends on the gradient-carrying log-probability of that token alone, so the
+derivative is one number per token. It is written down beside the value and handed
+to autograd: one saved vector in place of the dozen a traced formula keeps.
+
+At ratio 1 the derivative is -A, REINFORCE's, for all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tapo_train.algos.metrics import Metrics, pair
+from tapo_train.errors import ConfigError, LearnerError
+
+LOG_RATIO_BOUND = 20.0
+"""Token log-ratios beyond ±20 are held there, without gradient (as verl does)."""
+SEQUENCE_LOG_RATIO_BOUND = 10.0
+"""A sequence's mean log-ratio is held at 10 from above, without gradient (as verl does)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenBatch:
+    """The trained tokens of one micro-batch. Whole trajectories only."""
+
+    logprobs: Tensor
+    """[K] of the policy being trained; carries the gradient."""
+    old_logprobs: Tensor
+    """[K] of the policy at the start of the step (the learner's own)."""
+    advantages: Tensor
+    """[K] of each token."""
+    trajectory: Tensor
+    """[K] int64, 0..n-1 within the micro-batch."""
+    lengths: Tensor
+    """[n] trained tokens of each whole trajectory."""
+
+    def __post_init__(self) -> None:
+        wanted = self.logprobs.shape
+        for name in ("old_logprobs", "advantages", "trajectory"):
+            found = getattr(self, name).shape
+            if len(wanted) != 1 or found != wanted:
+                raise LearnerError(
+                    f"TokenBatch.{name} has shape {tuple(found)}, logprobs {tuple(wanted)}; "
+                    "wanted the same [K]"
+                )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossOutput:
+    """Per-token loss and its metrics."""
+
+    per_token: Tensor
+    """[K] loss to be minimised; not yet averaged."""
+    metrics: Metrics
+    """Detached (sum, count) pairs; see `algos.metrics`."""
+
+
+PolicyLoss = Callable[[TokenBatch], LossOutput]
+"""A loss with its hyper-parameters bound."""
+
+
+def grpo(
+    batch: TokenBatch,
+    *,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    dual_clip: float | None = 3.0,
+) -> LossOutput:
+    """Clipped token-level surrogate (GRPO, 2402.03300; clip-higher: DAPO, 2503.14476).
+
+    With r = pi / pi_old:  max(-A r, -A clip(r, 1 - clip_low, 1 + clip_high)), and for
+    A < 0 at most -A dual_clip (dual clip, 1912.09729).
+
+    Args:
+        clip_low: below 1 by at most this, in (0, 1).
+        clip_high: above 1 by at most this; 0.28 in DAPO.
+        dual_clip: ratio beyond which a negative token is held; > 1, None for never.
+
+    Raises:
+        ConfigError: a hyper-parameter outside its range.
+    """
+    _check_clip("grpo", clip_low, clip_high)
+    if dual_clip is not None and not dual_clip > 1 + clip_high:
+        raise ConfigError(f"grpo: dual_clip is {dual_clip}; wanted > {1 + clip_high} or none")
+    with torch.no_grad():
+        log_ratio, is_free = _log_ratio(batch)
+        metrics = _ratio_metrics(log_ratio)
+        ratio = log_ratio.exp_()
+        is_positive = batch.advantages > 0
+        held = _hold(ratio, is_positive, low=1 - clip_low, high=1 + clip_high, top=dual_clip)
+        is_free &= held == ratio
+        metrics |= _clip_metrics(ratio, held, batch.advantages, clip_low=clip_low)
+        value = held.mul_(batch.advantages).neg_()
+        slope = value * is_free
+    return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
+
+
+def gspo(batch: TokenBatch, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> LossOutput:
+    """Sequence-level ratio in token form (GSPO-token, 2507.18071 eq. 13-14).
+
+    s_i = exp(mean_t log(pi / pi_old)) over the policy's own tokens of trajectory i, as a
+    constant; s_it = s_i pi_t / sg[pi_t] carries each token's gradient;
+    max(-A_t s_it, -A_t clip(s_it, 1 - clip_low, 1 + clip_high)). With one advantage per
+    trajectory it equals plain GSPO in value and gradient under a sequence mean; with
+    per-step advantages plain GSPO would smear them over the sequence.
+
+    Raises:
+        ConfigError: a hyper-parameter outside its range.
+        LearnerError: a trajectory was cut, so its ratio cannot be computed.
+    """
+    _check_clip("gspo", clip_low, clip_high)
+    with torch.no_grad():
+        log_ratio = batch.logprobs.detach() - batch.old_logprobs
+        log_sequence_ratio = _sequence_mean(log_ratio, batch.trajectory, batch.lengths)
+        metrics = _ratio_metrics(log_ratio)
+        bounded = log_sequence_ratio.clamp(max=SEQUENCE_LOG_RATIO_BOUND)
+        is_free = (bounded == log_sequence_ratio)[batch.trajectory]
+        ratio = bounded.exp()[batch.trajectory]
+        is_positive = batch.advantages > 0
+        held = _hold(ratio, is_positive, low=1 - clip_low, high=1 + clip_high, top=None)
+        is_free &= held == ratio
+        metrics |= _clip_metrics(ratio, held, batch.advantages, clip_low=clip_low)
+        value = held.mul_(batch.advantages).neg_()
+        slope = value * is_free
+    return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
+
+
+def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> LossOutput:
+    """Soft gate in place of the clip (SAPO, 2511.20347).
+
+    -A f(r) with f(r) = sigmoid(tau (r - 1)) 4 / tau, tau = tau_pos where A > 0 and
+    tau_neg elsewhere, by each token's own advantage. Derivative by log pi:
+    -A r 4 p (1 - p), p = sigmoid(tau (r - 1)).
+
+    Args:
+        tau_pos, tau_neg: temperatures > 0; the larger, the faster distant tokens fade.
+
+    Raises:
+        ConfigError: a temperature that is not positive.
+    """
+    if not (tau_pos > 0 and tau_neg > 0):
+        raise ConfigError(f"sapo: tau_pos, tau_neg are {tau_pos}, {tau_neg}; wanted > 0")
+    with torch.no_grad():
+        log_ratio, is_free = _log_ratio(batch)
+        metrics = _ratio_metrics(log_ratio)
+        ratio = log_ratio.exp_()
+        tau = torch.full_like(ratio, tau_neg).masked_fill_(batch.advantages > 0, tau_pos)
+        gate = ((ratio - 1) * tau).sigmoid_()
+        weight = (gate - gate.square()).mul_(4)
+        metrics["policy/gate_weight"] = pair(weight)
+        slope = weight.mul_(ratio).mul_(batch.advantages).neg_().mul_(is_free)
+        value = gate.mul_(-4).div_(tau).mul_(batch.advantages)
+    return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
+
+
+class _KnownSlope(torch.autograd.Function):
+    """`value` forwards, `slope` times the incoming gradient backwards."""
+
+    @staticmethod
+    def forward(ctx: Any, logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+        ctx.save_for_backward(slope)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, None]:
+        (slope,) = ctx.saved_tensors
+        return grads[0] * slope, None, None
+
+
+def _attach(logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+    """`value` [K] whose derivative by `logprobs` [K] is `slope` [K]."""
+    attached: Tensor = _KnownSlope.apply(logprobs, value, slope)
+    return attached
+
+
+def _log_ratio(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+    """Bounded log(pi / pi_old) [K], and where the bound did not bite [K]."""
+    free = batch.logprobs.detach() - batch.old_logprobs
+    is_free = free.abs() <= LOG_RATIO_BOUND
+    return free.clamp_(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), is_free
+
+
+def _hold(
+    ratio: Tensor, is_positive: Tensor, *, low: float, high: float, top: float | None
+) -> Tensor:
+    """Ratio [K] held where moving further would be rewarded: max(-A r, -A clip(r)).
+
+    The pessimistic choice only ever bites on one side: above `high` for positive
+    advantages, below `low` for negative ones, which the dual clip holds at `top` too.
+    """
+    return torch.where(is_positive, ratio.clamp(max=high), ratio.clamp(min=low, max=top))
+
+
+def _sequence_mean(values: Tensor, trajectory: Tensor, lengths: Tensor) -> Tensor:
+    """[n] mean of each whole trajectory's values; 0 for one without trained tokens."""
+    counts = torch.bincount(trajectory, minlength=lengths.shape[0])
+    if not torch.equal(counts, lengths.to(counts.dtype)):
+        raise LearnerError(
+            "gspo: the micro-batch holds other numbers of trained tokens per trajectory than "
+            "`lengths` says; wanted whole trajectories, as the ratio is a mean over all of one's "
+            "tokens"
+        )
+    sums = values.new_zeros(lengths.shape[0]).index_add_(0, trajectory, values)
+    return sums / lengths.clamp(min=1)
+
+
+def _ratio_metrics(log_ratio: Tensor) -> Metrics:
+    """Distance between the policy and the one at the start of the step, per token.
+
+    `policy/kl` is the k3 estimate of KL(pi_old || pi) = E_old[r - 1 - log r].
+    """
+    excess = torch.expm1(log_ratio)
+    return {
+        "policy/ratio_minus_one": pair(excess),
+        "policy/kl": pair(excess - log_ratio),
+    }
+
+
+def _clip_metrics(ratio: Tensor, held: Tensor, advantages: Tensor, *, clip_low: float) -> Metrics:
+    """Shares of tokens held above, below and by the dual clip."""
+    is_above = held < ratio
+    return {
+        "policy/clip_high": pair(is_above & (advantages > 0)),
+        "policy/clip_low": pair((held > ratio) & (advantages < 0)),
+        "policy/clip_dual": pair(is_above & (advantages < 0)),
+    }
+
+
+def _check_clip(name: str, clip_low: float, clip_high: float) -> None:
+    if not (0 < clip_low < 1 and clip_high > 0):
+        raise ConfigError(
+            f"{name}: clip_low, clip_high are {clip_low}, {clip_high}; wanted in (0, 1) and > 0"
+        )
