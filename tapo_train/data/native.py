@@ -80,7 +80,7 @@ def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "image
 
 
 def _line(task: Task, images: list[str]) -> str:
-    hidden = sorted(set(task.metadata) & {*_RESERVED, "index"})
+    hidden = sorted(set(task.metadata) & set(_RESERVED))
     if hidden:
         raise DataError(f"task {task.id}: metadata {hidden} would hide fields of the task format")
     fields: dict[str, Any] = {

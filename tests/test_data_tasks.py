@@ -1,0 +1,319 @@
+"""Task files: what is read, what is refused, and that nothing else escapes."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+
+from tapo_train.data.images import ImageLimits, read_image
+from tapo_train.data.tasks import fingerprint, load_tasks, write_tasks
+from tapo_train.errors import DataError
+from tapo_train.types import ImageRef, Task
+
+BOUNDED = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+def encoded(format: str = "PNG", size: tuple[int, int] = (12, 8), colour: str = "red") -> bytes:
+    stream = io.BytesIO()
+    Pillow.new("RGB", size, colour).save(stream, format)
+    return stream.getvalue()
+
+
+def row(**changes: Any) -> dict[str, Any]:
+    """A good native row; `key=None` removes the key."""
+    fields: dict[str, Any] = {
+        "id": "q1",
+        "prompt": [{"role": "user", "content": "<image>\nWho built this?"}],
+        "image": ["tower.png"],
+        "reward_model": {"ground_truth": ["Gustave Eiffel", "Eiffel"], "style": "rule"},
+        "data_source": "towers",
+        **changes,
+    }
+    return {key: value for key, value in fields.items() if value is not None}
+
+
+def folder_with(tmp_path: Path, *rows: dict[str, Any]) -> Path:
+    (tmp_path / "tower.png").write_bytes(encoded())
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("".join(json.dumps(fields) + "\n" for fields in rows), encoding="utf-8")
+    return path
+
+
+def asked(content: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": content}]
+
+
+def test_a_native_row_becomes_a_task_with_its_picture(tmp_path: Path) -> None:
+    (task,) = load_tasks(folder_with(tmp_path, row(hops=2)))
+    assert (task.id, task.question, task.source) == ("q1", "Who built this?", "towers")
+    assert task.answers == ("Gustave Eiffel", "Eiffel")
+    assert task.metadata == {"hops": 2}
+    (image,) = task.images
+    assert (image.width, image.height, image.data) == (12, 8, encoded())
+    assert image.ref == ImageRef(root=f"sha256:{image.sha256}")
+
+
+def test_blank_lines_are_skipped_and_lines_keep_their_number(tmp_path: Path) -> None:
+    path = folder_with(tmp_path)
+    path.write_text(f"\n{json.dumps(row())}\n\n{json.dumps(row(id=None))}\n")
+    with pytest.raises(DataError, match=r"tasks\.jsonl:4: field 'id': found nothing"):
+        load_tasks(path)
+
+
+def test_equal_pictures_are_held_once(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row(), row(id="q2"), row(id="q3", image=["copy.png"]))
+    (tmp_path / "copy.png").write_bytes(encoded())
+    first, second, third = (task.images[0] for task in load_tasks(path))
+    assert first is second is third
+
+
+def test_an_integer_index_serves_as_id_and_a_single_path_as_picture_list(tmp_path: Path) -> None:
+    (task,) = load_tasks(folder_with(tmp_path, row(id=None, index=7, image="tower.png")))
+    assert (task.id, len(task.images), task.metadata) == ("7", 1, {})
+
+
+def test_an_index_beside_an_id_is_kept_as_metadata_and_written_back(tmp_path: Path) -> None:
+    tasks = load_tasks(folder_with(tmp_path, row(index=7)))
+    assert (tasks[0].id, tasks[0].metadata) == ("q1", {"index": 7})
+    write_tasks(tmp_path / "again.jsonl", tasks)
+    assert load_tasks(tmp_path / "again.jsonl") == tasks
+
+
+@pytest.mark.parametrize(
+    ("content", "images"),
+    [
+        ("Who?", ["tower.png"]),
+        ("Who?\n<image>", ["tower.png"]),
+        ("<image>\n<image>\n Who? ", ["tower.png", "tower.png"]),
+        ("Who?", None),
+        ("Who?", []),
+    ],
+)
+def test_placeholders_at_the_ends_leave_the_question(
+    tmp_path: Path, content: str, images: list[str] | None
+) -> None:
+    (task,) = load_tasks(folder_with(tmp_path, row(prompt=asked(content), image=images)))
+    assert (task.question, len(task.images)) == ("Who?", len(images or []))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": asked("Is <image> red?")}, "only before or after"),
+        ({"prompt": asked("<image><image>Who?")}, "1 <image> as there are pictures"),
+        ({"prompt": asked("<image>")}, "a question with"),
+        ({"prompt": asked("  ")}, "not blank"),
+        ({"prompt": []}, "one message"),
+        ({"prompt": [*asked("a"), *asked("b")]}, "one message"),
+        ({"prompt": [{"role": "system", "content": "x"}]}, "'user'"),
+        ({"reward_model": None}, "'reward_model': found nothing"),
+        ({"reward_model": {"ground_truth": []}}, "reward_model: field 'ground_truth'"),
+        ({"reward_model": {"ground_truth": ["ok", " "]}}, "non-empty list of texts"),
+        ({"reward_model": {"ground_truth": [3]}}, "non-empty list of texts"),
+        ({"image": "missing.png"}, "'missing.png' is not a file"),
+        ({"image": "."}, "is not a file"),
+        ({"image": {}}, "field 'image'"),
+        ({"image": "a\0b"}, "impossible path"),
+        ({"id": True}, "a text or an integer"),
+        ({"id": "\ud800"}, "a text or an integer"),
+        ({"data_source": 3}, "field 'data_source'"),
+    ],
+)
+def test_a_wrong_field_is_named_with_file_and_line(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        load_tasks(folder_with(tmp_path, row(**changes)))
+    assert "tasks.jsonl:1" in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ["{", "[1]", '"x"', "[" * 100_000, "1" * 5000, "\udcff{}"])
+def test_a_line_that_is_no_json_object_is_refused_with_its_place(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_bytes(line.encode("utf-8", "surrogateescape"))
+    with pytest.raises(DataError, match=r"tasks\.jsonl:1: "):
+        load_tasks(path)
+
+
+def test_an_id_used_twice_is_refused_with_both_places(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row(), row(id="other"), row())
+    with pytest.raises(DataError, match=r"jsonl:3: id 'q1' was used before, at .*jsonl:1"):
+        load_tasks(path)
+
+
+def test_a_picture_outside_the_root_is_refused_also_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "secret.png").write_bytes(encoded())
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "secret.png")
+    for name in ("../secret.png", "link.png", str(tmp_path / "secret.png")):
+        with pytest.raises(DataError, match="leads out of the data folder"):
+            load_tasks(folder_with(tmp_path / "data", row(image=name)))
+
+
+def test_a_given_root_replaces_the_folder_of_the_file(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row(image="other.png"))
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "other.png").write_bytes(encoded(size=(3, 5)))
+    (task,) = load_tasks(path, root=tmp_path / "pictures")
+    assert (task.images[0].width, task.images[0].height) == (3, 5)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_the_three_formats_are_read_with_their_size(format: str) -> None:
+    image = read_image(encoded(format, (33, 17)), where="here")
+    assert (image.width, image.height) == (33, 17)
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "TIFF", "PPM"])
+def test_other_formats_are_refused(format: str) -> None:
+    with pytest.raises(DataError, match=r"here: not a readable picture .* PNG, JPEG, WEBP"):
+        read_image(encoded(format), where="here")
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
+def test_a_truncated_picture_is_found_when_it_is_read(format: str) -> None:
+    whole = encoded(format, (200, 200))
+    with pytest.raises(DataError, match="not a readable picture"):
+        read_image(whole[: len(whole) - len(whole) // 3], where="here")
+
+
+def test_limits_hold_exactly() -> None:
+    data = encoded(size=(10, 10))
+    read_image(data, where="", limits=ImageLimits(max_bytes=len(data), max_pixels=100))
+    with pytest.raises(DataError, match="at most 99 pixels"):
+        read_image(data, where="", limits=ImageLimits(max_pixels=99))
+    with pytest.raises(DataError, match=f"of {len(data)} bytes"):
+        read_image(data, where="", limits=ImageLimits(max_bytes=len(data) - 1))
+
+
+def test_a_file_over_the_byte_limit_is_not_read_whole(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row())
+    (tmp_path / "tower.png").write_bytes(encoded() + b"\0" * 5000)
+    with pytest.raises(DataError, match="picture of 1001 bytes; at most 1000"):
+        load_tasks(path, limits=ImageLimits(max_bytes=1000))
+
+
+def test_written_tasks_are_read_back_equal(tmp_path: Path) -> None:
+    red, blue = (read_image(encoded(colour=name), where="") for name in ("red", "blue"))
+    photo = read_image(encoded("JPEG"), where="")
+    tasks = [
+        Task(id="a", question="Ünïcode\n\u2028?", images=(red, blue), answers=("x",)),
+        Task(id="b", question="q", images=(red,), answers=("y", "z"), metadata={"hops": [1]}),
+        Task(id="c", question="q", images=(photo,), answers=("n",), source="s"),
+        Task(id="d", question="q", images=(), answers=("n",)),
+    ]
+    write_tasks(tmp_path / "out" / "train.jsonl", tasks)
+    assert load_tasks(tmp_path / "out" / "train.jsonl") == tasks
+    stored = {path.name for path in (tmp_path / "out" / "images").iterdir()}
+    assert stored == {f"{red.sha256}.png", f"{blue.sha256}.png", f"{photo.sha256}.jpg"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"images", "train.jsonl"}
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        Task(id="a", question=" q", images=(), answers=("x",)),
+        Task(id="a", question="<image> q", images=(), answers=("x",)),
+        Task(id="a", question="q", images=(), answers=()),
+        Task(id="", question="q", images=(), answers=("x",)),
+        Task(id="a", question="q", images=(), answers=("x",), metadata={"image": 1}),
+        Task(id="a", question="q", images=(), answers=("x",), metadata={"x": object()}),
+    ],
+)
+def test_a_task_that_would_not_be_read_back_is_not_written(tmp_path: Path, task: Task) -> None:
+    with pytest.raises(DataError, match="task "):
+        write_tasks(tmp_path / "t.jsonl", [task])
+    assert not (tmp_path / "t.jsonl").exists()
+
+
+def test_the_fingerprint_sees_question_answers_pictures_and_order(tmp_path: Path) -> None:
+    def of(*rows: dict[str, Any]) -> str:
+        return fingerprint(load_tasks(folder_with(tmp_path, *rows)))
+
+    base = of(row(), row(id="q2"))
+    assert base == of(row(), row(id="q2"))
+    others = [
+        of(row(id="q2"), row()),
+        of(row(prompt=asked("What?")), row(id="q2")),
+        of(row(reward_model={"ground_truth": "Eve"}), row(id="q2")),
+        of(row(image=None, prompt=asked("Who built this?")), row(id="q2")),
+    ]
+    assert len({base, *others}) == 5
+
+
+def test_format_is_told_from_the_ending_or_said_outright(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row()).rename(tmp_path / "tasks.txt")
+    with pytest.raises(DataError, match=r"cannot tell the task format from the ending '\.txt'"):
+        load_tasks(path)
+    assert len(load_tasks(path, format="native")) == 1
+    with pytest.raises(DataError, match="unknown task format 'csv'"):
+        load_tasks(path, format="csv")
+
+
+def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"empty\.jsonl: found no task"):
+        load_tasks(tmp_path / "empty.jsonl")
+    with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read"):
+        load_tasks(tmp_path / "absent.jsonl")
+
+
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=6,
+)
+
+
+@BOUNDED
+@given(name=st.sampled_from(sorted(row())), value=JSON_VALUES)
+def test_any_json_in_any_field_gives_tasks_or_a_data_error(
+    tmp_path: Path, name: str, value: Any
+) -> None:
+    path = folder_with(tmp_path, {**row(), name: value})
+    try:
+        (task,) = load_tasks(path)
+    except DataError as error:
+        assert "tasks.jsonl:1" in str(error)
+    else:
+        write_tasks(tmp_path / "again.jsonl", [task])
+        assert load_tasks(tmp_path / "again.jsonl") == [task]
+
+
+@BOUNDED
+@given(data=st.binary(max_size=60), format=st.sampled_from(["native", "fvqa", "livevqa"]))
+def test_any_bytes_as_a_file_give_a_data_error(tmp_path: Path, data: bytes, format: str) -> None:
+    (tmp_path / "file").write_bytes(data)
+    with pytest.raises(DataError, match="file"):
+        load_tasks(tmp_path / "file", format=format)
+
+
+@BOUNDED
+@given(
+    format=st.sampled_from(["PNG", "JPEG", "WEBP"]),
+    place=st.floats(0, 1),
+    patch=st.binary(min_size=1, max_size=6),
+)
+def test_any_damage_to_a_picture_is_read_or_a_data_error(
+    format: str, place: float, patch: bytes
+) -> None:
+    data = bytearray(encoded(format, (40, 30)))
+    start = int(place * len(data))
+    data[start : start + len(patch)] = patch
+    try:
+        assert read_image(bytes(data), where="here").width > 0
+    except DataError as error:
+        assert str(error).startswith("here: ")
