@@ -1,0 +1,172 @@
+"""What is wrong with a recipe, in words: dotted path, value found, value wanted, nearest key."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+from pydantic import ValidationError
+
+from tapo_train.recipe import Recipe
+
+GROUPS = ("algo/advantage", "algo/loss", "credit", "rollout/engine")
+"""Parts of a recipe that are chosen whole, by the name of a file in a folder."""
+
+
+def explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
+    """One line per problem of `content`, in the order of the recipe's sections."""
+    return [_line(problem, content) for problem in error.errors(include_url=False)]
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """`; did you mean …?`, or the known names when none is near."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+
+
+def known_paths(content: Mapping[str, Any]) -> list[str]:
+    """Dotted paths of every field, with the group choices that `content` makes."""
+    return list(_paths(Recipe, content, prefix=""))
+
+
+def _line(problem: Any, content: Mapping[str, Any]) -> str:
+    path = ".".join(_location(problem["loc"], content))
+    found, kind = problem["input"], problem["type"]
+    if kind == "unexpected_keyword_argument":
+        while isinstance(found, Mapping) and found:
+            key, found = next(iter(found.items()))
+            path = f"{path}.{key}"
+        return f"{path}: unknown key{_nearest_path(path, content)}"
+    if kind == "missing":
+        return f"{path}: found nothing, wanted a value"
+    if kind == "union_tag_invalid":
+        tag, wanted = problem["ctx"]["tag"], problem["ctx"]["expected_tags"]
+        return f"{path}.name: found {tag!r}, wanted one of {wanted}"
+    if kind in ("dict_type", "dataclass_type", "union_tag_not_found"):
+        group = path.replace(".", "/")
+        hint = f"; its choices are made by {group}=NAME" if group in GROUPS else ""
+        return f"{path}: found {found!r}, wanted a section{hint}"
+    if kind in ("tuple_type", "too_short"):
+        return f"{path}: found {found!r}, wanted a list of at least one value, as [a, b]"
+    return f"{path}: found {found!r}, wanted {_wanted(problem['msg'])}"
+
+
+def _wanted(message: str) -> str:
+    """pydantic's message as the end of the sentence "found …, wanted …"."""
+    wanted = message.removeprefix("Input should be ")
+    if wanted.startswith(("greater", "less")):
+        return f"a number {wanted}"
+    return wanted.replace("a valid integer", "an integer").replace("a valid ", "a ")
+
+
+def _location(loc: Sequence[str | int], content: Mapping[str, Any]) -> list[str]:
+    """The path of a problem without the choice names that the checker puts into it."""
+    path: list[str] = []
+    here: Any = content
+    for index, part in enumerate(loc):
+        is_last = index == len(loc) - 1
+        if isinstance(here, Mapping) and part not in here and not is_last:
+            continue
+        path.append(str(part))
+        if isinstance(here, Mapping):
+            here = here.get(part)
+    return path
+
+
+def _nearest_path(path: str, content: Mapping[str, Any]) -> str:
+    """Look among the neighbours first, then for the same name elsewhere in the recipe."""
+    known = known_paths(content)
+    section, _, name = path.rpartition(".")
+    neighbours = [item for item in known if item.rpartition(".")[0] == section]
+    if difflib.get_close_matches(path, neighbours, n=1, cutoff=0.6):
+        return nearest(path, neighbours)
+    namesakes = [item for item in known if item.rpartition(".")[2] == name]
+    if namesakes:
+        return f"; did you mean {namesakes[0]}?"
+    return nearest(path, neighbours or list(dict.fromkeys(item.split(".")[0] for item in known)))
+
+
+def _paths(section: Any, content: Any, *, prefix: str) -> Iterable[str]:
+    hints = get_type_hints(section)
+    for item in fields(section):
+        path = f"{prefix}{item.name}"
+        inside = content.get(item.name) if isinstance(content, Mapping) else None
+        chosen = _section_of(hints[item.name], inside)
+        if chosen is None:
+            yield path
+        else:
+            yield from _paths(chosen, inside, prefix=f"{path}.")
+
+
+def _section_of(hint: Any, content: Any) -> Any:
+    """The dataclass behind a field: itself, or the member of the union that `name` chooses."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if not isinstance(hint, types.UnionType):
+        return hint if is_dataclass(hint) else None
+    members = [member for member in get_args(hint) if is_dataclass(member)]
+    name = content.get("name") if isinstance(content, Mapping) else None
+    named = [m for m in members if name in get_args(get_type_hints(m)["name"])]
+    return next(iter([*named, *members]), None)
+
+
+def cross_field_problems(recipe: Recipe) -> list[str]:
+    """Combinations that no single field's range can forbid."""
+    checks = (_rollout_problems, _data_problems, _algo_problems, _tool_problems)
+    return [line for check in checks for line in check(recipe)]
+
+
+def _rollout_problems(recipe: Recipe) -> Iterable[str]:
+    rollout, model = recipe.rollout, recipe.model
+    if rollout.max_turn_tokens > rollout.max_tokens:
+        yield (
+            f"rollout.max_turn_tokens: found {rollout.max_turn_tokens}, wanted at most "
+            f"rollout.max_tokens ({rollout.max_tokens})"
+        )
+    if model.min_pixels > model.max_pixels:
+        yield (
+            f"model.min_pixels: found {model.min_pixels}, wanted at most "
+            f"model.max_pixels ({model.max_pixels})"
+        )
+
+
+def _data_problems(recipe: Recipe) -> Iterable[str]:
+    if recipe.run.eval_every and not recipe.data.validation:
+        yield (
+            f"data.validation: found no file, wanted one because run.eval_every is "
+            f"{recipe.run.eval_every} (0 switches validation off)"
+        )
+
+
+def _algo_problems(recipe: Recipe) -> Iterable[str]:
+    algo, group = recipe.algo, recipe.rollout.rollouts_per_question
+    if group < 2 and algo.advantage.kind != "reinforce_pp":
+        yield (
+            f"rollout.rollouts_per_question: found {group}, wanted at least 2 because "
+            f"algo.advantage.kind={algo.advantage.kind} compares the rollouts of a question"
+        )
+    if recipe.learner.old_logprobs == "engine" and algo.importance.mode != "off":
+        yield (
+            f"algo.importance.mode: found {algo.importance.mode!r}, wanted 'off' because "
+            f"learner.old_logprobs=engine leaves nothing to correct"
+        )
+    updates = recipe.learner.updates_per_batch
+    trajectories = recipe.data.questions_per_step * group
+    if trajectories % updates:
+        yield (
+            f"learner.updates_per_batch: found {updates}, wanted a divisor of the "
+            f"{trajectories} trajectories of a step"
+        )
+
+
+def _tool_problems(recipe: Recipe) -> Iterable[str]:
+    tools = recipe.tools
+    needs = {"text_search_tool": ("corpus", tools.corpus)}
+    needs["image_search_tool"] = ("image_index", tools.image_index)
+    for tool, (name, value) in needs.items():
+        if tool in tools.names and value is None:
+            yield f"tools.{name}: found nothing, wanted a file because tools.names has {tool}"

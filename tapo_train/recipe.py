@@ -1,0 +1,398 @@
+"""Every field a recipe can set: its unit, its range, and what the extremes mean.
+
+The YAML files under `recipes/` are checked against these dataclasses before anything heavy
+starts; `config.py` reads the files. Only plain values here: no torch, no hydra.
+A field name is a promise to users: a field no recipe sets is deleted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+_STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+OpenFraction = Annotated[float, Field(gt=0, le=1)]
+Theta = Annotated[
+    Mapping[str, Fraction],
+    BeforeValidator(lambda value: {"default": value} if isinstance(value, int | float) else value),
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Run:
+    """Where the run lives, how long it is, what it saves."""
+
+    dir: str
+    """Run folder: recipe, manifest, metrics, dumps, checkpoints, export. Its last part names
+    the run in wandb."""
+    seed: CountOrZero = 0
+    """Seeds question order, sampling and initialisation."""
+    steps: Count = 100
+    """Training steps; one step is one batch of questions."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the last checkpoint if there is one; never: refuse a folder that holds
+    a run; must: refuse a folder that does not."""
+    save_every: CountOrZero = 10
+    """[steps] between checkpoints; 0: only at the end."""
+    keep_last: Count = 2
+    """Checkpoints kept; older ones are deleted."""
+    eval_every: CountOrZero = 0
+    """[steps] between validations; 0: none."""
+    eval_questions: CountOrZero = 0
+    """Validation questions asked each time, the first ones of the file; 0: all."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online if logged in, else offline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Model:
+    """The policy that is trained."""
+
+    path: str
+    """Hugging Face folder or name of a Qwen2.5-VL or Qwen3-VL model."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of learner and engine. bfloat16 keeps float32 master weights in the optimizer."""
+    min_pixels: Count = 65_536
+    """[px] smaller pictures are enlarged to about this area."""
+    max_pixels: Count = 1_048_576
+    """[px] larger pictures are shrunk to about this area; an image token covers 28×28
+    (Qwen2.5-VL) or 32×32 (Qwen3-VL) pixels."""
+    freeze_vision: bool = True
+    """Leave the vision tower as it is. (SenseNova-MARS trains so.)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Data:
+    """Questions, and how many of them make a step."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """Task files, read one after the other."""
+    validation: tuple[str, ...] = ()
+    """Task files; may be empty when run.eval_every is 0."""
+    format: Literal["auto", "native", "fvqa", "livevqa"] = "auto"
+    """auto: by the file's ending."""
+    system_prompt: str = ""
+    """Text of the system turn, before the tool schemas; empty: only the schemas."""
+    questions_per_step: Count = 16
+    """Over all ranks; a multiple of the number of ranks."""
+    shuffle: bool = True
+    """Another order in each pass over the data; false: file order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class VllmEngine:
+    """Sampling by vLLM inside the training process."""
+
+    name: Literal["vllm"] = "vllm"
+    kv_cache_gib: Positive = 1.0
+    """[GiB] of KV cache on CPU; CUDA devices use gpu_memory_utilization instead."""
+    gpu_memory_utilization: OpenFraction = 0.45
+    """Share of the device's memory for weights and KV cache; the learner has the rest."""
+    tensor_parallel_size: Count = 1
+    """Ranks that share one engine; 1: each rank has its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class HfEngine:
+    """Sampling by transformers' forward pass: the slow reference."""
+
+    name: Literal["hf"] = "hf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Rollout:
+    """How trajectories are sampled."""
+
+    engine: VllmEngine | HfEngine = Field(default_factory=VllmEngine, discriminator="name")
+    rollouts_per_question: Count = 8
+    """G, the group size; group-relative advantages need at least 2."""
+    max_turns: Count = 10
+    """Assistant turns; a trajectory that still calls a tool in the last one ends unanswered."""
+    max_turn_tokens: Count = 1024
+    """[tokens] sampled in one turn at most."""
+    max_tokens: Count = 16_384
+    """[tokens] of a whole trajectory: prompt, turns, observations and image tokens."""
+    temperature: NonNegative = 1.0
+    """Of training rollouts; 0 is greedy and leaves a group without differences. Evaluation is
+    greedy whatever stands here."""
+    top_p: OpenFraction = 1.0
+    """Nucleus; below 1 the sampled distribution is no longer the trained one."""
+    max_in_flight: Count = 64
+    """Trajectories under way at a time on one rank."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Tools:
+    """What the policy may call, and the indexes behind it."""
+
+    names: tuple[Literal["image_zoom_in_tool", "text_search_tool", "image_search_tool"], ...] = (
+        "image_zoom_in_tool",
+        "text_search_tool",
+        "image_search_tool",
+    )
+    """Empty: a policy without tools."""
+    deadline_s: Positive = 30.0
+    """[s] for one call; afterwards its outcome is `timeout`."""
+    corpus: str | None = None
+    """Documents of the text search (jsonl); needed by text_search_tool."""
+    image_index: str | None = None
+    """Titled pictures of the image search (jsonl); needed by image_search_tool."""
+    text_top_k: Count = 3
+    """Documents shown for a query."""
+    image_top_k: Count = 3
+    """Pictures shown for a picture."""
+    max_observation_chars: Count = 8192
+    """[characters] of text one observation may hold; the rest is cut and the cut is said."""
+    min_crop_side: Count = 28
+    """[px] a zoom whose shorter side is smaller is enlarged to this."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class RewardWeights:
+    """reward = accuracy_weight · accuracy + format_weight · format, both in [0, 1]."""
+
+    accuracy_weight: NonNegative = 1.0
+    """Of an answer equal to an accepted one after normalisation."""
+    format_weight: NonNegative = 0.5
+    """Of a non-empty <answer> with all calls readable; 0: format is not rewarded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Advantage:
+    """From rewards to one advantage per trajectory."""
+
+    kind: Literal["grpo", "mean_only", "leave_one_out", "reinforce_pp"] = "grpo"
+    """grpo: (r − mean)/std of the group; mean_only: r − mean (Dr. GRPO); leave_one_out: minus
+    the mean of the others (RLOO); reinforce_pp: r − mean, over the std of the whole batch."""
+    std: Literal["unbiased", "population"] = "unbiased"
+    """Unbiased divides by G − 1 (verl, TRL); population by G."""
+    eps: Positive = 1e-6
+    """Added to the std; large values turn grpo into mean_only."""
+    batch_renorm: bool = False
+    """z-score over the batch afterwards (BN of SenseNova-MARS)."""
+    drop_uniform_groups: bool = False
+    """Leave groups whose rewards are all equal out of every token and sequence count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class GrpoLoss:
+    """Clipped surrogate; DAPO is clip_high 0.28 with token-mean."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: Fraction = 0.2
+    """Ratios below 1 − clip_low get no gradient where A < 0; 1: never cut."""
+    clip_high: NonNegative = 0.2
+    """Ratios above 1 + clip_high get no gradient where A > 0."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Bound on the loss where A < 0, as a ratio; null: none. (verl uses 3.)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class GspoLoss:
+    """Sequence ratio in the token form, so that per-step advantages stay with their step."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: Fraction = 3e-4
+    """As for GRPO, of the length-normalised sequence ratio, which is far closer to 1."""
+    clip_high: NonNegative = 4e-4
+    """As for GRPO, of the sequence ratio."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class SapoLoss:
+    """Soft gate instead of a clip."""
+
+    name: Literal["sapo"] = "sapo"
+    tau_pos: Positive = 1.0
+    """Steepness of the gate where A > 0; larger forgets off-policy tokens sooner."""
+    tau_neg: Positive = 1.05
+    """The same where A ≤ 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Kl:
+    """Penalty for leaving the policy the run started from."""
+
+    coef: NonNegative = 0.0
+    """0: no reference policy is loaded."""
+    estimator: Literal["k1", "k2", "k3", "k3+"] = "k3"
+    """k3+: value of k3 with the gradient of k2 (straight-through)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Importance:
+    """Correction between sampler (engine) and learner log-probabilities."""
+
+    level: Literal["token", "sequence"] = "token"
+    """One weight per token, or the product over the trajectory."""
+    mode: Literal["truncate", "mask", "off"] = "truncate"
+    """truncate: weights are capped at the threshold; mask: beyond it the weight is 0."""
+    threshold: Annotated[float, Field(gt=1)] = 2.0
+    """Largest weight; mask also drops those below its inverse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Algo:
+    """From advantages to a loss."""
+
+    advantage: Advantage = field(default_factory=Advantage)
+    loss: GrpoLoss | GspoLoss | SapoLoss = Field(default_factory=GrpoLoss, discriminator="name")
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    """How per-token losses become one number, with the counts of the whole update."""
+    norm_length: Count = 16_384
+    """[tokens] divisor of seq-mean-token-sum-norm (Dr. GRPO), else unused."""
+    kl: Kl = field(default_factory=Kl)
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus; 0: entropy is not computed."""
+    importance: Importance = field(default_factory=Importance)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class NoCredit:
+    """Every step keeps its trajectory's advantage: the baseline."""
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class TapoCredit:
+    """Credit transfer to tool steps of failing trajectories (TAPO, arXiv 2606.05784)."""
+
+    name: Literal["tapo"] = "tapo"
+    beta: NonNegative = 0.8
+    """Strength of the transfer; 0 equals credit=none bit for bit."""
+    theta: Theta = field(default_factory=lambda: {"default": 0.7, "text_search_tool": 0.5})
+    """Least similarity, per tool, `default` for the others; one number stands for all.
+    0: any call; 1: equal calls only."""
+    alpha_min: Fraction = 0.25
+    """Least similarity × support; 0: no gate."""
+    cluster_theta: Theta | None = None
+    """Similarity that joins two reference calls into one cluster; null: theta."""
+    use_support: bool = True
+    """false: support is 1 in gate and transfer (the paper's "w/o sup.")."""
+    use_clip: bool = True
+    """false: corrected advantages may become positive (the paper's "w/o clip.")."""
+    use_sim_weight: bool = True
+    """false: similarity is 1 in the transfer, not in the gates."""
+    success_rule: Literal["both", "outcome", "advantage"] = "both"
+    """What makes a trajectory a reference or a failure: accuracy, advantage sign, or both."""
+    success_threshold: Fraction = 0.5
+    """Accuracy from which an outcome counts as correct."""
+    span: Literal["turn", "call"] = "turn"
+    """Tokens corrected: the whole turn, or the text of the call alone."""
+    turn_reduce: Literal["mean", "max", "min", "span"] = "mean"
+    """Several calls in one turn: how their transfers become the turn's; span: each call its
+    own, the thought their mean."""
+    adv_agg: Literal["mean_traj", "mean_step", "max", "min"] = "mean_traj"
+    """Reference advantage of a cluster. All equal for 0/1 rewards."""
+    match_by: Literal["sim", "sim_sup"] = "sim"
+    """Best cluster by similarity (the paper) or by similarity × support."""
+    cluster: Literal["single", "leader", "complete", "exact"] = "single"
+    """Linkage of reference calls; exact: only equal arguments."""
+    scope: Literal["group", "batch"] = "group"
+    """References from the same question, or from the whole batch (ablation)."""
+    correct_repeats: Literal["all", "first"] = "all"
+    """first: later copies of a call in one trajectory keep their advantage."""
+    correct_infra_error: bool = True
+    """Whether calls that failed outside the policy may be corrected."""
+    correct_unexecuted: bool = False
+    """Whether calls that were never executed may be corrected."""
+    require_observation_agreement: bool = False
+    """Third gate: the tool must have answered the same in both trajectories."""
+    tools: tuple[str, ...] | None = None
+    """Tools the transfer applies to; null: all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class GigpoCredit:
+    """Step-level advantages by equal states (GiGPO, arXiv 2505.10978)."""
+
+    name: Literal["gigpo"] = "gigpo"
+    omega: NonNegative = 1.0
+    """Weight of the step advantage beside the trajectory's; 0: credit=none."""
+    gamma: Fraction = 0.95
+    """Discount of the outcome per turn before the end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Learner:
+    """The optimizer, and how a batch becomes updates."""
+
+    lr: Positive = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup_steps: CountOrZero = 0
+    """[updates] of linear rise from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up; linear and cosine reach 0 at the last step."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Of AdamW."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW, on matrices only."""
+    max_grad_norm: Positive = 1.0
+    """The gradient's norm is cut to this."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed: 0 shards nothing, 1 the optimizer, 2 gradients too, 3 parameters too."""
+    micro_batch_tokens: Count = 16_384
+    """[tokens] in one forward pass; a longer trajectory goes alone."""
+    updates_per_batch: Count = 1
+    """Optimizer updates a step's trajectories are dealt out to; 1: on-policy."""
+    epochs: Count = 1
+    """Passes over a step's trajectories."""
+    gradient_checkpointing: bool = True
+    """Compute activations twice and keep few: slower, far less memory."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Where the ratio's denominator comes from; engine saves a forward pass and needs
+    algo.importance.mode=off."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Probe:
+    """One fixed prompt scored by engine and learner after weight syncs."""
+
+    tolerance: Positive = 0.05
+    """[nats] largest difference of a token's log-probability; beyond it the run stops.
+    float32 agrees to about 1e-5, bfloat16 to a few hundredths."""
+    every: CountOrZero = 1
+    """[steps] between probes; 0: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Sft:
+    """The supervised warm start (`sft` subcommand); optimizer settings are `learner`'s."""
+
+    demonstrations: str | None = None
+    """File of demonstrations (jsonl); needed by `sft`."""
+    trajectories_per_step: Count = 32
+    """Demonstrations in one update, over all ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Recipe:
+    """A whole experiment."""
+
+    run: Run
+    model: Model
+    data: Data
+    rollout: Rollout = field(default_factory=Rollout)
+    tools: Tools = field(default_factory=Tools)
+    reward: RewardWeights = field(default_factory=RewardWeights)
+    algo: Algo = field(default_factory=Algo)
+    credit: TapoCredit | NoCredit | GigpoCredit = Field(
+        default_factory=TapoCredit, discriminator="name"
+    )
+    learner: Learner = field(default_factory=Learner)
+    probe: Probe = field(default_factory=Probe)
+    sft: Sft = field(default_factory=Sft)
