@@ -147,6 +147,9 @@ def test_failures_on_the_side_of_the_tool_do_not_break_the_form(outcome: Outcome
         "<answer></answer>",
         "<answer>cut off",
         "<answer>one</answer> or <answer>two</answer>",
+        "<answer><answer>one</answer>",
+        "<answer>one</answer></answer>",
+        "</answer>one<answer>",
     ],
 )
 def test_a_last_turn_without_exactly_one_filled_answer_has_no_form(last: str) -> None:

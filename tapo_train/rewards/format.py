@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
-
 from tapo_train.types import Outcome, Trajectory, Turn
 
 __all__ = ["is_well_formed"]
 
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 def is_well_formed(trajectory: Trajectory) -> bool:
@@ -32,5 +30,6 @@ def is_well_formed(trajectory: Trajectory) -> bool:
 
 
 def _answers(turn: Turn) -> bool:
-    found = _ANSWER.findall(turn.text)
-    return not turn.calls and len(found) == 1 and bool(found[0].strip())
+    once = turn.text.count(_OPEN) == turn.text.count(_CLOSE) == 1
+    body, closed, _ = turn.text.partition(_OPEN)[2].partition(_CLOSE)
+    return not turn.calls and once and bool(closed) and bool(body.strip())
