@@ -134,7 +134,7 @@ def function_schema(tool: Tool) -> dict[str, Any]:
     return {"type": "function", "function": function}
 
 
-_SCHEMA_FIELDS = ("type", "description", "items", "default", "enum", "minItems", "maxItems")
+_SCHEMA_FIELDS = ("type", "description", "items", "default", "enum")
 
 
 def _explain(name: str, error: ValidationError) -> str:

@@ -1,0 +1,156 @@
+"""Build a tiny random Qwen3-VL or Qwen2.5-VL folder that loads like a downloaded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+from tapo_train.tiny.chat_template import CHAT_TEMPLATE
+from tapo_train.tiny.corpus import tokenizer_texts
+from tapo_train.tiny.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from tapo_train.world.lexicon import SYLLABLES
+
+Family = Literal["qwen3_vl", "qwen2_5_vl"]
+
+HIDDEN = 128
+LAYERS = 4
+HEADS = 4
+VISION_HIDDEN = 96
+NUM_MERGES = 700
+VOCABULARY = 1280
+"""Rows of the embedding; a little more than the tokenizer has."""
+MAX_POSITIONS = 4096
+MIN_PIXELS = 32 * 32
+MAX_PIXELS = 128 * 128
+
+
+def build_tiny_policy(out_dir: Path, *, family: Family = "qwen3_vl", seed: int = 0) -> Path:
+    """Write config, random weights (float32), tokenizer, processor and chat template."""
+    tokenizer = build_tokenizer(tokenizer_texts(), syllables=SYLLABLES, num_merges=NUM_MERGES)
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    if len(tokenizer) > VOCABULARY:
+        raise ValueError(f"tokenizer has {len(tokenizer)} tokens, the model only {VOCABULARY}")
+    torch.manual_seed(seed)
+    model = _qwen3_vl(ids) if family == "qwen3_vl" else _qwen2_5_vl(ids)
+    model.generation_config.eos_token_id = ids["<|im_end|>"]
+    model.generation_config.pad_token_id = ids["<|endoftext|>"]
+    out_dir.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out_dir)
+    _processor(family, tokenizer).save_pretrained(out_dir)
+    return out_dir
+
+
+def _special_ids(ids: dict[str, int]) -> dict[str, int]:
+    return {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+
+
+def _text_config(ids: dict[str, int]) -> dict[str, object]:
+    return {
+        "vocab_size": VOCABULARY,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 3 * HIDDEN,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": HEADS // 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "tie_word_embeddings": True,
+        "bos_token_id": ids["<|endoftext|>"],
+        "eos_token_id": ids["<|im_end|>"],
+        "pad_token_id": ids["<|endoftext|>"],
+    }
+
+
+def _qwen3_vl(ids: dict[str, int]) -> PreTrainedModel:
+    text = _text_config(ids) | {
+        "head_dim": HIDDEN // HEADS,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [8, 4, 4],
+            "mrope_interleaved": True,
+        },
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": VISION_HIDDEN,
+        "intermediate_size": 2 * VISION_HIDDEN,
+        "num_heads": 4,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **_special_ids(ids)
+    )
+    return Qwen3VLForConditionalGeneration(config)
+
+
+def _qwen2_5_vl(ids: dict[str, int]) -> PreTrainedModel:
+    text = _text_config(ids) | {
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+    }
+    vision = {
+        "depth": 2,
+        "hidden_size": VISION_HIDDEN,
+        "intermediate_size": 2 * VISION_HIDDEN,
+        "num_heads": 4,
+        "out_hidden_size": HIDDEN,
+        "patch_size": 14,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **_special_ids(ids)
+    )
+    return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def _processor(family: Family, tokenizer: object) -> Qwen3VLProcessor | Qwen2_5_VLProcessor:
+    patch = 16 if family == "qwen3_vl" else 14
+    size = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
+    options = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "size": size}
+    images = Qwen2VLImageProcessor(**options)
+    if family == "qwen3_vl":
+        return Qwen3VLProcessor(
+            image_processor=images,
+            tokenizer=tokenizer,
+            video_processor=Qwen3VLVideoProcessor(**options),
+            chat_template=CHAT_TEMPLATE,
+        )
+    return Qwen2_5_VLProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(**options),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def read_family(model_dir: Path) -> str:
+    """`model_type` of a model folder's config.json."""
+    model_type: str = json.loads((model_dir / "config.json").read_text())["model_type"]
+    return model_type
