@@ -52,6 +52,8 @@ def _line(problem: Any, content: Mapping[str, Any]) -> str:
         return f"{path}: found {found!r}, wanted a section{hint}"
     if kind in ("tuple_type", "too_short"):
         return f"{path}: found {found!r}, wanted a list of at least one value, as [a, b]"
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
     return f"{path}: found {found!r}, wanted {_wanted(problem['msg'])}"
 
 
@@ -154,6 +156,8 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
             f"algo.importance.mode: found {algo.importance.mode!r}, wanted 'off' because "
             f"learner.old_logprobs=engine leaves nothing to correct"
         )
+    if recipe.learner.offload_optimizer and recipe.learner.zero_stage == 0:
+        yield "learner.zero_stage: found 0, wanted 1 to 3 because learner.offload_optimizer=true"
     updates = recipe.learner.updates_per_batch
     trajectories = recipe.data.questions_per_step * group
     if trajectories % updates:

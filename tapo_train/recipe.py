@@ -7,12 +7,14 @@ A field name is a promise to users: a field no recipe sets is deleted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import field
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
+
+from tapo_train.algos.advantages import AdvantageKind, StdKind
+from tapo_train.credit.options import TapoOptions
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -21,12 +23,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, le=1)]
-Theta = Annotated[
-    Mapping[str, Fraction],
-    BeforeValidator(lambda value: {"default": value} if isinstance(value, int | float) else value),
-]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -86,21 +83,17 @@ class Data:
     """Text of the system turn, before the tool schemas; empty: only the schemas."""
     questions_per_step: Count = 16
     """Over all ranks; a multiple of the number of ranks."""
-    shuffle: bool = True
-    """Another order in each pass over the data; false: file order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class VllmEngine:
-    """Sampling by vLLM inside the training process."""
+    """Sampling by vLLM inside the training process, one engine per rank."""
 
     name: Literal["vllm"] = "vllm"
-    kv_cache_gib: Positive = 1.0
+    kv_cache_gib: Count = 1
     """[GiB] of KV cache on CPU; CUDA devices use gpu_memory_utilization instead."""
     gpu_memory_utilization: OpenFraction = 0.45
     """Share of the device's memory for weights and KV cache; the learner has the rest."""
-    tensor_parallel_size: Count = 1
-    """Ranks that share one engine; 1: each rank has its own."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -126,8 +119,6 @@ class Rollout:
     temperature: NonNegative = 1.0
     """Of training rollouts; 0 is greedy and leaves a group without differences. Evaluation is
     greedy whatever stands here."""
-    top_p: OpenFraction = 1.0
-    """Nucleus; below 1 the sampled distribution is no longer the trained one."""
     max_in_flight: Count = 64
     """Trajectories under way at a time on one rank."""
 
@@ -172,13 +163,12 @@ class RewardWeights:
 class Advantage:
     """From rewards to one advantage per trajectory."""
 
-    kind: Literal["grpo", "mean_only", "leave_one_out", "reinforce_pp"] = "grpo"
+    kind: AdvantageKind = "grpo"
     """grpo: (r − mean)/std of the group; mean_only: r − mean (Dr. GRPO); leave_one_out: minus
-    the mean of the others (RLOO); reinforce_pp: r − mean, over the std of the whole batch."""
-    std: Literal["unbiased", "population"] = "unbiased"
+    the mean of the others (RLOO); reinforce_pp: (r − mean)/std of the whole batch;
+    reinforce_pp_baseline: mean_only, then the same."""
+    std: StdKind = "unbiased"
     """Unbiased divides by G − 1 (verl, TRL); population by G."""
-    eps: Positive = 1e-6
-    """Added to the std; large values turn grpo into mean_only."""
     batch_renorm: bool = False
     """z-score over the batch afterwards (BN of SenseNova-MARS)."""
     drop_uniform_groups: bool = False
@@ -194,8 +184,8 @@ class GrpoLoss:
     """Ratios below 1 − clip_low get no gradient where A < 0; 1: never cut."""
     clip_high: NonNegative = 0.2
     """Ratios above 1 + clip_high get no gradient where A > 0."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
-    """Bound on the loss where A < 0, as a ratio; null: none. (verl uses 3.)"""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Ratio at which the loss is bounded where A < 0; null: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -226,8 +216,8 @@ class Kl:
 
     coef: NonNegative = 0.0
     """0: no reference policy is loaded."""
-    estimator: Literal["k1", "k2", "k3", "k3+"] = "k3"
-    """k3+: value of k3 with the gradient of k2 (straight-through)."""
+    estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
+    """A plus: value of that estimator with the gradient of k2 (straight-through)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -251,9 +241,8 @@ class Algo:
     aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = "token-mean"
-    """How per-token losses become one number, with the counts of the whole update."""
-    norm_length: Count = 16_384
-    """[tokens] divisor of seq-mean-token-sum-norm (Dr. GRPO), else unused."""
+    """How per-token losses become one number, with the counts of the whole update; the last
+    divides by rollout.max_tokens (Dr. GRPO)."""
     kl: Kl = field(default_factory=Kl)
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus; 0: entropy is not computed."""
@@ -268,52 +257,10 @@ class NoCredit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
-class TapoCredit:
-    """Credit transfer to tool steps of failing trajectories (TAPO, arXiv 2606.05784)."""
+class TapoCredit(TapoOptions):
+    """Credit transfer to tool steps of failing trajectories; the fields of `TapoOptions`."""
 
     name: Literal["tapo"] = "tapo"
-    beta: NonNegative = 0.8
-    """Strength of the transfer; 0 equals credit=none bit for bit."""
-    theta: Theta = field(default_factory=lambda: {"default": 0.7, "text_search_tool": 0.5})
-    """Least similarity, per tool, `default` for the others; one number stands for all.
-    0: any call; 1: equal calls only."""
-    alpha_min: Fraction = 0.25
-    """Least similarity × support; 0: no gate."""
-    cluster_theta: Theta | None = None
-    """Similarity that joins two reference calls into one cluster; null: theta."""
-    use_support: bool = True
-    """false: support is 1 in gate and transfer (the paper's "w/o sup.")."""
-    use_clip: bool = True
-    """false: corrected advantages may become positive (the paper's "w/o clip.")."""
-    use_sim_weight: bool = True
-    """false: similarity is 1 in the transfer, not in the gates."""
-    success_rule: Literal["both", "outcome", "advantage"] = "both"
-    """What makes a trajectory a reference or a failure: accuracy, advantage sign, or both."""
-    success_threshold: Fraction = 0.5
-    """Accuracy from which an outcome counts as correct."""
-    span: Literal["turn", "call"] = "turn"
-    """Tokens corrected: the whole turn, or the text of the call alone."""
-    turn_reduce: Literal["mean", "max", "min", "span"] = "mean"
-    """Several calls in one turn: how their transfers become the turn's; span: each call its
-    own, the thought their mean."""
-    adv_agg: Literal["mean_traj", "mean_step", "max", "min"] = "mean_traj"
-    """Reference advantage of a cluster. All equal for 0/1 rewards."""
-    match_by: Literal["sim", "sim_sup"] = "sim"
-    """Best cluster by similarity (the paper) or by similarity × support."""
-    cluster: Literal["single", "leader", "complete", "exact"] = "single"
-    """Linkage of reference calls; exact: only equal arguments."""
-    scope: Literal["group", "batch"] = "group"
-    """References from the same question, or from the whole batch (ablation)."""
-    correct_repeats: Literal["all", "first"] = "all"
-    """first: later copies of a call in one trajectory keep their advantage."""
-    correct_infra_error: bool = True
-    """Whether calls that failed outside the policy may be corrected."""
-    correct_unexecuted: bool = False
-    """Whether calls that were never executed may be corrected."""
-    require_observation_agreement: bool = False
-    """Third gate: the tool must have answered the same in both trajectories."""
-    tools: tuple[str, ...] | None = None
-    """Tools the transfer applies to; null: all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -333,18 +280,18 @@ class Learner:
 
     lr: Positive = 1e-6
     """Peak learning rate of AdamW."""
-    warmup_steps: CountOrZero = 0
-    """[updates] of linear rise from 0."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """After the warm-up; linear and cosine reach 0 at the last step."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Of AdamW."""
+    warmup_updates: CountOrZero = 0
+    """[updates] of linear rise to lr."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine reaches 0 at the last step."""
     weight_decay: NonNegative = 0.0
-    """Of AdamW, on matrices only."""
-    max_grad_norm: Positive = 1.0
-    """The gradient's norm is cut to this."""
+    """Of AdamW, decoupled."""
+    max_grad_norm: NonNegative = 1.0
+    """The gradient is scaled down to this 2-norm; 0: never."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
     """DeepSpeed: 0 shards nothing, 1 the optimizer, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the host's memory; needs zero_stage 1 or more."""
     micro_batch_tokens: Count = 16_384
     """[tokens] in one forward pass; a longer trajectory goes alone."""
     updates_per_batch: Count = 1
@@ -360,13 +307,11 @@ class Learner:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Probe:
-    """One fixed prompt scored by engine and learner after weight syncs."""
+    """One fixed prompt, scored by engine and learner after every weight sync."""
 
     tolerance: Positive = 0.05
     """[nats] largest difference of a token's log-probability; beyond it the run stops.
     float32 agrees to about 1e-5, bfloat16 to a few hundredths."""
-    every: CountOrZero = 1
-    """[steps] between probes; 0: never."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
