@@ -1,0 +1,91 @@
+"""Attention for packed sequences: each trajectory sees only itself.
+
+Registered with transformers under `PACKED`. The model's own code runs unchanged on
+one concatenated sequence; only the attention call looks at the boundaries. The
+linear layers work on all tokens at once, and no [S, S] mask is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+PACKED = "packed"
+"""Name of the attention implementation."""
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    boundaries: Sequence[int],
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within [boundaries[i], boundaries[i + 1]) for each i.
+
+    Args:
+        query: [1, heads, S, d]; key and value [1, kv heads, S, d].
+        boundaries: 0, ..., S; ascending, on the host.
+
+    Returns:
+        [1, S, heads, d], and None for the weights nobody asks for.
+    """
+    grouped = query.shape[1] != key.shape[1]
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _flash(query, key, value, boundaries, scaling, grouped), None
+    pieces = [
+        scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, start:end],
+            value[:, :, start:end],
+            dropout_p=dropout,
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=grouped,
+        )
+        for start, end in pairwise(boundaries)
+    ]
+    joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
+    return joined.transpose(1, 2), None
+
+
+def _flash(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    boundaries: Sequence[int],
+    scaling: float | None,
+    grouped: bool,
+) -> Tensor:
+    """The same in one variable-length kernel (half precision on a GPU only)."""
+    limits = torch.tensor(boundaries, dtype=torch.int32, device=query.device)
+    longest = max(end - start for start, end in pairwise(boundaries))
+    mixed = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        limits,
+        limits,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=grouped,
+    )
+    assert isinstance(mixed, Tensor)
+    return mixed[None]
+
+
+AttentionInterface.register(PACKED, packed_attention)

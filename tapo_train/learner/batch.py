@@ -1,0 +1,248 @@
+"""Trajectories with advantages -> packed micro-batches.
+
+One index frame: the trained tokens of a micro-batch are a flat vector [K]; entry k
+speaks about one token, its log-probability given everything before it. The hidden
+state that predicts token p stands at position p - 1: the shift by one happens in
+`predicting_positions` and nowhere else.
+
+    row 0   a b C D e F        C, D, F trained (capital)
+    row 1   g h I              I trained
+    packed  a b C D e F g h I  positions 0..8
+    index       1 2   4     7  where C, D, F, I are predicted
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tapo_train.errors import LearnerError
+from tapo_train.types import Image, Span, Trajectory
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingRow:
+    """One token list with the spans to learn from."""
+
+    id: str
+    tokens: npt.NDArray[np.int32]
+    """[T], image placeholders expanded."""
+    images: tuple[Image, ...]
+    """In the order of their placeholders."""
+    spans: tuple[Span, ...]
+    """What is trained: ascending, disjoint, none at position 0."""
+    advantages: Floats
+    """[K] one per trained token; weights of the tokens in supervised training."""
+    sampler_logprobs: npt.NDArray[np.float32]
+    """[K] as sampled; zeros where nobody sampled."""
+
+    def __post_init__(self) -> None:
+        start = 1
+        for span in self.spans:
+            if span.start < start or span.end < span.start or span.end > len(self.tokens):
+                raise LearnerError(
+                    f"row {self.id}: span [{span.start}, {span.end}) in {len(self.tokens)} tokens; "
+                    f"wanted ascending, disjoint spans within [{start}, {len(self.tokens)})"
+                )
+            start = span.end
+        for name in ("advantages", "sampler_logprobs"):
+            found = getattr(self, name).shape
+            if found != (self.num_trained,):
+                raise LearnerError(
+                    f"row {self.id}: {name} has shape {found}; wanted ({self.num_trained},), "
+                    "one per trained token"
+                )
+
+    @property
+    def num_trained(self) -> int:
+        """K, the number of trained tokens."""
+        return sum(len(span) for span in self.spans)
+
+    @classmethod
+    def from_turns(cls, trajectory: Trajectory, turn_advantages: npt.ArrayLike) -> TrainingRow:
+        """Every sampled token of a trajectory, with the advantage of its turn.
+
+        Args:
+            turn_advantages: [turns] one per assistant turn.
+        """
+        spans = tuple(turn.span for turn in trajectory.turns)
+        values = np.asarray(turn_advantages, dtype=np.float64)
+        if values.shape != (len(spans),):
+            raise LearnerError(
+                f"row {trajectory.id}: turn_advantages has shape {values.shape}; "
+                f"wanted ({len(spans)},), one per turn"
+            )
+        return cls(
+            id=trajectory.id,
+            tokens=trajectory.tokens,
+            images=trajectory.images,
+            spans=spans,
+            advantages=np.repeat(values, [len(span) for span in spans]),
+            sampler_logprobs=trajectory.logprobs,
+        )
+
+    @classmethod
+    def supervised(
+        cls,
+        *,
+        id: str,
+        tokens: npt.NDArray[np.int32],
+        images: tuple[Image, ...],
+        spans: tuple[Span, ...],
+        weights: Sequence[float] | None = None,
+    ) -> TrainingRow:
+        """A demonstration; `weights` holds one number per span (1 if not given)."""
+        lengths = [len(span) for span in spans]
+        values = np.ones(len(spans)) if weights is None else np.asarray(weights, dtype=np.float64)
+        if values.shape != (len(spans),):
+            raise LearnerError(
+                f"row {id}: weights has shape {values.shape}; wanted ({len(spans)},), one per span"
+            )
+        return cls(
+            id=id,
+            tokens=tokens,
+            images=images,
+            spans=spans,
+            advantages=np.repeat(values, lengths),
+            sampler_logprobs=np.zeros(sum(lengths), dtype=np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Whole trajectories, concatenated; n rows, S tokens, K trained tokens.
+
+    Pictures stay encoded here: pixels are made when the forward pass needs them.
+    """
+
+    row_ids: tuple[str, ...]
+    input_ids: Tensor
+    """[S] int64."""
+    boundaries: tuple[int, ...]
+    """[n + 1] 0, ..., S."""
+    images: tuple[tuple[Image, ...], ...]
+    """[n] the pictures of each row."""
+    trained_index: Tensor
+    """[K] int64, positions in [0, S) that predict the trained tokens."""
+    targets: Tensor
+    """[K] int64, the trained tokens."""
+    trajectory: Tensor
+    """[K] int64, 0..n-1."""
+    lengths: Tensor
+    """[n] int64, trained tokens of each row."""
+    advantages: Tensor
+    """[K] float32."""
+    sampler_logprobs: Tensor
+    """[K] float32."""
+    old_logprobs: Tensor
+    """[K] float32 at the start of the step: the sampler's, until the learner's replace them."""
+    reference_logprobs: Tensor | None = None
+    """[K] float32 of the frozen reference policy; None without a KL term."""
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """A copy whose tensors are on `device`; itself if they are there already."""
+        if self.input_ids.device == device:
+            return self
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return self.boundaries[-1]
+
+    @property
+    def num_trained(self) -> int:
+        """K."""
+        return self.targets.shape[0]
+
+    @property
+    def num_sequences(self) -> int:
+        """Rows with at least one trained token: what a mean over sequences divides by."""
+        return int((self.lengths > 0).sum())
+
+
+def predicting_positions(spans: Sequence[Span], *, offset: int = 0) -> npt.NDArray[np.int64]:
+    """[K] positions whose hidden state predicts the tokens of `spans`: p - 1 for token p.
+
+    Args:
+        offset: where the row starts in the packed sequence.
+    """
+    pieces = [np.arange(span.start, span.end) for span in spans]
+    trained = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
+    return trained + (offset - 1)
+
+
+def pack(rows: Sequence[TrainingRow], *, budget_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of at most `budget_tokens` tokens, holding every row once.
+
+    Longest rows first, each into the first micro-batch with room (first-fit decreasing,
+    at most 22 % more micro-batches than needed). A row longer than the budget gets a
+    micro-batch of its own: rows are never cut.
+    """
+    return [join([rows[i] for i in chosen]) for chosen in _first_fit(rows, budget_tokens)]
+
+
+def join(rows: Sequence[TrainingRow]) -> MicroBatch:
+    """One micro-batch of the given rows, in order; without rows an empty one."""
+    starts = [0, *accumulate(len(row.tokens) for row in rows)]
+    counts = [row.num_trained for row in rows]
+    index = _concatenate(
+        [
+            predicting_positions(row.spans, offset=start)
+            for row, start in zip(rows, starts, strict=False)
+        ],
+        np.int64,
+    )
+    tokens = _concatenate([row.tokens for row in rows], np.int64)
+    sampled = torch.from_numpy(_concatenate([row.sampler_logprobs for row in rows], np.float32))
+    return MicroBatch(
+        row_ids=tuple(row.id for row in rows),
+        input_ids=torch.from_numpy(tokens),
+        boundaries=tuple(starts),
+        images=tuple(row.images for row in rows),
+        trained_index=torch.from_numpy(index),
+        targets=torch.from_numpy(tokens[index + 1]),
+        trajectory=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
+        lengths=torch.tensor(counts, dtype=torch.int64),
+        advantages=torch.from_numpy(_concatenate([row.advantages for row in rows], np.float32)),
+        sampler_logprobs=sampled,
+        old_logprobs=sampled,
+    )
+
+
+def _first_fit(rows: Sequence[TrainingRow], budget_tokens: int) -> list[list[int]]:
+    """Row numbers of each micro-batch; ties keep the order given."""
+    if budget_tokens < 1:
+        raise LearnerError(f"budget_tokens is {budget_tokens}; wanted at least 1")
+    chosen: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens)):
+        length = len(rows[i].tokens)
+        place = next((b for b, free in enumerate(room) if length <= free), None)
+        if place is None:
+            chosen.append([])
+            room.append(budget_tokens)
+            place = len(room) - 1
+        chosen[place].append(i)
+        room[place] -= length
+    return chosen
+
+
+def _concatenate(pieces: Sequence[npt.NDArray[np.generic]], kind: type) -> npt.NDArray[np.generic]:
+    """Pieces as one vector of the given kind; without pieces an empty one."""
+    if not pieces:
+        return np.zeros(0, dtype=kind)
+    return np.concatenate(pieces).astype(kind, copy=False)

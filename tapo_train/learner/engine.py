@@ -1,0 +1,116 @@
+"""The door to DeepSpeed: nothing else in the package imports it."""
+
+from __future__ import annotations
+
+import gc
+import os
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from tapo_train.learner import distributed
+from tapo_train.learner.settings import LearnerSettings, rate_factor
+
+if not torch.cuda.is_available():
+    # Decided at import; unset, DeepSpeed searches for a card and warns.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+
+
+def start(
+    module: nn.Module, *, settings: LearnerSettings, device: torch.device
+) -> deepspeed.DeepSpeedEngine:
+    """A DeepSpeed engine around `module`, with optimizer and schedule.
+
+    The process group must be up (`distributed.init`). The caller owns the accumulation
+    of gradients: any number of `backward`, then one `step`.
+    """
+    if device.type == "cpu":
+        # An op that gloo does not need; DeepSpeed would compile it for a minute at start,
+        # fail without a compiler and hang for ever on a lock that a killed build left.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = _optimizer(parameters, settings, device)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, settings=settings))
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        model_parameters=parameters,
+        optimizer=optimizer,
+        lr_scheduler=schedule,
+        config=engine_config(settings),
+        dist_init_required=False,
+    )
+    if distributed.world_size() == 1 and settings.plain_optimizer:
+        # A sum over one rank is a copy of every gradient and back.
+        engine.enable_backward_allreduce = False
+    return engine
+
+
+def engine_config(settings: LearnerSettings) -> dict[str, Any]:
+    """DeepSpeed's configuration, as dictionary."""
+    bf16 = settings.precision == "bf16"
+    types: dict[str, Any] = {"keep_in_fp32_modules": ["rotary_emb", "rotary_pos_emb"]}
+    if bf16:
+        types["grad_accum_dtype"] = "fp32"
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        # Without a wrapper around the optimizer the policy clips: DeepSpeed would neither
+        # report the norm there nor stop at one that is not finite.
+        "gradient_clipping": 0.0 if settings.plain_optimizer else settings.max_grad_norm,
+        "bf16": {"enabled": bf16},
+        "communication_data_type": "fp32",
+        "data_types": types,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+def gathered(parameters: list[nn.Parameter], *, settings: LearnerSettings) -> Any:
+    """A context in which `parameters` are whole on every rank (ZeRO-3 shards them)."""
+    return deepspeed.zero.GatheredParameters(parameters, enabled=settings.zero_stage == 3)
+
+
+def full_size(parameter: nn.Parameter) -> int:
+    """Number of elements of a parameter, sharded or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def end_process_group() -> None:
+    """Leave the process group, if there still is one.
+
+    Call after every engine has been destroyed. Another library in the process may have
+    taken the group down before.
+    """
+    gc.collect()
+    if distributed.is_initialised():
+        deepspeed.comm.destroy_process_group()
+
+
+def _optimizer(
+    parameters: list[nn.Parameter], settings: LearnerSettings, device: torch.device
+) -> torch.optim.Optimizer:
+    """Torch's own optimizers: DeepSpeed's compile on first use."""
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        )
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        fused=not settings.offload_optimizer or device.type == "cpu",
+    )

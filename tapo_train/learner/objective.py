@@ -1,0 +1,101 @@
+"""What is minimised: per-token losses of a micro-batch's log-probabilities.
+
+Policy gradient and supervised training are two objectives of one type, so the update
+knows neither. Averages are taken elsewhere (`algos.aggregation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from tapo_train.algos.entropy import entropy_bonus
+from tapo_train.algos.importance import Correction, SampledTokens, uncorrected
+from tapo_train.algos.kl import KlKind, kl_penalty
+from tapo_train.algos.losses import LossOutput, PolicyLoss, TokenBatch
+from tapo_train.algos.metrics import pair
+from tapo_train.errors import LearnerError
+from tapo_train.learner.batch import MicroBatch
+
+Objective = Callable[[MicroBatch, Tensor, Tensor], LossOutput]
+"""(micro-batch, log-probabilities [K], entropies [K]) -> per-token loss and metrics."""
+
+
+def policy_gradient(
+    loss: PolicyLoss,
+    *,
+    correction: Correction = uncorrected,
+    kl_kind: KlKind = "k3+",
+    kl_coefficient: float = 0.0,
+    entropy_coefficient: float = 0.0,
+) -> Objective:
+    """A surrogate times the importance weights, plus KL penalty and entropy bonus.
+
+    The weights between sampler and learner multiply after the surrogate's clipping and
+    carry no gradient; the two other terms are not weighted.
+
+    Args:
+        kl_coefficient: 0 leaves the reference policy out; above 0 the micro-batches must
+            hold `reference_logprobs`.
+    """
+
+    def objective(batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> LossOutput:
+        weights = correction(_sampled(batch))
+        surrogate = loss(_tokens(batch, logprobs))
+        per_token = surrogate.per_token * weights.per_token
+        bonus = entropy_bonus(entropy, coefficient=entropy_coefficient)
+        metrics = surrogate.metrics | weights.metrics | bonus.metrics
+        if entropy_coefficient > 0:
+            per_token = per_token + bonus.per_token
+        if kl_coefficient > 0:
+            penalty = kl_penalty(
+                logprobs, _reference(batch), kind=kl_kind, coefficient=kl_coefficient
+            )
+            per_token = per_token + penalty.per_token
+            metrics |= penalty.metrics
+        return LossOutput(per_token=per_token, metrics=metrics)
+
+    return objective
+
+
+def supervised(batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> LossOutput:
+    """Weighted negative log-likelihood: -weight log p(token).
+
+    `advantages` of the rows are the weights. Metrics are unweighted.
+    """
+    return LossOutput(
+        per_token=-logprobs * batch.advantages,
+        metrics={
+            "supervised/nll": pair(-logprobs),
+            "supervised/entropy": pair(entropy),
+        },
+    )
+
+
+def _tokens(batch: MicroBatch, logprobs: Tensor) -> TokenBatch:
+    return TokenBatch(
+        logprobs=logprobs,
+        old_logprobs=batch.old_logprobs,
+        advantages=batch.advantages,
+        trajectory=batch.trajectory,
+        lengths=batch.lengths,
+    )
+
+
+def _sampled(batch: MicroBatch) -> SampledTokens:
+    return SampledTokens(
+        learner_logprobs=batch.old_logprobs,
+        sampler_logprobs=batch.sampler_logprobs,
+        trajectory=batch.trajectory,
+        num_trajectories=len(batch.row_ids),
+    )
+
+
+def _reference(batch: MicroBatch) -> Tensor:
+    if batch.reference_logprobs is None:
+        raise LearnerError(
+            f"micro-batch of {batch.row_ids[0]} and others has no reference_logprobs; a KL "
+            "penalty wants the reference policy's log-probabilities"
+        )
+    return batch.reference_logprobs
