@@ -150,8 +150,8 @@ def _as_hydra(text: str, path: Path) -> str:
         raise ConfigError(f"{key}: found {override.value()!r}, wanted one of {', '.join(choices)}")
     if "defaults" not in OmegaConf.load(path):
         raise ConfigError(
-            f"override {text!r}: recipe {path} has no defaults list, as resolved recipes have none; "
-            f"wanted the recipe it was made from"
+            f"override {text!r}: recipe {path} has no defaults list (resolved recipes have none), "
+            f"so no group to choose; wanted the recipe it was made from"
         )
     return text
 

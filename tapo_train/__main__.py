@@ -1,0 +1,125 @@
+"""The command line: `python -m tapo_train COMMAND …`.
+
+Each command lives in the module that does the work, which is imported only when its turn
+comes: `--help`, `world` and `analyze` start without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tapo_train.errors import ConfigError, TapoError
+
+EXIT_REFUSED = 2
+"""The input is wrong or the work cannot go on; one message says why."""
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A subcommand: `module.main(argv)` does it."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command(
+        module="tapo_train.commands.train",
+        summary="train a policy with a recipe; resumes by itself",
+    ),
+    "eval": Command(
+        module="tapo_train.commands.evaluate",
+        summary="accuracy of a policy on a task file, with a confidence interval",
+    ),
+    "sft": Command(
+        module="tapo_train.commands.sft",
+        summary="supervised warm start on demonstrations, same learner",
+    ),
+    "world": Command(
+        module="tapo_train.world.build",
+        summary="write an offline search world: questions, pictures, corpus, image index",
+    ),
+    "analyze": Command(
+        module="tapo_train.credit.analyze",
+        summary="run the credit stage alone on dumped rollouts of any framework",
+    ),
+    "export": Command(
+        module="tapo_train.learner.export",
+        summary="write a checkpoint as a Hugging Face folder",
+    ),
+    "doctor": Command(
+        module="tapo_train.doctor",
+        summary="check this machine's set-up and say how to mend what fails",
+    ),
+}
+
+_COMMAND_LINES = "\n".join(f"  {name:<9}{item.summary}" for name, item in COMMANDS.items())
+USAGE = f"""\
+usage: python -m tapo_train COMMAND …     (COMMAND --help says more)
+       torchrun --nproc-per-node N -m tapo_train train RECIPE …
+
+{_COMMAND_LINES}
+
+examples:
+  python -m tapo_train doctor
+  python -m tapo_train world --seed 1 --out runs/world
+  python -m tapo_train train recipes/demo_cpu.yaml --dry-run
+  torchrun --nproc-per-node 2 -m tapo_train train recipes/demo_cpu.yaml algo/loss=gspo credit=none
+  python -m tapo_train eval --model runs/demo/export --tasks runs/world/test.jsonl
+
+options:
+  --debug   show the traceback of an error, not only its message
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Returns:
+        The exit code: 0 done, 1 checks failed (doctor), 2 refused, 130 interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    is_debug = "--debug" in arguments
+    if is_debug:
+        arguments.remove("--debug")
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(USAGE, end="")
+        return 0 if arguments else EXIT_REFUSED
+    try:
+        return _dispatch(arguments)
+    except TapoError as error:
+        if is_debug:
+            traceback.print_exc()
+        _report(error)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise ConfigError(f"unknown command {name!r}; wanted one of {', '.join(COMMANDS)}")
+    module = importlib.import_module(COMMANDS[name].module)
+    code: int | None = module.main(rest)
+    return code or 0
+
+
+def _report(error: TapoError) -> None:
+    """One message. Every rank finds the same fault in a recipe: only the first says so."""
+    rank = os.environ.get("RANK", "0")
+    if isinstance(error, ConfigError) and rank != "0":
+        return
+    where = "" if "RANK" not in os.environ else f"rank {rank}: "
+    print(f"{where}error: {error}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""`eval`: accuracy of a policy on a task file."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from tapo_train.commands.recipe_arguments import OVERRIDES_HELP
+from tapo_train.config import load_recipe
+from tapo_train.errors import ConfigError
+
+DESCRIPTION = """\
+Ask a policy every question of a task file, greedily, and print its accuracy with a 95 %
+confidence interval.
+
+Prompt, tools and limits are those the policy was trained with: the recipe.yaml in its folder,
+unless --recipe says another. Where the task file's folder holds a corpus.jsonl or an
+image_index.jsonl, the search tools use these.
+"""
+
+_INDEXES = {"tools.corpus": "corpus.jsonl", "tools.image_index": "image_index.jsonl"}
+
+
+def main(argv: Sequence[str]) -> None:
+    """Evaluate and print."""
+    arguments = _parser().parse_intermixed_args(argv)
+    model, tasks = Path(arguments.model), Path(arguments.tasks)
+    path = Path(arguments.recipe) if arguments.recipe else model / "recipe.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"eval: {path} does not exist, so prompt and tools are unknown; wanted --recipe FILE"
+        )
+    if not tasks.exists():
+        raise ConfigError(f"eval: --tasks {tasks} does not exist; wanted a task file")
+    recipe = load_recipe(path, eval_overrides(model, tasks, arguments.overrides))
+
+    from tapo_train import build  # loads torch and vllm
+
+    out = Path(arguments.out) if arguments.out else None
+    print(build.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out))
+
+
+def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[str]:
+    """The user's overrides, after those that model and task file bring along."""
+    folder = tasks if tasks.is_dir() else tasks.parent
+    found = {key: folder / name for key, name in _INDEXES.items() if (folder / name).is_file()}
+    implied = {"model.path": model, **found}
+    return [*(f"{key}='{value}'" for key, value in implied.items()), *overrides]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tapo_train eval",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--tasks", required=True, metavar="FILE", help="jsonl, parquet or json")
+    parser.add_argument("--recipe", metavar="FILE", help="default: recipe.yaml in the model folder")
+    parser.add_argument(
+        "--questions", type=int, default=0, metavar="N", help="ask only the first N; 0: all"
+    )
+    parser.add_argument("--out", metavar="FILE", help="write the trajectories (jsonl) there")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    return parser

@@ -1,0 +1,43 @@
+"""What `train` and `sft` share: a recipe, overrides, and the dry run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+
+from tapo_train.config import Recipe, batch_arithmetic, load_recipe, to_yaml
+
+OVERRIDES_HELP = (
+    "dotted.path=value or group=choice, for instance learner.lr=1e-5, algo/loss=gspo, "
+    "credit=none; unknown keys and values out of range are refused"
+)
+
+
+def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
+    """`RECIPE [override …] [--dry-run]`."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m tapo_train {command}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", help="a YAML file, for instance recipes/demo_cpu.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe and the batch arithmetic, start nothing",
+    )
+    return parser
+
+
+def read_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Recipe | None:
+    """The checked recipe, or None after a dry run."""
+    arguments = parser.parse_intermixed_args(argv)
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    arithmetic = batch_arithmetic(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    if not arguments.dry_run:
+        return recipe
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{to_yaml(recipe)}\n# {arithmetic}")
+    return None

@@ -1,0 +1,21 @@
+"""`sft`: the supervised warm start."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser
+
+DESCRIPTION = """\
+Train a policy to imitate demonstrations (sft.demonstrations), with the same learner and the same
+batches as `train`, so that reinforcement learning starts from one that knows the format.
+"""
+
+
+def main(argv: Sequence[str]) -> None:
+    """Train on demonstrations, unless it is a dry run."""
+    recipe = read_recipe(recipe_parser("sft", DESCRIPTION), argv)
+    if recipe is not None:
+        from tapo_train import build  # loads torch and deepspeed
+
+        build.sft(recipe)
