@@ -33,7 +33,7 @@ def tokenizer_texts() -> Iterator[str]:
     houses = make_houses(seed, counts={"train": 40, "validation": 10, "test": 10})
     questions = make_questions(seed, houses, split="train", count=200)
     texts = [question.text for question in questions]
-    texts += [document.text for document in make_corpus(seed, houses)]
+    texts += [f"{entry.title}: {entry.text}" for entry in make_corpus(seed, houses)]
     texts += [phrase for q in questions for phrase in sample_phrases(q, random.Random(q.id))]
     texts += [SYSTEM_PROMPT, *(json.dumps(schema) for schema in _schemas())] * 20
     texts += [_GENERAL] * 3

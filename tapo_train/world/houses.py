@@ -74,19 +74,25 @@ def make_corpus(seed: int, houses: list[House], *, rumour_rate: float = 0.15) ->
     longer than the fact, so BM25 ranks them below it, but they do appear.
     """
     rng = random.Random(f"corpus/{seed}")
-    texts: list[str] = []
+    entries: list[tuple[str, str]] = []
     for house in houses:
         for key, value in (house.attributes | house.relations).items():
-            texts.append(rng.choice(FACT_TEMPLATES).format(key=key, name=house.name, value=value))
+            fact = rng.choice(FACT_TEMPLATES).format(key=key, name=house.name, value=value)
+            entries.append((house.name, fact))
             if key in house.attributes and rng.random() < rumour_rate:
                 wrong = _draw_other_value(key, value, rng)
-                texts.append(RUMOUR_TEMPLATE.format(key=key, name=house.name, value=wrong))
+                rumour = RUMOUR_TEMPLATE.format(key=key, name=house.name, value=wrong)
+                entries.append(("Market talk", rumour))
     metals, beasts, trades = (CLOSED_ATTRIBUTES[key] for key in ("metal", "beast", "trade"))
     for template in FILLER_DOCUMENTS:
         (a, b), (d, e) = rng.sample(trades, 2), rng.sample(beasts, 2)
-        texts.append(template.format(a=a, b=b, c=rng.choice(metals), d=d, e=e))
-    rng.shuffle(texts)
-    return [Document(id=f"d{i}", title="", text=text) for i, text in enumerate(texts)]
+        lore = template.format(a=a, b=b, c=rng.choice(metals), d=d, e=e)
+        entries.append(("Lore", lore))
+    rng.shuffle(entries)
+    return [
+        Document(id=f"d{number}", title=title, text=text)
+        for number, (title, text) in enumerate(entries)
+    ]
 
 
 def _draw_other_value(key: str, value: str, rng: random.Random) -> str:

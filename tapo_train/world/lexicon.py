@@ -41,11 +41,11 @@ ATTRIBUTES: tuple[str, ...] = (*OPEN_ATTRIBUTES, *CLOSED_ATTRIBUTES)
 RELATIONS: tuple[str, ...] = ("rival", "ally")
 
 FACT_TEMPLATES: tuple[str, ...] = (
-    "The {key} of {name} is {value}.",
-    "Records say the {key} of {name} is {value}.",
+    "the {key} of {name} is {value}.",
+    "records say the {key} of {name} is {value}.",
 )
 RUMOUR_TEMPLATE = (
-    "Some travellers at the old market still claim that the {key} of {name} was {value}, "
+    "some travellers at the old market still claim that the {key} of {name} was {value}, "
     "but nobody ever found proof of it."
 )
 FILLER_DOCUMENTS: tuple[str, ...] = (

@@ -1,0 +1,106 @@
+"""Play scripted demonstrations against the real tools and keep them as training rows.
+
+The prompts, observations and pictures come from the same code as in a rollout, so
+a warm-started policy meets exactly the tokens it was trained on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tapo_train.data.tasks import load_tasks
+from tapo_train.errors import DataError
+from tapo_train.learner.batch import TrainingRow
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.parse import parse_turn
+from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.types import Span, Task
+from tapo_train.world.demonstrations import Faults, Script, demonstrate
+from tapo_train.world.questions import Question
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demonstration:
+    """One recorded attempt: its training row and the answer it ended with."""
+
+    row: TrainingRow
+    answer: str
+
+
+class Demonstrator:
+    """Records demonstrations over the tasks of one world."""
+
+    def __init__(
+        self, chat: ChatFormat, toolbox: Toolbox, *, system_prompt: str, faults: Faults
+    ) -> None:
+        self._chat = chat
+        self._toolbox = toolbox
+        self._system_prompt = system_prompt
+        self._schemas = toolbox.schemas()
+        self._faults = faults
+
+    def record(self, tasks: Sequence[Task], *, seed: int) -> Iterator[Demonstration]:
+        """One demonstration per task; the same seed gives the same ones."""
+        with asyncio.Runner() as runner:
+            for task in tasks:
+                rng = random.Random(f"demonstration/{seed}/{task.id}")
+                script = demonstrate(question_of(task), rng, faults=self._faults)
+                yield runner.run(self._play(task, script))
+
+    async def _play(self, task: Task, script: Script) -> Demonstration:
+        parts = [
+            self._chat.prompt(
+                task, system_prompt=self._system_prompt, tool_schemas=self._schemas
+            )
+        ]
+        images, spans, length = task.images, list[Span](), len(parts[0])
+        text = next(script)
+        while True:
+            turn = self._chat.assistant(text)
+            parts.append(turn)
+            spans.append(Span(start=length, end=length + len(turn)))
+            parsed = parse_turn(text)
+            if not parsed.calls:
+                break
+            call = parsed.calls[0]
+            context = ToolContext(images=images, task=task)
+            seen = await self._toolbox.execute(call.name, call.arguments, context)
+            parts.append(self._chat.observation([seen]))
+            images += seen.images
+            length = sum(len(part) for part in parts)
+            text = script.send(seen)
+        row = TrainingRow.supervised(
+            id=task.id, tokens=np.concatenate(parts), images=images, spans=tuple(spans)
+        )
+        return Demonstration(row=row, answer=parsed.answer or "")
+
+
+def load_world_tasks(world: Path, split: str) -> list[Task]:
+    """Tasks of one split of a world folder."""
+    return load_tasks(world / f"{split}.jsonl")
+
+
+def question_of(task: Task) -> Question:
+    """The scripted view of a world task; DataError for a task of another origin."""
+    try:
+        about = task.metadata["world"]
+        return Question(
+            id=task.id,
+            text=task.question,
+            answer=task.answers[0],
+            panels=tuple((str(colour), str(name)) for colour, name in about["panels"]),
+            target=int(about["target"]),
+            key=str(about["key"]),
+            relation=about["relation"],
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"task {task.id}: {type(error).__name__}: {error}; "
+            "demonstrations need tasks that `world` wrote"
+        ) from error
