@@ -1,0 +1,65 @@
+"""The credit seam: objects that turn scalar advantages into per-turn ones."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from tapo_train.credit.actions import Reader
+from tapo_train.credit.diagnostics import finish, tally
+from tapo_train.credit.options import TapoOptions
+from tapo_train.credit.result import CreditResult, StepRecord, unchanged
+from tapo_train.credit.steps import CreditRow
+from tapo_train.credit.tapo import correct_row, judge, plain_row
+
+
+class CreditAssigner(Protocol):
+    """Advantages of every turn of every row, from the rows of whole groups.
+
+    Called once per rollout batch on the rank that holds the groups, before mini-batches are
+    cut. Deterministic, in float64, without gradients. It takes rows and gives a result of
+    another type, so that it cannot be applied twice by accident.
+    """
+
+    def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
+        """Assign credit; raises `CreditError` on impossible rows."""
+        ...
+
+
+class NoTransfer:
+    """The baseline: every turn keeps its trajectory's advantage."""
+
+    def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
+        return CreditResult(
+            step_advantages=[unchanged(row.advantage, row.num_turns) for row in rows],
+            call_advantages=[()] * len(rows),
+            steps=[tuple(StepRecord(s.turn, row.advantage) for s in row.steps) for row in rows],
+            metrics={},
+        )
+
+
+class Tapo:
+    """Tool-aware credit transfer (arXiv 2606.05784); see `tapo_train.credit.tapo`."""
+
+    def __init__(self, options: TapoOptions) -> None:
+        self.options = options
+        self._reader = Reader(options)
+
+    def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
+        start = time.perf_counter()
+        judgement = judge(rows, self.options, self._reader)
+        corrected = {
+            i: correct_row(rows[i], calls, self.options) for i, calls in judgement.by_row.items()
+        }
+        all_rows = [corrected.get(i) or plain_row(row) for i, row in enumerate(rows)]
+        sums = tally(rows, judgement, corrected, audit=self.options.audit)
+        metrics = finish(sums)
+        metrics["tapo/time_s"] = time.perf_counter() - start
+        return CreditResult(
+            step_advantages=[row.turns for row in all_rows],
+            call_advantages=[row.calls for row in all_rows],
+            steps=[row.steps for row in all_rows],
+            metrics=metrics,
+            sums=sums,
+        )

@@ -1,0 +1,90 @@
+"""What a credit assigner returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from tapo_train.types import Span, Trajectory
+
+Floats = npt.NDArray[np.float64]
+
+
+class StepRecord(NamedTuple):
+    """What happened to one tool step. Of a step with several calls, the best call's numbers:
+    highest transfer, then highest similarity."""
+
+    turn: int
+    advantage: float
+    """After the correction."""
+    eligible: bool = False
+    """A valid tool step of a failing trajectory."""
+    theta: bool = False
+    """Some call's best cluster is at least theta similar."""
+    alpha: bool = False
+    """Some call's similarity x support reaches alpha_min."""
+    matched: bool = False
+    """Some call passed every gate."""
+    similarity: float | None = None
+    """To the best cluster; None where no success used the tool."""
+    support: float | None = None
+    reference_advantage: float | None = None
+    transfer: float = 0.0
+    """Reduced over the calls of the step, before beta."""
+    clipped: bool = False
+    """Cut at zero."""
+
+
+class CallAdvantage(NamedTuple):
+    """An advantage of the tokens of one `<tool_call>…</tool_call>`, instead of its turn's."""
+
+    turn: int
+    call: int
+    """0-based among all calls of the turn."""
+    advantage: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditResult:
+    """Advantages after credit assignment, row by row as the rows came in."""
+
+    step_advantages: list[Floats]
+    """Per row [num_turns] float64: the advantage of every turn's tokens."""
+    call_advantages: list[tuple[CallAdvantage, ...]]
+    """Per row: exceptions for the tokens of single calls; usually empty."""
+    steps: list[tuple[StepRecord, ...]]
+    """Per row, one record per tool step."""
+    metrics: dict[str, float]
+    """Finished diagnostics of these rows alone."""
+    sums: Mapping[str, float] = field(default_factory=dict)
+    """The additive counts behind `metrics`: sum over ranks, then `diagnostics.finish`."""
+
+
+def unchanged(advantage: float, num_turns: int) -> Floats:
+    """The same advantage for every turn."""
+    return np.full(num_turns, advantage, dtype=np.float64)
+
+
+def token_advantages(
+    trajectory: Trajectory, turns: Floats, calls: Sequence[CallAdvantage] = ()
+) -> Floats:
+    """[K] float64 advantages of the sampled tokens of a trajectory, in order.
+
+    Every token of a turn (thought, calls, end token) has the turn's advantage, except the
+    tokens of calls that have their own. Spans are clipped to the kept tokens; a call without a
+    recorded span has no tokens of its own.
+    """
+    kept = len(trajectory.tokens)
+    dense = np.zeros(kept, dtype=np.float64)
+    for turn, advantage in zip(trajectory.turns, turns, strict=True):
+        dense[turn.span.start : turn.span.end] = advantage
+    for call in calls:
+        span: Span | None = trajectory.turns[call.turn].calls[call.call].span
+        if span is not None:
+            dense[span.start : span.end] = call.advantage
+    parts = [dense[turn.span.start : turn.span.end] for turn in trajectory.turns]
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float64)

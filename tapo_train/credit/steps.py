@@ -1,0 +1,128 @@
+"""What the credit stage sees of a rollout: rows, tool steps, calls.
+
+A `CreditRow` is one trajectory, a `CreditStep` one assistant turn with at least one tool
+call, a `CreditCall` one call. No tokens, no pixels, no tensors: pictures are names
+(`ImageRef`), observations are text. The same rows come from a live `Trajectory` and from a
+JSONL file of another framework.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from tapo_train.types import Image, ImageRef, Outcome, ToolCall, Trajectory
+
+Status = Literal["ok", "model_error", "infra_error"]
+"""Who is to blame for the end of a call: nobody, the policy, the world around it."""
+
+STATUSES: tuple[Status, ...] = ("ok", "model_error", "infra_error")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditCall:
+    """One tool call, as the policy asked for it and as the tool answered."""
+
+    name: str
+    arguments: Any = None
+    """The JSON value under `arguments`: an object; None means {}; a string is parsed once."""
+    valid: bool = True
+    """Parsed, known tool, arguments of legal type and range."""
+    executed: bool = True
+    status: Status = "ok"
+    observation: str | None = None
+    """Text of the answer, for the determinism audit; None if not recorded."""
+    observation_images: tuple[str, ...] = ()
+    """Content ids of the pictures of the answer, in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditStep:
+    """One assistant turn with at least one call."""
+
+    turn: int
+    """0-based among all assistant turns of the trajectory."""
+    calls: tuple[CreditCall, ...]
+    num_images: int = 1
+    """Length of the picture registry when the turn was sampled: what an index meant."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditRow:
+    """One trajectory."""
+
+    id: str
+    group: str
+    """The question; all attempts at it share this."""
+    correct: float
+    """Outcome correctness in [0, 1], without format or tool bonuses."""
+    advantage: float
+    """Scalar group-relative advantage, after any renormalisation over the batch."""
+    num_turns: int
+    """All assistant turns, those without a tool call included."""
+    steps: tuple[CreditStep, ...] = ()
+    images: tuple[ImageRef, ...] = ()
+    """Registry in the order the policy indexes it; grows during the rollout."""
+    num_input_images: int = 0
+    """The first so many of `images` belong to the question."""
+    image_sizes: tuple[tuple[float, float], ...] = ()
+    """(width, height) [px] per picture; only needed where boxes are in pixels."""
+    discarded: bool = False
+    """Takes no part in the loss: its calls are ignored; it counts as a success if it is one."""
+
+
+def status_of(outcome: Outcome) -> Status:
+    """Fold the tool outcomes into the three cases that credit distinguishes."""
+    if outcome is Outcome.OK:
+        return "ok"
+    if outcome is Outcome.MODEL_ERROR:
+        return "model_error"
+    return "infra_error"
+
+
+def _call(call: ToolCall) -> CreditCall:
+    observation = call.observation
+    return CreditCall(
+        name=call.name,
+        arguments=call.arguments,
+        # Unreadable arguments are None in a trajectory, and None means {} in a row.
+        valid=call.valid and call.arguments is not None,
+        executed=call.executed,
+        status=status_of(call.outcome),
+        observation=None if observation is None else observation.text,
+        observation_images=() if observation is None else _content(observation.images),
+    )
+
+
+def _content(images: tuple[Image, ...]) -> tuple[str, ...]:
+    return tuple(image.sha256 for image in images)
+
+
+def from_trajectory(trajectory: Trajectory, advantage: float) -> CreditRow:
+    """The row of a scored trajectory.
+
+    Args:
+        trajectory: must carry a reward (raises `TapoError` otherwise).
+        advantage: its scalar group-relative advantage.
+    """
+    steps = tuple(
+        CreditStep(
+            turn=turn.index,
+            calls=tuple(_call(call) for call in turn.calls),
+            num_images=turn.num_images_before,
+        )
+        for turn in trajectory.turns
+        if turn.calls
+    )
+    return CreditRow(
+        id=trajectory.id,
+        group=trajectory.task.id,
+        correct=trajectory.scored().accuracy,
+        advantage=float(advantage),
+        num_turns=len(trajectory.turns),
+        steps=steps,
+        images=tuple(image.ref for image in trajectory.images),
+        num_input_images=len(trajectory.task.images),
+        image_sizes=tuple((image.width, image.height) for image in trajectory.images),
+        discarded=trajectory.failed_outside_policy,
+    )

@@ -1,0 +1,70 @@
+"""Text normalisation: when two queries ask for the same thing."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from functools import lru_cache
+
+ARTICLES = frozenset({"a", "an", "the"})
+
+_ASCII_WORD = re.compile(r"[a-z0-9]+")
+
+# Scripts written without blanks between words: each character is a token.
+_CJK = re.compile(
+    "([\u3040-\u30ff"  # kana
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"  # ideographs
+    "\uac00-\ud7af"  # hangul
+    "\U00020000-\U0003134f])"  # ideographs beyond the basic plane
+)
+
+_VERBATIM = "\0"
+"""Marks the stand-in token of a text without tokens; no real token holds a NUL."""
+
+
+def _spaced(text: str) -> str:
+    """Letters, marks and numbers stay, all else becomes a blank; CJK stands alone."""
+    kept = "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text)
+    return _CJK.sub(r" \1 ", kept)
+
+
+def words(text: str) -> list[str]:
+    """Normalised tokens in order: NFKC, case-folded, no punctuation, no articles, CJK split.
+
+    >>> words("The height of Eiffel-Tower?")
+    ['height', 'of', 'eiffel', 'tower']
+    """
+    if text.isascii():
+        found = _ASCII_WORD.findall(text.lower())
+    else:
+        folded = unicodedata.normalize("NFKC", text).casefold()
+        # Case folding can undo the composition; a second pass settles it.
+        found = _spaced(unicodedata.normalize("NFKC", folded)).split()
+    return [word for word in found if word not in ARTICLES]
+
+
+@lru_cache(maxsize=8192)
+def token_set(text: str) -> frozenset[str]:
+    """The set of `words`; of a text without any, one stand-in token that is the text itself.
+
+    The stand-in makes the Jaccard index of two such texts 1 if they are equal after trimming
+    and case folding and 0 otherwise, without a special case.
+    """
+    return frozenset(words(text)) or frozenset({_VERBATIM + text.strip().casefold()})
+
+
+@lru_cache(maxsize=8192)
+def trigram_set(text: str) -> frozenset[str]:
+    """Character 3-grams of the normalised text, with a border of one blank."""
+    joined = " ".join(words(text))
+    if not joined:
+        return token_set(text)
+    padded = f" {joined} "
+    return frozenset(padded[i : i + 3] for i in range(len(padded) - 2))
+
+
+def jaccard(left: frozenset[str], right: frozenset[str]) -> float:
+    """|A and B| / |A or B|; 1 for two empty sets."""
+    common = len(left & right)
+    total = len(left) + len(right) - common
+    return common / total if total else 1.0
