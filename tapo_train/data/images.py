@@ -20,7 +20,7 @@ from PIL import Image as Pillow
 from tapo_train.errors import DataError
 from tapo_train.types import Image, ImageRef
 
-__all__ = ["FORMATS", "ImageLimits", "ImageStore", "read_image"]
+__all__ = ["FORMATS", "ImageLimits", "ImageStore", "extension", "read_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders Pillow may try; everything else is refused by name."""
@@ -145,3 +145,10 @@ def resolve_inside(root: Path, name: str, *, where: str) -> Path:
             f"wanted a path relative to {base} that stays inside it"
         )
     return path
+
+
+def extension(data: bytes) -> str:
+    """File name ending for encoded bytes, from their magic number."""
+    if data.startswith(b"\x89PNG"):
+        return ".png"
+    return ".jpg" if data.startswith(b"\xff\xd8") else ".webp"

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tapo_train.data.images import ImageStore
+from tapo_train.data.images import ImageStore, extension
 from tapo_train.data.rows import (
     IMAGE_PLACEHOLDER,
     Row,
@@ -119,10 +119,3 @@ def _write_images(images: Iterable[Image], path: Path, folder: str) -> dict[str,
         (path.parent / name).write_bytes(image.data)
         names[image.sha256] = name
     return names
-
-
-def extension(data: bytes) -> str:
-    """File name ending for encoded bytes, from their magic number."""
-    if data.startswith(b"\x89PNG"):
-        return ".png"
-    return ".jpg" if data.startswith(b"\xff\xd8") else ".webp"

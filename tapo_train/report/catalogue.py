@@ -1,0 +1,133 @@
+"""Every metric a run may log, and what it means in one line.
+
+A name is `group/quantity`, with the unit as its ending where it has one. `<…>` stands
+for any word (a tool, an outcome). "Share" means a fraction in [0, 1]; means are over
+the step's trajectories on all ranks unless something else is said. A name that is not
+here is a mistake: `require_known` finds it, and the tests of the trainer call it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from functools import cache
+
+from tapo_train.errors import TapoError
+
+__all__ = ["METRICS", "meaning_of", "require_known"]
+
+METRICS: dict[str, str] = {
+    # reward
+    "reward/mean": "total reward",
+    "reward/std": "population standard deviation of the total reward over the batch",
+    "reward/accuracy": "outcome correctness, without format or tool bonuses",
+    "reward/format": "share of trajectories that keep to the agreed form",
+    "reward/part/<part>": "any other named part of the reward, unweighted",
+    # rollout
+    "rollout/trajectories": "number of trajectories sampled",
+    "rollout/failed_outside_policy": "share that left loss and baseline",
+    "rollout/turns": "assistant turns per trajectory",
+    "rollout/calls": "tool calls per trajectory",
+    "rollout/call_rate": "share of trajectories with at least one executed tool call",
+    "rollout/calls/<tool>": "calls of this tool per trajectory",
+    "rollout/outcome/<outcome>": "share of tool calls that ended so",
+    "rollout/stop/<reason>": "share of trajectories that ended for this reason",
+    "rollout/tokens": "tokens per trajectory, observations and image tokens included",
+    "rollout/trained_tokens": "sampled tokens per trajectory",
+    "rollout/cached_share": "share of prompt tokens the engine had in its prefix cache",
+    "rollout/tool_latency_s": "[s] per tool call",
+    # advantage
+    "advantage/abs": "mean of |advantage| over trajectories",
+    "advantage/uniform_groups": "share of groups whose rewards are all equal",
+    # policy and update
+    "policy/loss": "the aggregated surrogate with its penalties",
+    "policy/entropy": "[nat] entropy per trained token",
+    "policy/ref_kl": "[nat] KL estimate to the reference policy per trained token",
+    "policy/kl": "[nat] k3 estimate between old and new policy per trained token",
+    "policy/ratio_minus_one": "mean of the probability ratio, minus one",
+    "policy/clip_high": "share of trained tokens held by the upper clip",
+    "policy/clip_low": "share of trained tokens held by the lower clip",
+    "policy/clip_dual": "share of trained tokens held by the dual clip",
+    "policy/gate_weight": "mean gradient weight of SAPO's soft gate",
+    "policy/grad_norm": "gradient norm before clipping, mean over updates",
+    "policy/lr": "learning rate of the last update",
+    "policy/updates": "optimizer updates of the step",
+    "policy/micro_batches": "micro-batches of the step on one rank",
+    "policy/trained_tokens": "trained tokens of the step over all ranks",
+    # sampler against learner
+    "mismatch/k1": "[nat] k1 estimate of KL(sampler, learner) per trained token",
+    "mismatch/k3": "[nat] k3 estimate of the same",
+    "mismatch/abs_logprob_diff": "[nat] mean |log-probability difference|",
+    "importance/weight": "mean importance weight after the correction",
+    "importance/weight_squared": "mean of its square; 1/this is the relative sample size",
+    "importance/changed": "share of weights that were truncated or masked",
+    "probe/max_abs_diff": "[nat] largest |engine - learner| log-probability of the probe",
+    # credit
+    "tapo/frac_fail_traj_corrected": "failing trajectories with a corrected step, of all failing",
+    "tapo/frac_fail_traj_corrected_mixed": "the same in groups with a success",
+    "tapo/frac_fail_steps_corrected": "corrected steps, of failing trajectories' tool steps",
+    "tapo/frac_fail_steps_corrected_mixed": "the same in groups with a success",
+    "tapo/frac_fail_traj_theta": "as frac_fail_traj_corrected, by the similarity gate alone",
+    "tapo/frac_fail_traj_theta_mixed": "the same in groups with a success",
+    "tapo/frac_fail_steps_theta": "as frac_fail_steps_corrected, by the similarity gate alone",
+    "tapo/frac_fail_steps_theta_mixed": "the same in groups with a success",
+    "tapo/sim_mean": "similarity to the matched cluster, over corrected steps",
+    "tapo/sup_mean": "support of the matched cluster, over corrected steps",
+    "tapo/F_mean": "reference advantage, over corrected steps",
+    "tapo/clip_frac": "share of corrected steps cut at zero",
+    "tapo/delta_adv_mean": "mean change of the advantage, over corrected steps",
+    "tapo/n_clusters": "clusters of reference calls in the batch",
+    "tapo/cluster_size_mean": "calls per cluster",
+    "tapo/by_tool/<tool>/matched": "failing steps of this tool that reached a cluster",
+    "tapo/by_tool/<tool>/corrected": "those whose advantage changed",
+    "tapo/by_tool/<tool>/total": "eligible failing steps of this tool",
+    "tapo/time_s": "[s] in the credit stage",
+    "tapo/time_frac": "share of the step's time",
+    "credit/observation_agreement": "share of matched pairs whose observations are equivalent",
+    "credit/turn_gap": "mean |turn of the failing step - mean turn of its cluster|",
+    "credit/novelty_gap": "share of corrected steps that repeat an observation",
+    # evaluation
+    "eval/accuracy": "share of validation questions answered correctly, greedy",
+    "eval/accuracy_low": "lower end of its 95 % Wilson interval",
+    "eval/accuracy_high": "upper end of its 95 % Wilson interval",
+    "eval/questions": "validation questions asked",
+    "eval/format": "share of validation trajectories that keep to the agreed form",
+    "eval/calls": "tool calls per validation trajectory",
+    "eval/turns": "assistant turns per validation trajectory",
+    # cost
+    "time/step_s": "[s] wall time of the step",
+    "time/<stage>_s": "[s] wall time of this stage of the step",
+    "throughput/tokens_per_s": "tokens of all trajectories per second of the step, all ranks",
+    "throughput/sampled_tokens_per_s": "sampled tokens per second of the rollout, all ranks",
+    "memory/rss_gib": "[GiB] resident memory of rank 0",
+    "memory/device_gib": "[GiB] peak device memory of rank 0",
+}
+
+
+@cache
+def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
+    return tuple(
+        (re.compile(re.sub("<[a-z]+>", "[A-Za-z0-9_.-]+", name)), name)
+        for name in METRICS
+        if "<" in name
+    )
+
+
+def meaning_of(name: str) -> str | None:
+    """The line about `name`; None if no run may log it. Exact names go before patterns."""
+    if "<" not in name and name in METRICS:
+        return METRICS[name]
+    for pattern, key in _patterns():
+        if pattern.fullmatch(name):
+            return METRICS[key]
+    return None
+
+
+def require_known(names: Iterable[str]) -> None:
+    """Raise TapoError if the catalogue lacks one of `names`."""
+    unknown = sorted(name for name in names if meaning_of(name) is None)
+    if unknown:
+        raise TapoError(
+            f"metrics {unknown} are not in the catalogue; "
+            "add them to tapo_train/report/catalogue.py with their meaning"
+        )
