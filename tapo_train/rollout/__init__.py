@@ -1,0 +1,1 @@
+"""Rollout: tasks → groups of multi-turn, tool-using trajectories."""

@@ -1,0 +1,283 @@
+"""One task → one trajectory: sample a turn, run its tool, append the observation, repeat.
+
+    prompt ─ generate ─ parse ─┬─ no call: ANSWER
+                  ▲            └─ call ─ tool ─ observation ─┐
+                  └────────────────────────────────────────────┘
+
+Rules, in order:
+
+1. A turn cut by its token limit ends the trajectory (MAX_TOKENS); its calls are recorded.
+2. A tool call wins over an `<answer>` in the same turn; no call at all ends it (ANSWER).
+3. A call in the last allowed turn is recorded, not run (MAX_TURNS).
+4. The first `max_parallel_calls` calls of a turn are run, further ones are recorded.
+5. A call that cannot be read, names no tool or has wrong arguments gets an error
+   observation the policy reads, and the episode goes on.
+6. An infrastructure failure of a tool ends the trajectory (INFRA).
+7. An observation that would not fit is left out and ends it at the border (MAX_TOKENS).
+
+The work of a turn is proportional to its new tokens: nothing is rendered, tokenised,
+parsed or copied again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from tapo_train.errors import AlignmentError, ConfigError, EngineError
+from tapo_train.rollout.byte_text import DecodedText
+from tapo_train.rollout.chat import ChatFormat, Tokens
+from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
+from tapo_train.rollout.parse import ParsedCall, parse_turn
+from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.types import (
+    Image,
+    Observation,
+    Outcome,
+    Span,
+    StopReason,
+    Task,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
+
+Generate = Callable[[GenerationRequest], Awaitable[Completion]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """When a trajectory has to end."""
+
+    max_turns: int = 10
+    """Most assistant turns."""
+    max_turn_tokens: int = 1024
+    """Most sampled tokens of one turn, the end token included."""
+    max_tokens: int = 16384
+    """Most tokens of the whole trajectory: prompt, turns and observations."""
+    max_parallel_calls: int = 1
+    """Most tool calls run per turn."""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"limits.{name} is {getattr(self, name)}; wanted >= 1")
+
+
+class Transcript:
+    """The append-only token list of one trajectory, with what lies over it."""
+
+    def __init__(self, prompt: Tokens, images: tuple[Image, ...], *, capacity: int) -> None:
+        self._buffer = np.empty(capacity, dtype=np.int32)
+        self._length = 0
+        self._logprobs: list[npt.NDArray[np.float32]] = []
+        self.images = images
+        self.turns: list[Turn] = []
+        self._append(prompt)
+
+    @property
+    def tokens(self) -> Tokens:
+        """[T] a view; what was written is never changed."""
+        return self._buffer[: self._length]
+
+    @property
+    def logprobs(self) -> npt.NDArray[np.float32]:
+        """Log-probabilities of all sampled tokens, in order."""
+        return np.concatenate([np.empty(0, dtype=np.float32), *self._logprobs])
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be appended."""
+        return len(self._buffer) - self._length
+
+    def append_sampled(self, completion: Completion) -> Span:
+        """Append a turn's tokens; returns where they lie."""
+        self._logprobs.append(completion.logprobs)
+        return self._append(completion.tokens)
+
+    def append_observation(self, tokens: Tokens, images: tuple[Image, ...]) -> Span:
+        """Append an observation and register its pictures; returns where it lies."""
+        self.images += images
+        return self._append(tokens)
+
+    def _append(self, tokens: Tokens) -> Span:
+        start, end = self._length, self._length + len(tokens)
+        self._buffer[start:end] = tokens
+        self._length = end
+        return Span(start=start, end=end)
+
+
+class Episode:
+    """One attempt at one task.
+
+    Args:
+        id: of the trajectory; the request of turn t is `id:t`.
+        prompt: [T] expanded tokens, shared by the attempts of a group.
+        generate: asks the engine and waits for the completion.
+    """
+
+    def __init__(
+        self,
+        *,
+        id: str,
+        task: Task,
+        prompt: Tokens,
+        generate: Generate,
+        chat: ChatFormat,
+        toolbox: Toolbox,
+        limits: Limits,
+        sampling: Sampling,
+    ) -> None:
+        self._id = id
+        self._task = task
+        self._generate = generate
+        self._chat = chat
+        self._toolbox = toolbox
+        self._limits = limits
+        self._sampling = sampling
+        self._transcript = Transcript(prompt, task.images, capacity=limits.max_tokens)
+        self._answer: str | None = None
+
+    async def run(self, *, policy_version: int) -> Trajectory:
+        """Play until a rule ends the episode."""
+        stop = None
+        while stop is None:
+            stop = await self._turn()
+        transcript = self._transcript
+        return Trajectory(
+            id=self._id,
+            task=self._task,
+            tokens=transcript.tokens.copy(),
+            logprobs=transcript.logprobs,
+            turns=tuple(transcript.turns),
+            images=transcript.images,
+            answer=self._answer,
+            stop=stop,
+            policy_version=policy_version,
+        )
+
+    async def _turn(self) -> StopReason | None:
+        """One turn with its tools; the reason to stop, or None to go on."""
+        completion = await self._generate(self._request())
+        is_cut = completion.finished == "length"
+        written = completion.tokens if is_cut else completion.tokens[:-1]
+        span = self._transcript.append_sampled(completion)
+        decoded = self._chat.decode(written)
+        parsed = parse_turn(decoded.text)
+        index = len(self._transcript.turns)
+        num_images = len(self._transcript.images)
+        if not parsed.calls:
+            self._answer = parsed.answer
+        stop = self._stop_before_tools(is_cut, bool(parsed.calls), index)
+        allowed = 0 if stop else self._limits.max_parallel_calls
+        calls = await self._run_calls(parsed.calls, decoded, span.start, allowed)
+        observation_span = None
+        if stop is None:
+            stop, observation_span = self._observe(index, calls)
+        self._transcript.turns.append(
+            Turn(
+                index=index,
+                span=span,
+                text=decoded.text,
+                calls=calls,
+                observation_span=observation_span,
+                num_images_before=num_images,
+            )
+        )
+        return stop
+
+    def _request(self) -> GenerationRequest:
+        transcript = self._transcript
+        return GenerationRequest(
+            id=f"{self._id}:{len(transcript.turns)}",
+            tokens=transcript.tokens,
+            images=transcript.images,
+            max_tokens=min(self._limits.max_turn_tokens, transcript.room),
+            sampling=self._sampling,
+        )
+
+    def _stop_before_tools(self, is_cut: bool, has_calls: bool, index: int) -> StopReason | None:
+        if is_cut:
+            return StopReason.MAX_TOKENS
+        if not has_calls:
+            return StopReason.ANSWER
+        return StopReason.MAX_TURNS if index + 1 >= self._limits.max_turns else None
+
+    async def _run_calls(
+        self, parsed: tuple[ParsedCall, ...], decoded: DecodedText, offset: int, allowed: int
+    ) -> tuple[ToolCall, ...]:
+        """Run the first `allowed` calls at the same time; only record the others."""
+        context = ToolContext(images=self._transcript.images, task=self._task)
+        runs = [self._run_call(call, context) for call in parsed[:allowed]]
+        answers = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
+        records = []
+        for index, call in enumerate(parsed):
+            span = decoded.token_span(call.start, call.end)
+            observation, executed = answers[index] if index < allowed else (None, False)
+            valid = self._error(call, context) is None
+            if observation is not None and observation.outcome is Outcome.MODEL_ERROR:
+                valid = False
+            records.append(
+                ToolCall(
+                    name=call.name,
+                    arguments=call.arguments,
+                    valid=valid,
+                    executed=executed,
+                    span=Span(start=offset + span.start, end=offset + span.end),
+                    observation=observation,
+                )
+            )
+        return tuple(records)
+
+    async def _run_call(self, call: ParsedCall, context: ToolContext) -> tuple[Observation, bool]:
+        """The observation, and whether the tool was run for it."""
+        error = self._error(call, context)
+        if error is not None:
+            return Observation(text=f"Error: {error}", outcome=Outcome.MODEL_ERROR), False
+        return await self._toolbox.execute(call.name, call.arguments, context), True
+
+    def _error(self, call: ParsedCall, context: ToolContext) -> str | None:
+        return call.error or self._toolbox.check(call.name, call.arguments, context)
+
+    def _observe(
+        self, index: int, calls: tuple[ToolCall, ...]
+    ) -> tuple[StopReason | None, Span | None]:
+        """Append what the tools answered, if that is possible."""
+        observations = [call.observation for call in calls if call.observation is not None]
+        if any(observation.outcome is Outcome.INFRA_ERROR for observation in observations):
+            return StopReason.INFRA, None
+        try:
+            tokens = self._chat.observation(observations)
+        except AlignmentError as error:
+            raise AlignmentError(f"trajectory {self._id}, turn {index}: {error}") from error
+        # One token must be left: a turn without tokens cannot be sampled.
+        if len(tokens) + 1 > self._transcript.room:
+            return StopReason.MAX_TOKENS, None
+        images = tuple(image for observation in observations for image in observation.images)
+        return None, self._transcript.append_observation(tokens, images)
+
+
+def require_complete(completion: Completion, request: GenerationRequest, end: int) -> None:
+    """Raise EngineError if a completion breaks the protocol.
+
+    An engine that ends a turn on another token, or reports fewer log-probabilities
+    than tokens, would shift every later span silently.
+    """
+    tokens, logprobs = completion.tokens, completion.logprobs
+    ends = len(tokens) > 0 and int(tokens[-1]) == end
+    if len(tokens) != len(logprobs) or not 0 < len(tokens) <= request.max_tokens:
+        raise EngineError(
+            f"request {request.id}: {len(tokens)} tokens with {len(logprobs)} log-probabilities; "
+            f"wanted equal numbers between 1 and {request.max_tokens}"
+        )
+    if ends != (completion.finished == "stop"):
+        raise EngineError(
+            f"request {request.id}: finished by {completion.finished!r} with last token "
+            f"{int(tokens[-1])}; the end token is {end}"
+        )
+    if not np.isfinite(logprobs).all():
+        raise EngineError(f"request {request.id}: a log-probability is not finite")

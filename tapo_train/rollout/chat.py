@@ -1,0 +1,210 @@
+"""Messages ↔ tokens: the only door to the processor.
+
+Three kinds of text meet in a conversation, and each is tokenised by its own rule:
+
+- the template and the system prompt are ours: control tokens are control tokens;
+- questions, tool texts and everything else from outside are plain: `<|im_end|>`,
+  `<tool_call>` or `<|image_pad|>` in them become ordinary characters;
+- sampled turns are never tokenised at all, only decoded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import PIL.Image
+import tokenizers
+import torch
+from transformers import AutoConfig, AutoProcessor
+
+from tapo_train.errors import AlignmentError, RolloutError
+from tapo_train.rollout.byte_text import ByteText, DecodedText
+from tapo_train.rollout.pixels import Pixels
+from tapo_train.rollout.template import ChatTemplate, Message, Schema
+from tapo_train.types import Image, Observation, Task
+
+Tokens = npt.NDArray[np.int32]
+
+END = "<|im_end|>"
+PLACEHOLDER = "<|image_pad|>"
+BANNED = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|vision_pad|>",
+    PLACEHOLDER,
+    "<|video_pad|>",
+)
+"""A sampled placeholder would promise an image that is not there; a sampled
+`<|im_start|>` would open a message the policy may not write; `<|endoftext|>` would be a
+second way to end a turn."""
+
+
+class ChatFormat:
+    """Prompts, observations and decoded turns of one model folder (Qwen-VL families).
+
+    Raises:
+        RolloutError: the chat template is not prefix-stable, or the tokenizer is not
+            byte-level or lacks the control tokens.
+    """
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self._processor: Any = AutoProcessor.from_pretrained(model)
+        self._tokenizer: Any = self._processor.tokenizer
+        self._plain = _plain_tokenizer(self._tokenizer)
+        self._text = ByteText(self._tokenizer)
+        self._pixels = Pixels(self._processor.image_processor)
+        self.template = ChatTemplate(self._render, end=END, placeholder=PLACEHOLDER)
+        self.end_token_id = self._control_id(END)
+        self.image_token_id = self._control_id(PLACEHOLDER)
+        self.banned_token_ids = self._banned(_vocabulary_size(model))
+        """Ids at -inf in the sampled distribution: see BANNED, and ids without a text."""
+        added = list(self._tokenizer.added_tokens_decoder)
+        self._is_control = np.zeros(max(added) + 1, dtype=bool)
+        self._is_control[added] = True
+        pieces = self.template.pieces
+        self._before, self._between = self._trusted(pieces.before), self._trusted(pieces.between)
+        self._after, self._picture = self._trusted(pieces.after), self._trusted(pieces.picture)
+
+    def prompt(
+        self, task: Task, *, system_prompt: str, tool_schemas: Sequence[Schema]
+    ) -> Tokens:
+        """[T] system prompt with tools, the task's pictures and question; placeholders expanded.
+
+        Raises:
+            RolloutError: the system prompt or a schema holds a control token.
+        """
+        self._refuse_control_tokens(system_prompt + json.dumps(tool_schemas, ensure_ascii=False))
+        head, tail = self.template.prompt(system_prompt, tool_schemas, len(task.images))
+        parts = (self._trusted(head), self.plain(task.question), self._trusted(tail))
+        return self.expand(np.concatenate(parts), task.images)
+
+    def observation(self, observations: Sequence[Observation]) -> Tokens:
+        """[T] what is appended after a turn that ended in the end token.
+
+        Wraps each tool answer (text, then its pictures), closes the message and opens
+        the next assistant turn; placeholders expanded.
+        """
+        parts = [self._before]
+        for index, observation in enumerate(observations):
+            parts += [self._between] if index else []
+            parts.append(self.plain(observation.text))
+            parts += [self._picture] * len(observation.images)
+        images = tuple(image for observation in observations for image in observation.images)
+        return self.expand(np.concatenate([*parts, self._after]), images)
+
+    def assistant(self, text: str) -> Tokens:
+        """[L] a demonstration turn as the policy would sample it, the end token included.
+
+        Tags such as `<tool_call>` are single tokens where the tokenizer has them;
+        special tokens in `text` stay plain.
+        """
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+        return np.array([*ids, self.end_token_id], dtype=np.int32)
+
+    def plain(self, text: str) -> Tokens:
+        """[L] text from outside: no control token, whatever it says."""
+        # A lone surrogate has no UTF-8 form and would be refused by the tokenizer.
+        readable = text.encode(errors="replace").decode()
+        ids = np.array(self._plain.encode(readable, add_special_tokens=False).ids, dtype=np.int32)
+        if self._is_control[ids[ids < len(self._is_control)]].any():
+            raise RolloutError(f"text from outside became a control token: {readable[:80]!r}")
+        return ids
+
+    def decode(self, tokens: Tokens) -> DecodedText:
+        """Text of [L] ids with the way back from characters to tokens."""
+        return self._text.decode(tokens)
+
+    def image_tokens(self, image: Image) -> int:
+        """Number of placeholders of a picture."""
+        return self._pixels.num_tokens(image)
+
+    def expand(self, tokens: Tokens, images: Sequence[Image]) -> Tokens:
+        """Repeat the i-th placeholder once per feature of the i-th picture.
+
+        Raises:
+            AlignmentError: the numbers of placeholders and pictures differ.
+        """
+        is_placeholder = tokens == self.image_token_id
+        found = int(is_placeholder.sum())
+        if found != len(images):
+            raise AlignmentError(f"{found} image placeholders for {len(images)} images")
+        repeats = np.ones(len(tokens), dtype=np.int64)
+        repeats[is_placeholder] = [self.image_tokens(image) for image in images]
+        return np.repeat(tokens, repeats)
+
+    def collapse(self, tokens: Tokens) -> list[int]:
+        """One placeholder per picture: the inverse of `expand`."""
+        is_placeholder = tokens == self.image_token_id
+        repeated = np.zeros(len(tokens), dtype=bool)
+        repeated[1:] = is_placeholder[1:] & is_placeholder[:-1]
+        collapsed: list[int] = tokens[~repeated].tolist()
+        return collapsed
+
+    def rgb(self, image: Image) -> PIL.Image.Image:
+        """The decoded picture, as every engine and the learner see it."""
+        return self._pixels.rgb(image)
+
+    def pixels(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
+        """`pixel_values` [sum of patches, D], `image_grid_thw` [N, 3]; {} without pictures."""
+        return self._pixels.process(images)
+
+    def save_processor(self, out: Path) -> None:
+        """Write tokenizer, chat template and image processor beside exported weights."""
+        self._processor.save_pretrained(out)
+
+    def _render(self, messages: list[Message], schemas: Sequence[Schema]) -> str:
+        text: str = self._tokenizer.apply_chat_template(
+            messages,
+            tools=list(schemas) or None,
+            chat_template=self._processor.chat_template or self._tokenizer.chat_template,
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        return text
+
+    def _trusted(self, text: str) -> Tokens:
+        return np.array(self._tokenizer.encode(text, add_special_tokens=False), dtype=np.int32)
+
+    def _control_id(self, token: str) -> int:
+        for index, added in self._tokenizer.added_tokens_decoder.items():
+            if str(added) == token:
+                return int(index)
+        raise RolloutError(f"{self.model}: the tokenizer has no {token}; wanted a Qwen-VL one")
+
+    def _banned(self, vocabulary: int) -> tuple[int, ...]:
+        added = self._tokenizer.added_tokens_decoder.items()
+        named = {int(index) for index, token in added if str(token) in BANNED}
+        nameless = {index for index in range(vocabulary) if index not in self._text}
+        return tuple(sorted(named | nameless))
+
+    def _refuse_control_tokens(self, text: str) -> None:
+        for token in self._tokenizer.added_tokens_decoder.values():
+            if token.special and token.content in text:
+                raise RolloutError(f"system prompt or tool schema holds the control token {token}")
+
+
+def _plain_tokenizer(tokenizer: Any) -> tokenizers.Tokenizer:
+    """The same byte-pair model without any added token to look for.
+
+    `split_special_tokens` alone is not enough: Qwen's `<tool_call>` and `</think>` are
+    added tokens that are not special.
+    """
+    backend = tokenizer.backend_tokenizer
+    plain = tokenizers.Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        plain.normalizer = backend.normalizer
+    plain.pre_tokenizer = backend.pre_tokenizer
+    return plain
+
+
+def _vocabulary_size(model: Path) -> int:
+    """Rows of the language-model head, padding included."""
+    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)

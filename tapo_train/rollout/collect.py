@@ -1,0 +1,141 @@
+"""Tasks → groups of trajectories: one thread, one engine, many episodes.
+
+The engine is stepped by the event loop's own thread; between two steps the loop runs
+whatever became ready, so a finished turn's tool works while other turns are decoded,
+and the next turn is submitted as soon as its tool has answered. There is no barrier
+between turns or between tasks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from tapo_train.errors import DataError, EngineError
+from tapo_train.rollout.agent import Episode, Limits, require_complete
+from tapo_train.rollout.chat import ChatFormat, Tokens
+from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
+from tapo_train.tools.base import Toolbox
+from tapo_train.types import Group, Task, Trajectory
+
+TURNS_OF_THE_LOOP = 4
+"""Event-loop rounds between engine steps: a tool's answer passes through a few
+callbacks before its next request is submitted, and each costs one round."""
+
+
+class EngineDriver:
+    """Steps an engine and hands completions to the coroutines that wait for them."""
+
+    def __init__(self, engine: Engine, *, end_token_id: int) -> None:
+        self._engine = engine
+        self._end = end_token_id
+        self._waiting: dict[str, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
+        self._wake = asyncio.Event()
+
+    async def generate(self, request: GenerationRequest) -> Completion:
+        """Submit a request and wait for its completion."""
+        self._engine.submit(request)
+        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
+        self._waiting[request.id] = (request, future)
+        self._wake.set()
+        return await future
+
+    async def drive(self, episodes: asyncio.Future[list[Trajectory]]) -> list[Trajectory]:
+        """Step until every episode is done; the first error of an episode is raised."""
+        episodes.add_done_callback(lambda _: self._wake.set())
+        while not episodes.done():
+            if self._engine.has_unfinished():
+                for completion in self._engine.step():
+                    self._deliver(completion)
+                for _ in range(TURNS_OF_THE_LOOP):
+                    await asyncio.sleep(0)
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+        return episodes.result()
+
+    def _deliver(self, completion: Completion) -> None:
+        if completion.id not in self._waiting:
+            raise EngineError(f"the engine returned {completion.id}, which nobody asked for")
+        request, future = self._waiting.pop(completion.id)
+        require_complete(completion, request, self._end)
+        future.set_result(completion)
+
+
+def collect(
+    tasks: Sequence[Task],
+    *,
+    engine: Engine,
+    chat: ChatFormat,
+    toolbox: Toolbox,
+    system_prompt: str,
+    rollouts_per_task: int,
+    limits: Limits,
+    sampling: Sampling,
+    policy_version: int = 0,
+    max_in_flight: int = 256,
+) -> list[Group]:
+    """Play every task `rollouts_per_task` times; groups come in the order of `tasks`.
+
+    Args:
+        max_in_flight: most episodes under way at a time (decoding or waiting for a tool).
+
+    Raises:
+        DataError: the prompt of a task leaves no room for an answer.
+        RolloutError: the engine failed, or pictures and placeholders disagree.
+    """
+    schemas = toolbox.schemas()
+    prompts = [
+        chat.prompt(task, system_prompt=system_prompt, tool_schemas=schemas) for task in tasks
+    ]
+    for task, prompt in zip(tasks, prompts, strict=True):
+        _require_room(task, prompt, limits)
+
+    async def play() -> list[Trajectory]:
+        driver = EngineDriver(engine, end_token_id=chat.end_token_id)
+        seats = asyncio.Semaphore(max_in_flight)
+
+        async def attempt(position: int, rollout: int) -> Trajectory:
+            task = tasks[position]
+            async with seats:
+                episode = Episode(
+                    id=f"{task.id}/{policy_version}.{position}.{rollout}",
+                    task=task,
+                    prompt=prompts[position],
+                    generate=driver.generate,
+                    chat=chat,
+                    toolbox=toolbox,
+                    limits=limits,
+                    sampling=sampling,
+                )
+                return await episode.run(policy_version=policy_version)
+
+        attempts = [
+            asyncio.ensure_future(attempt(position, rollout))
+            for position in range(len(tasks))
+            for rollout in range(rollouts_per_task)
+        ]
+        try:
+            return await driver.drive(asyncio.gather(*attempts))
+        finally:
+            for unfinished in attempts:
+                unfinished.cancel()
+
+    played = asyncio.run(play()) if tasks else []
+    return [
+        Group(
+            task=task,
+            trajectories=tuple(
+                played[position * rollouts_per_task : (position + 1) * rollouts_per_task]
+            ),
+        )
+        for position, task in enumerate(tasks)
+    ]
+
+
+def _require_room(task: Task, prompt: Tokens, limits: Limits) -> None:
+    if len(prompt) >= limits.max_tokens:
+        raise DataError(
+            f"task {task.id}: its prompt has {len(prompt)} tokens; wanted fewer than "
+            f"limits.max_tokens = {limits.max_tokens} (raise it, or use smaller pictures)"
+        )

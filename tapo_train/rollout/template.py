@@ -1,0 +1,200 @@
+"""The chat template, taken apart once.
+
+A conversation grows by appending: prompt, sampled turn, observation, sampled turn, …
+That is only right if the template is prefix-stable, i.e. rendering the longer
+conversation starts with the rendering of the shorter one. Here marked conversations
+are rendered, the text between the marks is cut out, and a template that does not put
+the same text around the same things every time is refused with the difference.
+
+    …assistant\\n  REPLY  <|im_end|>…<tool_response>\\n  TOOL  \\n</tool_response>…assistant\\n
+    prompt               end and before               after
+
+Templates that know no tools or no tool messages (Qwen2.5-VL's) get the same text as
+Qwen2.5's language models: the tools section is appended to the system prompt, and tool
+answers become a user message of `<tool_response>` blocks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tapo_train.errors import RolloutError
+
+Message = dict[str, Any]
+Schema = dict[str, Any]
+Render = Callable[[list[Message], Sequence[Schema]], str]
+"""Messages and tool schemas → text that ends where the assistant starts to write."""
+
+SYSTEM, QUESTION, REPLY, TOOL = (f"⟦{name}⟧" for name in ("SYSTEM", "QUESTION", "REPLY", "TOOL"))
+OPEN, CLOSE = "<tool_response>", "</tool_response>"
+
+HERMES_TOOLS = """\
+# Tools
+
+You may call one or more functions to assist with the user query.
+
+You are provided with function signatures within <tools></tools> XML tags:
+<tools>
+{schemas}
+</tools>
+
+For each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:
+<tool_call>
+{{"name": <function-name>, "arguments": <args-json-object>}}
+</tool_call>"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TemplatePieces:
+    """Text around what is appended after a sampled turn."""
+
+    end: str
+    """What closes a message; the policy samples it as its last token."""
+    before: str
+    """After `end`, up to the first tool text."""
+    between: str
+    """From the end of one tool text (or its pictures) to the next tool text."""
+    after: str
+    """After the last tool text or picture, up to where the next turn starts."""
+    picture: str
+    """One picture, with a single placeholder."""
+
+
+class ChatTemplate:
+    """Renders prompts and knows the pieces around observations.
+
+    Args:
+        render: the tokenizer's template with the generation prompt.
+        end: text of the token that closes a message.
+        placeholder: text of the picture placeholder.
+
+    Raises:
+        RolloutError: the template is not prefix-stable, or drops tool texts or pictures.
+    """
+
+    def __init__(self, render: Render, *, end: str, placeholder: str) -> None:
+        self._render = render
+        probe = {"type": "function", "function": {"name": TOOL, "parameters": {}}}
+        head = [_system(SYSTEM), _user(QUESTION, 0)]
+        self._renders_tools = TOOL in render(head, [probe])
+        tool_role = render([*head, _reply(), _tool_message(TOOL, 0)], [])
+        self._tool_role = OPEN in tool_role.partition(REPLY)[2]
+        self.pieces = self._cut_pieces(end, placeholder)
+        self._check_second_round()
+
+    def prompt(
+        self, system_prompt: str, schemas: Sequence[Schema], num_images: int
+    ) -> tuple[str, str]:
+        """The prompt's text before and after the question."""
+        if schemas and not self._renders_tools:
+            listed = "\n".join(json.dumps(schema, ensure_ascii=False) for schema in schemas)
+            tools = HERMES_TOOLS.format(schemas=listed)
+            system_prompt = f"{system_prompt}\n\n{tools}" if system_prompt else tools
+            schemas = ()
+        text = self._render([_system(system_prompt), _user(QUESTION, num_images)], schemas)
+        return _split_once(text, QUESTION, "the prompt")
+
+    def _appended(self, *rounds: Sequence[tuple[str, int]]) -> str:
+        """What rounds of (tool text, number of pictures) add after the first reply."""
+        messages = [_system(SYSTEM), _user(QUESTION, 0)]
+        prefix = self._render(messages, []) + REPLY
+        for answers in rounds:
+            messages += [_reply(), *self._tool_messages(answers)]
+        text = self._render(messages, [])
+        _require_prefix(prefix, text)
+        return text[len(prefix) :]
+
+    def _tool_messages(self, answers: Sequence[tuple[str, int]]) -> list[Message]:
+        if self._tool_role:
+            return [_tool_message(text, num_images) for text, num_images in answers]
+        content: list[Message] = []
+        for index, (text, num_images) in enumerate(answers):
+            opening = f"\n{CLOSE}\n{OPEN}\n" if index else f"{OPEN}\n"
+            content += [_text(opening + text), *_pictures(num_images)]
+        return [{"role": "user", "content": [*content, _text(f"\n{CLOSE}")]}]
+
+    def _cut_pieces(self, end: str, placeholder: str) -> TemplatePieces:
+        before, after = _split_once(self._appended([(TOOL, 0)]), TOOL, "one tool answer")
+        if not before.startswith(end):
+            found = before[:40]
+            raise RolloutError(f"chat template: a reply is closed by {found!r}; wanted {end!r}")
+        pictured = self._appended([(TOOL, 1)])
+        _require_around(before + TOOL, pictured, after, "a tool answer with a picture")
+        picture = pictured[len(before + TOOL) : len(pictured) - len(after)]
+        if picture.count(placeholder) != 1:
+            raise RolloutError(
+                f"chat template: a picture of a tool answer is rendered as {picture!r}; "
+                f"wanted one {placeholder}"
+            )
+        double = self._appended([(TOOL, 0), (TOOL, 0)])
+        _require_around(before + TOOL, double, TOOL + after, "two tool answers")
+        between = double[len(before + TOOL) : len(double) - len(TOOL + after)]
+        return TemplatePieces(
+            end=end, before=before[len(end) :], between=between, after=after, picture=picture
+        )
+
+    def _check_second_round(self) -> None:
+        """The text around the second observation must be that around the first."""
+        pieces = self.pieces
+        observation = pieces.end + pieces.before + TOOL + pieces.after
+        found = self._appended([(TOOL, 0)], [(TOOL, 0)])
+        _require_prefix(observation + REPLY + observation, found)
+        _require_prefix(found, observation + REPLY + observation)
+
+
+def _system(text: str) -> Message:
+    return {"role": "system", "content": text}
+
+
+def _user(text: str, num_images: int) -> Message:
+    return {"role": "user", "content": [*_pictures(num_images), _text(text)]}
+
+
+def _reply() -> Message:
+    return {"role": "assistant", "content": REPLY}
+
+
+def _tool_message(text: str, num_images: int) -> Message:
+    return {"role": "tool", "content": [_text(text), *_pictures(num_images)]}
+
+
+def _text(text: str) -> Message:
+    return {"type": "text", "text": text}
+
+
+def _pictures(num_images: int) -> list[Message]:
+    return [{"type": "image"}] * num_images
+
+
+def _split_once(text: str, mark: str, what: str) -> tuple[str, str]:
+    pieces = text.split(mark)
+    if len(pieces) != 2:
+        found = len(pieces) - 1
+        raise RolloutError(f"chat template: {what} holds its text {found} times; wanted once")
+    return pieces[0], pieces[1]
+
+
+def _require_around(start: str, text: str, end: str, what: str) -> None:
+    _require_prefix(start, text)
+    if len(text) < len(start + end) or not text.endswith(end):
+        tail = text[-len(end) :]
+        raise RolloutError(f"chat template: {what} ends in {tail!r}; wanted {end!r}")
+
+
+def _require_prefix(prefix: str, text: str) -> None:
+    """Raise with the first difference if `text` does not start with `prefix`."""
+    if text.startswith(prefix):
+        return
+    pairs = enumerate(zip(prefix, text, strict=False))
+    at = next((i for i, (a, b) in pairs if a != b), min(len(prefix), len(text)))
+    context = prefix[max(0, at - 40) : at]
+    raise RolloutError(
+        "chat template is not prefix-stable: a longer conversation changes what came before\n"
+        f"  after    {context!r}\n"
+        f"  shorter  {prefix[at : at + 60]!r}\n"
+        f"  longer   {text[at : at + 60]!r}"
+    )

@@ -1,0 +1,225 @@
+"""vLLM inside this process: no server, no worker processes, direct weight hand-over.
+
+What vLLM is given and what the learner sees are the same token sequence in two
+spellings: vLLM wants ONE placeholder per picture and expands it itself. The expansion
+it arrived at is compared with ours when the request is submitted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+# Read when vLLM is imported: the engine core must live in this process, so that
+# weights are handed over without copies and torchrun ranks stay independent.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+import numpy as np
+import numpy.typing as npt
+import vllm
+from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+from tapo_train.errors import AlignmentError, EngineError
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
+from tapo_train.types import Image
+
+if TYPE_CHECKING:
+    import torch
+
+BAN_BIAS = -100.0
+"""vLLM's lowest logit bias: e^-100 of a competitor's probability is zero in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VllmOptions:
+    """How much of the machine the engine may use."""
+
+    dtype: Literal["float32", "bfloat16"]
+    max_model_len: int
+    """[tokens] at least `Limits.max_tokens`."""
+    max_num_seqs: int = 256
+    """Sequences decoded together."""
+    memory_fraction: float = 0.5
+    """Share of the device's memory on GPU (weights, keys and values, activations)."""
+    cache_gib: int = 1
+    """[GiB] keys and values on CPU."""
+    max_images: int = 64
+    """Most pictures in one trajectory."""
+    enforce_eager: bool = False
+    """No compilation and no CUDA graphs: starts faster, decodes slower."""
+    seeded: bool = False
+    """Allow `Sampling.seed`. vLLM's CPU sampler cannot seed requests while prefills are
+    chunked, so this switches chunking off."""
+    seed: int = 0
+    """Of the shared stream."""
+
+
+class VllmEngine:
+    """The `Engine` protocol over one in-process vLLM replica.
+
+    Under torchrun every rank owns a replica (tensor parallel size 1).
+    """
+
+    def __init__(self, chat: ChatFormat, options: VllmOptions) -> None:
+        self._chat = chat
+        self._options = options
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cache_gib))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        self._llm: Any = vllm.LLM(**_arguments(chat, options))
+        self._engine: Any = self._llm.llm_engine
+        self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
+        self._in_flight: dict[str, GenerationRequest] = {}
+        self.version = 0
+
+    def submit(self, request: GenerationRequest) -> None:
+        """See `Engine.submit`."""
+        if request.id in self._in_flight:
+            raise EngineError(f"request {request.id} is in flight already")
+        if len(request.tokens) + request.max_tokens > self._options.max_model_len:
+            raise EngineError(
+                f"request {request.id}: {len(request.tokens)} tokens and {request.max_tokens} "
+                f"to sample exceed max_model_len = {self._options.max_model_len}"
+            )
+        self._add(request.id, request.tokens, request.images, self._parameters(request))
+        self._in_flight[request.id] = request
+
+    def step(self) -> list[Completion]:
+        """See `Engine.step`."""
+        finished = [output for output in self._engine.step() if output.finished]
+        return [self._completion(output) for output in finished]
+
+    def has_unfinished(self) -> bool:
+        """See `Engine.has_unfinished`."""
+        return bool(self._in_flight)
+
+    def score(
+        self, tokens: npt.NDArray[np.int32], images: Sequence[Image]
+    ) -> npt.NDArray[np.float32]:
+        """See `Engine.score`. Cached keys are not read, so the current weights are measured."""
+        self._require_idle("score")
+        parameters = SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        self._add("score", tokens, images, parameters)
+        outputs: list[Any] = []
+        while not outputs:
+            outputs = [output for output in self._engine.step() if output.finished]
+        entries = outputs[0].prompt_logprobs[1:]
+        pairs = zip(tokens[1:].tolist(), entries, strict=True)
+        return np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
+
+    def load_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int
+    ) -> None:
+        """See `Engine.load_weights`."""
+        self._require_idle("load_weights")
+        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        # Keys and values, processed pictures and encoded pictures were all computed with
+        # or beside the old weights. Leaving the encoder cache out kills the next request.
+        self._llm.reset_prefix_cache()
+        self._engine.reset_mm_cache()
+        self._engine.reset_encoder_cache()
+        self.version = version
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._engine.engine_core.shutdown()
+        del self._engine, self._llm
+
+    def _parameters(self, request: GenerationRequest) -> SamplingParams:
+        sampling: Sampling = request.sampling
+        if sampling.seed is not None and not self._options.seeded:
+            raise EngineError("sampling.seed is set; the engine must be built with seeded=True")
+        return SamplingParams(
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=sampling.request_seed(request.id),
+            max_tokens=request.max_tokens,
+            stop_token_ids=[self._chat.end_token_id],
+            ignore_eos=True,
+            logit_bias=self._bias,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    def _add(
+        self,
+        id: str,
+        tokens: npt.NDArray[np.int32],
+        images: Sequence[Image],
+        parameters: SamplingParams,
+    ) -> None:
+        prompt: dict[str, Any] = {"prompt_token_ids": self._chat.collapse(tokens)}
+        if images:
+            prompt["multi_modal_data"] = {"image": [self._chat.rgb(image) for image in images]}
+            prompt["multi_modal_uuids"] = {"image": [image.sha256 for image in images]}
+        internal = self._engine.add_request(id, prompt, parameters)
+        state = self._engine.output_processor.request_states[internal]
+        _require_same_expansion(id, tokens, np.asarray(state.prompt_token_ids, dtype=np.int32))
+
+    def _completion(self, output: Any) -> Completion:
+        request = self._in_flight.pop(output.request_id, None)
+        if request is None:
+            raise EngineError(f"vLLM returned {output.request_id}, which was not submitted")
+        sampled = output.outputs[0]
+        if sampled.finish_reason not in ("stop", "length"):
+            raise EngineError(f"request {request.id}: vLLM gave up ({sampled.finish_reason})")
+        return Completion(
+            id=request.id,
+            tokens=np.asarray(sampled.token_ids, dtype=np.int32),
+            logprobs=np.asarray(sampled.logprobs.logprobs, dtype=np.float32),
+            finished=sampled.finish_reason,
+            cached_tokens=output.num_cached_tokens or 0,
+        )
+
+    def _require_idle(self, what: str) -> None:
+        if self._in_flight:
+            raise EngineError(f"{what} needs an idle engine; {len(self._in_flight)} in flight")
+
+
+def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`."""
+    arguments: dict[str, Any] = {
+        "model": str(chat.model),
+        "dtype": options.dtype,
+        "seed": options.seed,
+        "max_model_len": options.max_model_len,
+        "max_num_seqs": options.max_num_seqs,
+        "gpu_memory_utilization": options.memory_fraction,
+        "enforce_eager": options.enforce_eager,
+        "limit_mm_per_prompt": {"image": options.max_images, "video": 0},
+        "logprobs_mode": "processed_logprobs",
+        "enable_prefix_caching": True,
+        # The folder's generation_config must not change the sampled distribution.
+        "generation_config": "vllm",
+    }
+    if options.seeded:
+        arguments["enable_chunked_prefill"] = False
+        arguments["max_num_batched_tokens"] = options.max_model_len
+    if "LOCAL_RANK" in os.environ:
+        arguments["distributed_executor_backend"] = "external_launcher"
+    return arguments
+
+
+def _require_same_expansion(
+    id: str, ours: npt.NDArray[np.int32], theirs: npt.NDArray[np.int32]
+) -> None:
+    if np.array_equal(ours, theirs):
+        return
+    shared = min(len(ours), len(theirs))
+    differs = np.flatnonzero(ours[:shared] != theirs[:shared])
+    at = int(differs[0]) if len(differs) else shared
+    raise AlignmentError(
+        f"request {id}: vLLM expanded the pictures to {len(theirs)} tokens, the learner to "
+        f"{len(ours)}; they differ first at position {at} "
+        f"({theirs[at : at + 3].tolist()} against {ours[at : at + 3].tolist()})"
+    )
