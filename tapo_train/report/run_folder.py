@@ -1,0 +1,103 @@
+"""The folder of a run: where everything lies, and what it was made from.
+
+RUN/
+  recipe.yaml            the resolved recipe; running it again is the same run
+  manifest.json          code, versions, model and data hashes, seed; every resumption
+  metrics.jsonl          one row per step
+  wandb/, wandb_id       the dashboard's files
+  rollouts/step_000012.jsonl   trajectories as the offline analyser reads them
+  tokens/step_000012.jsonl     the same with tokens, spans, log-probs, advantages
+  images/<sha256>.png    pictures of the dumps, each once
+  checkpoints/           to resume from
+  export/                the policy in Hugging Face format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tapo_train.data.rows import parse_json, read_file
+from tapo_train.errors import DataError
+from tapo_train.report.files import write_atomically
+
+__all__ = ["RunFolder"]
+
+_SAME = ("model", "data", "seed")
+"""Entries of the manifest that a resumed run must share with the one it goes on with."""
+
+
+class RunFolder:
+    """Paths of a run and its two descriptions. Only rank 0 writes."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """What the run was made from."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON row per step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The trained policy in Hugging Face format."""
+        return self.path / "export"
+
+    @property
+    def holds_run(self) -> bool:
+        """True if a run was started here."""
+        return self.manifest.exists()
+
+    def begin(self, *, recipe: str, manifest: Mapping[str, Any], step: int) -> None:
+        """Write recipe and manifest, or note that the run goes on from `step`.
+
+        Args:
+            recipe: YAML of the resolved recipe. If a resumed run has another one, the
+                old is kept as `recipe.before_step_<step>.yaml`.
+            manifest: `describe_process()` and the entries model, data and seed.
+            step: First step this process will do; a run that holds no manifest yet is
+                new whatever the step.
+
+        Raises:
+            DataError: the folder's run had another model, other data or another seed.
+        """
+        if not self.holds_run:
+            self._write_manifest({**manifest, "resumed": []})
+        else:
+            self._note_resumption(manifest, step)
+            if self.recipe.exists() and self.recipe.read_text(encoding="utf-8") != recipe:
+                self.recipe.replace(self.path / f"recipe.before_step_{step}.yaml")
+        write_atomically(self.recipe, recipe)
+
+    def _note_resumption(self, manifest: Mapping[str, Any], step: int) -> None:
+        first = parse_json(read_file(self.manifest), where=str(self.manifest))
+        if not isinstance(first, dict) or not isinstance(first.get("resumed"), list):
+            raise DataError(f"{self.manifest}: not a manifest of this program")
+        for name in _SAME:
+            if first.get(name) != manifest.get(name):
+                raise DataError(
+                    f"{self.manifest}: the run was started with {name} {first.get(name)} but is "
+                    f"resumed with {manifest.get(name)}; give the same, or another run.dir"
+                )
+        again = {key: value for key, value in manifest.items() if key not in _SAME}
+        self._write_manifest({**first, "resumed": [*first["resumed"], {"step": step, **again}]})
+
+    def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
+        write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
