@@ -1,0 +1,180 @@
+"""The run folder: manifest, recipe, resumption, and the dashboard's id."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tapo_train.errors import DataError
+from tapo_train.report.files import write_atomically
+from tapo_train.report.manifest import (
+    describe_data,
+    describe_model,
+    describe_process,
+    git_state,
+)
+from tapo_train.report.run_folder import RunFolder
+from tapo_train.report.wandb_sink import WandbSink, resolve_mode
+from tapo_train.types import Task
+
+
+def manifest(**changes: Any) -> dict[str, Any]:
+    return {
+        "command": ["python", "-m", "tapo_train"],
+        "model": {"path": "tiny", "sha256": "00"},
+        "data": {"train": {"tasks": 2, "fingerprint": "11"}},
+        "seed": 3,
+        **changes,
+    }
+
+
+def test_a_new_run_holds_recipe_and_manifest(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "runs" / "demo")
+    assert not folder.holds_run
+    folder.begin(recipe="run: {}\n", manifest=manifest(), step=0)
+    assert folder.holds_run
+    assert folder.recipe.read_text() == "run: {}\n"
+    assert json.loads(folder.manifest.read_text()) == {**manifest(), "resumed": []}
+    assert sorted(path.name for path in folder.path.iterdir()) == ["manifest.json", "recipe.yaml"]
+
+
+def test_resuming_keeps_the_first_description_and_adds_to_it(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(recipe="steps: 5\n", manifest=manifest(), step=0)
+    folder.begin(recipe="steps: 9\n", manifest=manifest(command=["again"]), step=4)
+    folder.begin(recipe="steps: 9\n", manifest=manifest(command=["more"]), step=6)
+    held = json.loads(folder.manifest.read_text())
+    assert held["command"] == ["python", "-m", "tapo_train"]
+    assert held["resumed"] == [
+        {"step": 4, "command": ["again"]},
+        {"step": 6, "command": ["more"]},
+    ]
+    assert folder.recipe.read_text() == "steps: 9\n"
+    assert (tmp_path / "recipe.before_step_4.yaml").read_text() == "steps: 5\n"
+    assert not (tmp_path / "recipe.before_step_6.yaml").exists()
+
+
+@pytest.mark.parametrize("name", ["model", "data", "seed"])
+def test_resuming_with_another_model_data_or_seed_is_refused(tmp_path: Path, name: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(recipe="", manifest=manifest(), step=0)
+    with pytest.raises(DataError, match=rf"manifest\.json: the run was started with {name}"):
+        folder.begin(recipe="", manifest=manifest(**{name: 4}), step=1)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_a_damaged_manifest_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    folder = RunFolder(tmp_path)
+    folder.manifest.write_text(content)
+    with pytest.raises(DataError, match=r"manifest\.json"):
+        folder.begin(recipe="", manifest=manifest(), step=1)
+
+
+def test_a_process_is_described_with_versions_and_command() -> None:
+    described = describe_process()
+    assert json.loads(json.dumps(described)) == described
+    assert described["packages"]["numpy"].count(".") >= 1
+    assert described["python"].startswith("3.")
+    assert described["command"]
+
+
+def commit(folder: Path) -> None:
+    for arguments in (
+        ["init", "-q"],
+        ["add", "code.py"],
+        ["-c", "user.name=n", "-c", "user.email=e", "commit", "-q", "-m", "m"],
+    ):
+        subprocess.run(["git", "-C", str(folder), *arguments], check=True)
+
+
+def test_git_state_tells_commit_and_whether_tracked_files_differ(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("a = 1\n")
+    assert git_state(tmp_path) is None
+    commit(tmp_path)
+    (tmp_path / "notes.txt").write_text("untracked")
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert len(clean["commit"]) == 40
+    assert clean["dirty"] is False
+    (tmp_path / "code.py").write_text("a = 2\n")
+    assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
+
+
+def test_a_package_inside_a_foreign_checkout_has_no_git_state(tmp_path: Path) -> None:
+    (tmp_path / "code.py").write_text("a = 1\n")
+    commit(tmp_path)
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "installed.py").write_text("")
+    assert git_state(tmp_path / "site-packages") is None
+
+
+def test_a_model_hash_sees_names_and_contents_and_not_the_place(tmp_path: Path) -> None:
+    hashes = []
+    for number, files in enumerate(
+        [{"a": "1", "b": "2"}, {"a": "1", "b": "2"}, {"a": "1", "b": "3"}, {"a": "1", "c": "2"}]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_text(content)
+        hashes.append(describe_model(str(folder))["sha256"])
+    assert hashes[0] == hashes[1]
+    assert len(set(hashes)) == 3
+
+
+def test_a_hub_name_has_no_hash() -> None:
+    assert describe_model("Qwen/nowhere") == {"path": "Qwen/nowhere", "sha256": None}
+
+
+def test_data_is_described_split_by_split() -> None:
+    one = Task(id="a", question="q", images=(), answers=("x",))
+    described = describe_data({"train": [one], "validation": [one, one]})
+    assert described["train"]["tasks"] == 1
+    assert described["validation"]["tasks"] == 2
+    assert described["train"]["fingerprint"] != described["validation"]["fingerprint"]
+
+
+def test_an_atomic_write_replaces_the_file_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    write_atomically(tmp_path / "sub" / "file", "old")
+    write_atomically(tmp_path / "sub" / "file", b"new")
+    assert (tmp_path / "sub" / "file").read_bytes() == b"new"
+    assert len(list((tmp_path / "sub").iterdir())) == 1
+
+
+@pytest.fixture
+def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without credentials for the dashboard, whoever runs the tests."""
+    (tmp_path / "netrc").touch()
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_auto_is_offline_for_a_user_who_is_not_logged_in() -> None:
+    assert resolve_mode("auto") == "offline"
+    assert resolve_mode("online") == "online"
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_auto_leaves_it_to_the_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert resolve_mode("auto") is None
+    assert resolve_mode("offline") == "offline"
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_a_resumed_run_goes_on_under_the_same_dashboard_id(tmp_path: Path) -> None:
+    for step in range(2):
+        sink = WandbSink(tmp_path, name="demo", mode="auto", config={"run": {"seed": 1}})
+        assert sink.mode == "offline"
+        sink.write(step, {"reward/mean": 0.5})
+        sink.close()
+    identifier = (tmp_path / "wandb_id").read_text().strip()
+    assert len(identifier) == 16
+    stored = [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
+    assert set(stored) == {f"run-{identifier}.wandb"}
