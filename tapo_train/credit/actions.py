@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import Any
 
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.regions import Region
@@ -25,14 +25,25 @@ class Role(Enum):
     NEITHER = "neither"
 
 
-class Action(NamedTuple):
-    """One eligible call: where it stands, and what it asks for."""
+@dataclass(slots=True)
+class Calls:
+    """Eligible calls as columns, in order of row, step and call."""
 
-    row: int
-    step: int
+    row: list[int] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)
     """Position in `CreditRow.steps`."""
-    call: int
-    key: Key
+    call: list[int] = field(default_factory=list)
+    """Position in `CreditStep.calls`."""
+    key: list[Key] = field(default_factory=list)
+    """What the call asks for."""
+
+    def add(self, row: int, step: int, call: int, key: Key) -> int:
+        """Append a call and return its position."""
+        self.row.append(row)
+        self.step.append(step)
+        self.call.append(call)
+        self.key.append(key)
+        return len(self.row) - 1
 
 
 @dataclass(slots=True)
@@ -40,8 +51,10 @@ class Block:
     """Calls of one tool that are compared with each other."""
 
     tool: str
-    library: list[Action] = field(default_factory=list)
-    queries: list[Action] = field(default_factory=list)
+    library: list[int] = field(default_factory=list)
+    """Positions in `Actions.library`."""
+    queries: list[int] = field(default_factory=list)
+    """Positions in `Actions.queries`."""
 
 
 @dataclass(slots=True)
@@ -51,7 +64,11 @@ class Actions:
     roles: list[Role]
     num_successes: dict[str, int]
     """|S| by group."""
-    blocks: dict[Any, Block]
+    library: Calls
+    """Of successful trajectories."""
+    queries: Calls
+    """Of failing trajectories."""
+    blocks: list[Block]
 
 
 def role(row: CreditRow, options: TapoOptions) -> Role:
@@ -134,39 +151,53 @@ def _may_learn(options: TapoOptions) -> Callable[[CreditCall], bool]:
     return allowed
 
 
-def _root(key: Key) -> str | None:
+def _root(key: Key) -> object:
     """The root picture of an image-bearing key: libraries of a whole batch are split by it."""
-    first = key[0] if isinstance(key, tuple) and key and not isinstance(key, Region) else key
-    return first.root if isinstance(first, Region) else None
+    if isinstance(key, Region):
+        return key.root
+    return _root(key[0]) if isinstance(key, tuple) and key else None
 
 
 def gather(rows: Sequence[CreditRow], options: TapoOptions, reader: Reader) -> Actions:
     """Sort the eligible calls of successes and failing trajectories into blocks."""
     roles = [role(row, options) for row in rows]
-    num_successes: dict[str, int] = defaultdict(int)
-    blocks: dict[Any, Block] = {}
+    num_successes = Counter(
+        row.group for row, part in zip(rows, roles, strict=True) if part is Role.SUCCESS
+    )
+    library, queries = Calls(), Calls()
+    blocks: dict[object, Block] = {}
     may_learn = _may_learn(options)
     per_group = options.scope == "group"
     for i, (row, part) in enumerate(zip(rows, roles, strict=True)):
-        if part is Role.SUCCESS:
-            num_successes[row.group] += 1
         if part is Role.NEITHER or row.discarded:
             continue
-        counts = _may_teach if part is Role.SUCCESS else may_learn
-        for s, step in enumerate(row.steps):
-            for c, call in enumerate(step.calls):
-                read = reader(call.name) if counts(call) else None
-                arguments = None if read is None else as_object(call.arguments)
-                if read is None or arguments is None:
-                    continue
-                tool, similarity = read
-                key = similarity.key(arguments, row, step)
-                if key is None:
-                    continue
-                where = (row.group, tool) if per_group else (_root(key), tool)
-                block = blocks.get(where)
-                if block is None:
-                    block = blocks[where] = Block(tool)
-                side = block.library if part is Role.SUCCESS else block.queries
-                side.append(Action(i, s, c, key))
-    return Actions(roles, dict(num_successes), blocks)
+        teaches = part is Role.SUCCESS
+        counts, calls = (_may_teach, library) if teaches else (may_learn, queries)
+        for s, c, tool, key in _read(row, counts, reader):
+            where = (row.group if per_group else _root(key), tool)
+            block = blocks.get(where)
+            if block is None:
+                block = blocks[where] = Block(tool)
+            (block.library if teaches else block.queries).append(calls.add(i, s, c, key))
+    return Actions(roles, num_successes, library, queries, list(blocks.values()))
+
+
+def _read(
+    row: CreditRow, counts: Callable[[CreditCall], bool], reader: Reader
+) -> Iterator[tuple[int, int, str, Key]]:
+    """(step, call, tool, key) of every eligible call of a row."""
+    for s, step in enumerate(row.steps):
+        for c, call in enumerate(step.calls):
+            if not counts(call):
+                continue
+            read = reader(call.name)
+            if read is None:
+                continue
+            arguments = (
+                call.arguments if type(call.arguments) is dict else as_object(call.arguments)
+            )
+            if arguments is None:
+                continue
+            key = read[1].key(arguments, row, step)
+            if key is not None:
+                yield s, c, read[0], key

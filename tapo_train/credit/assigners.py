@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from tapo_train.credit.actions import Reader
 from tapo_train.credit.diagnostics import finish, tally
 from tapo_train.credit.options import TapoOptions
-from tapo_train.credit.result import CreditResult, StepRecord, unchanged
+from tapo_train.credit.result import CreditResult, plain_records, unchanged
 from tapo_train.credit.steps import CreditRow
-from tapo_train.credit.tapo import correct_row, judge, plain_row
+from tapo_train.credit.tapo import call_advantages, judge, step_records, turn_advantages
 
 
 class CreditAssigner(Protocol):
@@ -34,7 +35,7 @@ class NoTransfer:
         return CreditResult(
             step_advantages=[unchanged(row.advantage, row.num_turns) for row in rows],
             call_advantages=[()] * len(rows),
-            steps=[tuple(StepRecord(s.turn, row.advantage) for s in row.steps) for row in rows],
+            records=partial(plain_records, rows),
             metrics={},
         )
 
@@ -49,17 +50,13 @@ class Tapo:
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
         start = time.perf_counter()
         judgement = judge(rows, self.options, self._reader)
-        corrected = {
-            i: correct_row(rows[i], calls, self.options) for i, calls in judgement.by_row.items()
-        }
-        all_rows = [corrected.get(i) or plain_row(row) for i, row in enumerate(rows)]
-        sums = tally(rows, judgement, corrected, audit=self.options.audit)
+        sums = tally(rows, judgement, audit=self.options.audit)
         metrics = finish(sums)
         metrics["tapo/time_s"] = time.perf_counter() - start
         return CreditResult(
-            step_advantages=[row.turns for row in all_rows],
-            call_advantages=[row.calls for row in all_rows],
-            steps=[row.steps for row in all_rows],
+            step_advantages=turn_advantages(rows, judgement, self.options),
+            call_advantages=call_advantages(rows, judgement, self.options),
+            records=partial(step_records, rows, judgement),
             metrics=metrics,
             sums=sums,
         )

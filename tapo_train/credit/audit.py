@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tapo_train.credit.actions import Action
+from tapo_train.credit.actions import Actions, Calls
 from tapo_train.credit.steps import CreditCall, CreditRow
 from tapo_train.credit.text import jaccard, token_set
 
@@ -17,9 +17,9 @@ EQUIVALENT = 0.9
 """Token Jaccard from which two observation texts say the same."""
 
 
-def call_of(action: Action, rows: Sequence[CreditRow]) -> CreditCall:
-    """The call an action stands for."""
-    return rows[action.row].steps[action.step].calls[action.call]
+def call_of(calls: Calls, i: int, rows: Sequence[CreditRow]) -> CreditCall:
+    """The call at position i of the columns."""
+    return rows[calls.row[i]].steps[calls.step[i]].calls[calls.call[i]]
 
 
 def equivalent(left: CreditCall, right: CreditCall) -> bool | None:
@@ -34,32 +34,43 @@ def equivalent(left: CreditCall, right: CreditCall) -> bool | None:
 
 
 def observations_agree(
-    action: Action, members: Iterable[Action], rows: Sequence[CreditRow]
+    query: int, members: Iterable[int], actions: Actions, rows: Sequence[CreditRow]
 ) -> tuple[int, int]:
     """(agreeing, comparable) pairs of a failing call with the members of its cluster."""
-    call = call_of(action, rows)
-    verdicts = [equivalent(call, call_of(member, rows)) for member in members]
+    call = call_of(actions.queries, query, rows)
+    if call.observation is None:
+        return 0, 0
+    verdicts = [equivalent(call, call_of(actions.library, i, rows)) for i in members]
     return verdicts.count(True), len(verdicts) - verdicts.count(None)
 
 
-def is_repeat(action: Action, rows: Sequence[CreditRow]) -> bool:
+def is_repeat(calls: Calls, i: int, rows: Sequence[CreditRow]) -> bool:
     """Whether the trajectory had received an equivalent observation in an earlier step."""
-    call = call_of(action, rows)
-    earlier = rows[action.row].steps[: action.step]
+    call = call_of(calls, i, rows)
+    earlier = rows[calls.row[i]].steps[: calls.step[i]]
     return any(equivalent(call, old) is True for step in earlier for old in step.calls)
 
 
-def is_stale(action: Action, members: Iterable[Action], rows: Sequence[CreditRow]) -> bool:
+def is_stale(
+    query: int, members: Iterable[int], actions: Actions, rows: Sequence[CreditRow]
+) -> bool:
     """A repeat for the failing trajectory that was news to a successful one of the cluster."""
-    if not is_repeat(action, rows):
+    if call_of(actions.queries, query, rows).observation is None:
+        return False
+    if not is_repeat(actions.queries, query, rows):
         return False
     return any(
-        call_of(member, rows).observation is not None and not is_repeat(member, rows)
-        for member in members
+        call_of(actions.library, i, rows).observation is not None
+        and not is_repeat(actions.library, i, rows)
+        for i in members
     )
 
 
-def turn_gap(action: Action, members: Sequence[Action], rows: Sequence[CreditRow]) -> float:
-    """|turn of the failing step - mean turn of the matched members|, in turns."""
-    turns = [rows[member.row].steps[member.step].turn for member in members]
-    return abs(rows[action.row].steps[action.step].turn - sum(turns) / len(turns))
+def turn_of(calls: Calls, i: int, rows: Sequence[CreditRow]) -> int:
+    """The turn in which the call at position i was made."""
+    return rows[calls.row[i]].steps[calls.step[i]].turn
+
+
+def mean_turn(members: Sequence[int], actions: Actions, rows: Sequence[CreditRow]) -> float:
+    """Mean turn of the members of a cluster."""
+    return sum(turn_of(actions.library, i, rows) for i in members) / len(members)

@@ -3,19 +3,22 @@
 Two layers. `tally` counts: additive numbers, to be summed over ranks and batches. `finish`
 divides: the metrics a person reads. Failing trajectories and their eligible tool steps are the
 two populations; `_mixed` restricts both to groups with at least one success, `_theta` asks for
-similarity only and not for support.
+similarity only and not for support. A step is corrected if it received a transfer (also where
+beta is 0: the ratios say what is correctable).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
-from tapo_train.credit.actions import Action, Role
-from tapo_train.credit.audit import is_stale, observations_agree, turn_gap
-from tapo_train.credit.result import StepRecord
+import numpy as np
+
+from tapo_train.credit.actions import Role
+from tapo_train.credit.audit import is_stale, mean_turn, observations_agree, turn_of
+from tapo_train.credit.matching import Flags, Indices
 from tapo_train.credit.steps import CreditRow
-from tapo_train.credit.tapo import Corrected, Judged, Judgement
+from tapo_train.credit.tapo import Judgement
 
 GAP_EDGES = (1, 2, 3, 5)
 """Upper edges of the turn-gap histogram's bins; the last bin is open."""
@@ -23,74 +26,87 @@ GAP_EDGES = (1, 2, 3, 5)
 Sums = defaultdict[str, float]
 
 
-def tally(
-    rows: Sequence[CreditRow],
-    judgement: Judgement,
-    corrected: Mapping[int, Corrected],
-    *,
-    audit: bool,
-) -> dict[str, float]:
-    """Additive counts of one batch. `corrected` holds the failing rows by position."""
+def tally(rows: Sequence[CreditRow], judgement: Judgement, *, audit: bool) -> dict[str, float]:
+    """Additive counts of one batch."""
     sums: Sums = defaultdict(float)
-    actions = judgement.actions
-    for i, (row, part) in enumerate(zip(rows, actions.roles, strict=True)):
-        if part is Role.FAILING and not row.discarded:
-            mixed = row.group in actions.num_successes
-            records = corrected[i].steps if i in corrected else ()
-            _tally_row(sums, row, records, mixed=mixed)
-    for calls in judgement.by_row.values():
-        _tally_calls(sums, calls)
-    sums["clusters"] = len(judgement.clusters)
-    sums["cluster_calls"] = sum(len(cluster.members) for cluster in judgement.clusters)
+    _tally_population(sums, rows, judgement)
+    _tally_transfer(sums, rows, judgement)
+    _tally_parts(sums, rows, judgement)
+    clusters = judgement.matches.clusters
+    sums["clusters"] = len(clusters)
+    sums["cluster_calls"] = sum(len(cluster.members) for cluster in clusters)
     if audit:
-        for calls in judgement.by_row.values():
-            _tally_audit(sums, calls, rows)
+        _tally_audit(sums, rows, judgement)
     return dict(sums)
 
 
-def _tally_row(sums: Sums, row: CreditRow, records: Iterable[StepRecord], *, mixed: bool) -> None:
-    eligible = [record for record in records if record.eligible]
-    matched = [record for record in eligible if record.matched]
-    theta = sum(record.theta for record in eligible)
-    for suffix in ("", "_mixed") if mixed else ("",):
-        sums["fail_traj" + suffix] += 1
-        sums["fail_steps" + suffix] += len(eligible)
-        sums["fail_traj_corrected" + suffix] += bool(matched)
-        sums["fail_steps_corrected" + suffix] += len(matched)
-        sums["fail_traj_corrected_theta" + suffix] += bool(theta)
-        sums["fail_steps_corrected_theta" + suffix] += theta
-    for record in eligible:
-        sums[f"by_turn/{record.turn}/total"] += 1
-        sums[f"by_turn/{record.turn}/matched"] += record.theta
-        sums[f"by_turn/{record.turn}/corrected"] += record.matched
-    for record in matched:
-        sums["sim"] += record.similarity or 0.0
-        sums["sup"] += record.support or 0.0
-        sums["F"] += record.transfer
-        sums["clipped"] += record.clipped
-        sums["delta_adv"] += record.advantage - row.advantage
+def _tally_population(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
+    """Failing trajectories and steps, and the correctable ones among them."""
+    roles, successes = judgement.actions.roles, judgement.actions.num_successes
+    failing = np.array(
+        [r is Role.FAILING and not row.discarded for r, row in zip(roles, rows, strict=True)],
+        dtype=np.bool_,
+    )
+    mixed = np.array([row.group in successes for row in rows], dtype=np.bool_)
+    corrected = judgement.transfer > 0.0
+    for suffix, rows_in in (("", failing), ("_mixed", failing & mixed)):
+        steps_in = rows_in[judgement.row]
+        sums["fail_traj" + suffix] = int(rows_in.sum())
+        sums["fail_steps" + suffix] = int(steps_in.sum())
+        for gate, flags in (("", corrected), ("_theta", judgement.theta)):
+            chosen = flags & steps_in
+            sums[f"fail_steps_corrected{gate}{suffix}"] = int(chosen.sum())
+            num_rows = len(np.unique(judgement.row[chosen]))
+            sums[f"fail_traj_corrected{gate}{suffix}"] = num_rows
 
 
-def _tally_calls(sums: Sums, calls: Iterable[Judged]) -> None:
-    for call in calls:
-        matched = call.match is not None and call.match.theta
-        for key in ("calls", f"by_tool/{call.tool}"):
-            sums[key + "/total"] += 1
-            sums[key + "/matched"] += matched
-            sums[key + "/corrected"] += call.transfer > 0.0
+def _tally_transfer(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
+    """Means over the corrected steps."""
+    chosen = judgement.transfer > 0.0
+    best = judgement.best[chosen]
+    base = np.array([rows[i].advantage for i in judgement.row[chosen].tolist()])
+    sums["sim"] = float(judgement.matches.similarity[best].sum())
+    sums["sup"] = float(judgement.matches.support[best].sum())
+    sums["F"] = float(judgement.transfer[chosen].sum())
+    sums["clipped"] = int(judgement.clipped.sum())
+    sums["delta_adv"] = float((judgement.advantage[chosen] - base).sum())
 
 
-def _tally_audit(sums: Sums, calls: Iterable[Judged], rows: Sequence[CreditRow]) -> None:
-    for call in calls:
-        if call.match is None or call.transfer <= 0.0:
-            continue
-        members: list[Action] = call.match.cluster.members
-        agreeing, pairs = observations_agree(call.action, members, rows)
-        gap = turn_gap(call.action, members, rows)
+def _tally_parts(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
+    """Calls by tool, and steps by turn."""
+    given = judgement.given > 0.0
+    for block in judgement.actions.blocks:
+        if block.queries:
+            for key in ("calls", f"by_tool/{block.tool}"):
+                _count(sums, key, judgement.matches.theta, given, np.array(block.queries))
+    places = zip(judgement.row.tolist(), judgement.position.tolist(), strict=True)
+    turns = np.array([rows[i].steps[s].turn for i, s in places], dtype=np.int64)
+    for turn in np.unique(turns).tolist():
+        where = np.flatnonzero(turns == turn)
+        _count(sums, f"by_turn/{turn}", judgement.theta, judgement.transfer > 0.0, where)
+
+
+def _count(sums: Sums, key: str, matched: Flags, corrected: Flags, where: Indices) -> None:
+    sums[key + "/total"] += len(where)
+    sums[key + "/matched"] += int(matched[where].sum())
+    sums[key + "/corrected"] += int(corrected[where].sum())
+
+
+def _tally_audit(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
+    """Observation agreement, turn gap and novelty gap of every corrected call."""
+    actions, matches = judgement.actions, judgement.matches
+    means: dict[int, float] = {}
+    for i in np.flatnonzero(judgement.given > 0.0).tolist():
+        cluster = int(matches.cluster[i])
+        members = matches.clusters[cluster].members
+        if cluster not in means:
+            means[cluster] = mean_turn(members, actions, rows)
+        gap = abs(turn_of(actions.queries, i, rows) - means[cluster])
+        agreeing, pairs = observations_agree(i, members, actions, rows)
         sums["audit/agreeing"] += agreeing
         sums["audit/pairs"] += pairs
         sums["audit/calls"] += 1
-        sums["audit/stale"] += is_stale(call.action, members, rows)
+        sums["audit/stale"] += is_stale(i, members, actions, rows)
         sums["audit/turn_gap"] += gap
         sums[f"audit/turn_gap_hist/{_gap_bin(gap)}"] += 1
 
@@ -107,31 +123,29 @@ def _gap_bin(gap: float) -> str:
 
 def finish(sums: Mapping[str, float]) -> dict[str, float]:
     """Metrics from counts; a ratio whose denominator is 0 is left out."""
-    get = {key: float(value) for key, value in sums.items()}
     metrics: dict[str, float] = {}
 
     def ratio(name: str, above: str, below: str) -> None:
-        if get.get(below, 0.0) > 0.0:
-            metrics[name] = get.get(above, 0.0) / get[below]
+        if sums.get(below, 0.0) > 0.0:
+            metrics[name] = sums.get(above, 0.0) / sums[below]
 
     for mixed in ("", "_mixed"):
         for kind in ("traj", "steps"):
             for gate in ("", "_theta"):
                 part = f"fail_{kind}_corrected{gate}{mixed}"
                 ratio(f"tapo/frac_{part}", part, f"fail_{kind}{mixed}")
-            metrics[f"tapo/n_fail_{kind}{mixed}"] = get.get(f"fail_{kind}{mixed}", 0.0)
-    metrics["tapo/n_fail_steps_corrected"] = get.get("fail_steps_corrected", 0.0)
-    metrics["tapo/n_fail_traj_corrected"] = get.get("fail_traj_corrected", 0.0)
-    for name in ("sim_mean", "sup_mean", "F_mean", "delta_adv_mean"):
-        ratio(f"tapo/{name}", name.removesuffix("_mean"), "fail_steps_corrected")
+            metrics[f"tapo/n_fail_{kind}{mixed}"] = float(sums.get(f"fail_{kind}{mixed}", 0.0))
+    for name in ("fail_steps_corrected", "fail_traj_corrected", "clusters"):
+        metrics[f"tapo/n_{name}"] = float(sums.get(name, 0.0))
+    for name in ("sim", "sup", "F", "delta_adv"):
+        ratio(f"tapo/{name}_mean", name, "fail_steps_corrected")
     ratio("tapo/clip_frac", "clipped", "fail_steps_corrected")
-    metrics["tapo/n_clusters"] = get.get("clusters", 0.0)
     ratio("tapo/cluster_size_mean", "cluster_calls", "clusters")
-    for key, value in get.items():
+    for key, value in sums.items():
         if key.startswith(("by_tool/", "by_turn/", "calls/")):
-            metrics[f"tapo/{key}"] = value
+            metrics[f"tapo/{key}"] = float(value)
         if key.startswith("audit/turn_gap_hist/"):
-            metrics["credit/" + key.removeprefix("audit/")] = value
+            metrics["credit/" + key.removeprefix("audit/")] = float(value)
     ratio("credit/observation_agreement", "audit/agreeing", "audit/pairs")
     ratio("credit/turn_gap", "audit/turn_gap", "audit/calls")
     ratio("credit/novelty_gap", "audit/stale", "audit/calls")

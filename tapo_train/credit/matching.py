@@ -1,65 +1,151 @@
-"""Clusters of a block with support and reference advantage, and each failing call's match."""
+"""Clusters with support and reference advantage, and the best cluster of each failing call."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from tapo_train.credit.actions import Action, Block
+from tapo_train.credit.actions import Actions, Block, Reader
 from tapo_train.credit.library import cluster, row_chunks
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.setsim import Rows
-from tapo_train.credit.similarity import Similarity
 from tapo_train.credit.steps import CreditRow
 
 Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+Indices = npt.NDArray[np.int64]
 
 
 class Cluster(NamedTuple):
     """One reference action: equivalent calls of successful trajectories."""
 
-    members: list[Action]
+    members: list[int]
+    """Positions in `Actions.library`."""
     support: float
     """Share of the successful trajectories that contain it, in (0, 1]."""
     advantage: float
     """Aggregated advantage of those trajectories."""
 
 
-class Match(NamedTuple):
-    """A failing call's best cluster and what the gates say."""
+@dataclass(slots=True)
+class Matches:
+    """The best cluster of each query and what the gates say, as columns [Q]."""
 
-    cluster: Cluster
-    similarity: float
-    theta: bool
-    alpha: bool
-    transfer: float
+    clusters: list[Cluster]
+    cluster: Indices
+    """Position in `clusters`; -1 where no success used the tool."""
+    similarity: Floats
+    """NaN where there is no cluster; so are support and advantage."""
+    support: Floats
+    advantage: Floats
+    theta: Flags
+    alpha: Flags
+    transfer: Floats
     """similarity x support x reference advantage; 0 behind a closed gate."""
 
 
-def build_clusters(
+def match(
+    actions: Actions, rows: Sequence[CreditRow], options: TapoOptions, reader: Reader
+) -> Matches:
+    """Build the libraries and match every query with them."""
+    count = len(actions.queries.row)
+    best = np.full(count, -1, dtype=np.int64)
+    similarity = np.full(count, np.nan)
+    theta = np.full(count, np.nan)
+    clusters: list[Cluster] = []
+    for block in actions.blocks:
+        if not block.library:
+            continue
+        found, labels, values = _match_block(block, actions, rows, options, reader)
+        if block.queries:
+            best[block.queries] = labels + len(clusters)
+            similarity[block.queries] = values
+            theta[block.queries] = options.theta_of(block.tool)
+        clusters += found
+    # The last entry is what index -1 finds.
+    support = np.array([c.support for c in clusters] + [np.nan])[best]
+    advantage = np.array([c.advantage for c in clusters] + [np.nan])[best]
+    gates = apply_gates(similarity, support, advantage, theta, options)
+    return Matches(clusters, best, similarity, support, advantage, *gates)
+
+
+def apply_gates(
+    similarity: Floats, support: Floats, advantage: Floats, theta: Floats, options: TapoOptions
+) -> tuple[Flags, Flags, Floats]:
+    """(theta gate, alpha gate, transfer F), elementwise; both gates are inclusive.
+
+    F is 0 behind a closed gate, and never negative: a cluster whose members were no better than
+    average has nothing to give. NaN stands for no cluster and closes both gates.
+    """
+    confidence = similarity * support if options.use_support else similarity
+    if options.use_sim_weight:
+        weight = confidence
+    else:
+        weight = support if options.use_support else np.ones_like(support)
+    close_enough = similarity >= theta
+    confident = confidence >= options.alpha_min
+    with np.errstate(invalid="ignore"):
+        given = weight * np.maximum(advantage, 0.0)
+    return close_enough, confident, np.where(close_enough & confident, given, 0.0)
+
+
+def _match_block(
+    block: Block,
+    actions: Actions,
+    rows: Sequence[CreditRow],
+    options: TapoOptions,
+    reader: Reader,
+) -> tuple[list[Cluster], Indices, Floats]:
+    """Clusters of a block; per query the index of its best cluster and the similarity."""
+    position: dict[object, int] = {}
+    library_keys, query_keys = actions.library.key, actions.queries.key
+    library = [position.setdefault(library_keys[i], len(position)) for i in block.library]
+    references = len(position)
+    queries = [position.setdefault(query_keys[i], len(position)) for i in block.queries]
+    space = reader.similarity(block.tool).space(list(position), references)
+    compare = _remember(space, len(position), references)
+    threshold = options.cluster_theta_of(block.tool)
+    labels = cluster(compare, references, threshold=threshold, linkage=options.cluster)
+    clusters = _build(block, [labels[i] for i in library], actions, rows, options)
+    best, values = _nearest(compare, len(position), labels, clusters, options)
+    return clusters, best[queries], values[queries]
+
+
+def _remember(compare: Rows, count: int, references: int) -> Rows:
+    """Compute a matrix that fits one chunk only once."""
+    if len(row_chunks(count, references)) > 1:
+        return compare
+    values = compare(0, count)
+    return lambda low, high: values[low:high]
+
+
+def _build(
     block: Block,
     labels: Sequence[int],
+    actions: Actions,
     rows: Sequence[CreditRow],
-    num_successes: dict[str, int],
     options: TapoOptions,
 ) -> list[Cluster]:
     """Clusters in order of their labels; `labels` has one entry per library call."""
-    members: list[list[Action]] = [[] for _ in range(max(labels) + 1)]
-    for action, label in zip(block.library, labels, strict=True):
-        members[label].append(action)
+    members: list[list[int]] = [[] for _ in range(max(labels) + 1)]
+    for i, label in zip(block.library, labels, strict=True):
+        members[label].append(i)
+    row_of, num_successes = actions.library.row, actions.num_successes
     clusters = []
-    for actions in members:
-        distinct = {action.row for action in actions}
-        groups = {rows[i].group for i in distinct}
-        support = len(distinct) / sum(num_successes[group] for group in groups)
-        values = [rows[i].advantage for i in distinct]
-        if options.adv_agg == "mean_step":
-            values = [rows[action.row].advantage for action in actions]
-        clusters.append(Cluster(actions, support, _aggregate(values, options.adv_agg)))
+    for calls in members:
+        owners = [row_of[i] for i in calls]
+        distinct = set(owners)
+        # In a library of the whole batch a cluster may span groups; each counts with its own |S|.
+        total = sum(num_successes[group] for group in {rows[i].group for i in distinct})
+        values = [
+            rows[i].advantage for i in (owners if options.adv_agg == "mean_step" else distinct)
+        ]
+        clusters.append(Cluster(calls, len(distinct) / total, _aggregate(values, options.adv_agg)))
     return clusters
 
 
@@ -72,83 +158,31 @@ def _aggregate(values: list[float], kind: str) -> float:
     return math.fsum(values) / len(values)
 
 
-def match_block(
-    block: Block,
-    similarity: Similarity,
-    rows: Sequence[CreditRow],
-    num_successes: dict[str, int],
-    options: TapoOptions,
-) -> tuple[list[Cluster], list[Match]]:
-    """All clusters of a block, and the match of each of its queries in order."""
-    position: dict[object, int] = {}
-    library = [position.setdefault(a.key, len(position)) for a in block.library]
-    references = len(position)
-    queries = [position.setdefault(a.key, len(position)) for a in block.queries]
-    compare = _remember(similarity.space(list(position), references), len(position), references)
-    threshold = options.cluster_theta_of(block.tool)
-    by_key = cluster(compare, references, threshold=threshold, linkage=options.cluster)
-    labels = [by_key[i] for i in library]
-    clusters = build_clusters(block, labels, rows, num_successes, options)
-    if not queries:
-        return clusters, []
-    matches = _best(compare, len(position), by_key, clusters, options, block.tool)
-    return clusters, [matches[i] for i in queries]
-
-
-def _remember(compare: Rows, count: int, references: int) -> Rows:
-    """Compute a matrix that fits one chunk only once."""
-    if len(row_chunks(count, references)) > 1:
-        return compare
-    values = compare(0, count)
-    return lambda low, high: values[low:high]
-
-
-def _best(
+def _nearest(
     compare: Rows,
     count: int,
-    by_key: Sequence[int],
+    labels: Sequence[int],
     clusters: Sequence[Cluster],
     options: TapoOptions,
-    tool: str,
-) -> list[Match]:
-    """The match of every key.
+) -> tuple[Indices, Floats]:
+    """Per key, the index of its best cluster and sim(c, C) = max over the members of C.
 
-    sim(c, C) is the maximum over the members of C. Ties go to higher support, then higher
-    reference advantage, then the first cluster: columns are put in that order and argmax takes
-    the first maximum.
+    The cluster of the most similar reference is the most similar cluster. Ties go to higher
+    support, then higher reference advantage, then the first cluster: references are put in that
+    order, and argmax takes the first maximum.
     """
-    support = [c.support if options.use_support else 1.0 for c in clusters]
-    ranked = sorted(range(len(clusters)), key=lambda c: (-support[c], -clusters[c].advantage, c))
-    rank = {c: r for r, c in enumerate(ranked)}
-    ranks = [rank[label] for label in by_key]
-    columns = np.array(sorted(range(len(by_key)), key=ranks.__getitem__))
-    starts = np.searchsorted(np.array(sorted(ranks)), np.arange(len(clusters)))
-    sup = np.array([support[c] for c in ranked])
-    adv = np.array([clusters[c].advantage for c in ranked])
-    matches: list[Match] = []
-    for low, high in row_chunks(count, len(by_key)):
+    label = np.array(labels)
+    support = np.array([c.support for c in clusters])[label]
+    if not options.use_support:
+        support = np.ones_like(support)
+    advantage = np.array([c.advantage for c in clusters])[label]
+    order = np.lexsort((label, -advantage, -support))
+    best = np.empty(count, dtype=np.int64)
+    similarity = np.empty(count)
+    for low, high in row_chunks(count, len(labels)):
         values = compare(low, high)
-        nearest = np.maximum.reduceat(values[:, columns], starts, axis=1)
-        best = (nearest * sup if options.match_by == "sim_sup" else nearest).argmax(axis=1)
-        sim = nearest[np.arange(high - low), best]
-        theta, alpha, transfer = gates(sim, sup[best], adv[best], options, tool)
-        found = [clusters[ranked[b]] for b in best.tolist()]
-        columns_of_match = (sim.tolist(), theta.tolist(), alpha.tolist(), transfer.tolist())
-        matches += map(Match, found, *columns_of_match)
-    return matches
-
-
-def gates(
-    sim: Floats, sup: Floats, adv: Floats, options: TapoOptions, tool: str
-) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_], Floats]:
-    """Both gates (inclusive) and the transfer F, elementwise.
-
-    F is 0 behind a closed gate, and never negative: a cluster whose members were no better than
-    average has nothing to give.
-    """
-    confidence = sim * sup
-    theta = sim >= options.theta_of(tool)
-    alpha = confidence >= options.alpha_min
-    weight = confidence if options.use_sim_weight else sup
-    transfer = np.where(theta & alpha, weight * np.maximum(adv, 0.0), 0.0)
-    return theta, alpha, transfer
+        score = values * support if options.match_by == "sim_sup" else values
+        reference = order[score[:, order].argmax(axis=1)]
+        best[low:high] = label[reference]
+        similarity[low:high] = values[np.arange(high - low), reference]
+    return best, similarity

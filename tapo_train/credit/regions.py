@@ -41,33 +41,32 @@ def legal_box(value: Any, width: float, height: float) -> Box | None:
     """Four numbers with 0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height, or None."""
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return None
-    if not all(type(number) is float or type(number) is int for number in value):
-        return None
     x0, y0, x1, y1 = value
-    # NaN fails every comparison, so it is refused here as well.
+    kinds = (type(x0), type(y0), type(x1), type(y1))
+    # The counts see to it that True is no number. NaN fails every comparison below.
+    if kinds.count(int) + kinds.count(float) != 4:
+        return None
     if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         return None
-    return float(x0), float(y0), float(x1), float(y1)
+    return x0, y0, x1, y1
 
 
-def compose(parent: ImageRef, box: Box, width: float, height: float) -> Box:
+def compose(parent: Box, box: Box, width: float, height: float) -> Box:
     """`box` of a picture of width x height units, in the frame of the picture's root."""
-    px0, py0, px1, py1 = parent.box
+    px0, py0, px1, py1 = parent
     x0, y0, x1, y1 = box
-    dx, dy = px1 - px0, py1 - py0
-    return (
-        round(px0 + x0 / width * dx, _DECIMALS),
-        round(py0 + y0 / height * dy, _DECIMALS),
-        round(px0 + x1 / width * dx, _DECIMALS),
-        round(py0 + y1 / height * dy, _DECIMALS),
-    )
+    dx, dy = (px1 - px0) / width, (py1 - py0) / height
+    return _rounded((px0 + x0 * dx, py0 + y0 * dy, px0 + x1 * dx, py0 + y1 * dy))
 
 
-def rounded(ref: ImageRef, index: int = 0) -> Region:
-    """A whole registered picture as a region."""
-    x0, y0, x1, y1 = ref.box
-    box = (round(x0, _DECIMALS), round(y0, _DECIMALS), round(x1, _DECIMALS), round(y1, _DECIMALS))
-    return Region(ref.root, box, index)
+def _rounded(box: Box) -> Box:
+    x0, y0, x1, y1 = box
+    return round(x0, _DECIMALS), round(y0, _DECIMALS), round(x1, _DECIMALS), round(y1, _DECIMALS)
+
+
+def whole_picture(ref: ImageRef) -> Region:
+    """A registered picture as a region."""
+    return Region(ref.root, _rounded(ref.box))
 
 
 def named_picture(arguments: Mapping[str, Any], row: CreditRow, step: CreditStep) -> int | None:
@@ -99,7 +98,7 @@ def zoom_region(
     if legal is None:
         return None
     parent = row.images[index]
-    return Region(parent.root, compose(parent, legal, width, height), index)
+    return Region(parent.root, compose(parent.box, legal, width, height), index)
 
 
 def _area(boxes: Floats) -> Floats:

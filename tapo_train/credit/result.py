@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tapo_train.credit.steps import CreditRow
 from tapo_train.types import Span, Trajectory
 
 Floats = npt.NDArray[np.float64]
@@ -48,7 +50,7 @@ class CallAdvantage(NamedTuple):
     advantage: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class CreditResult:
     """Advantages after credit assignment, row by row as the rows came in."""
 
@@ -56,17 +58,27 @@ class CreditResult:
     """Per row [num_turns] float64: the advantage of every turn's tokens."""
     call_advantages: list[tuple[CallAdvantage, ...]]
     """Per row: exceptions for the tokens of single calls; usually empty."""
-    steps: list[tuple[StepRecord, ...]]
-    """Per row, one record per tool step."""
+    records: Callable[[], list[tuple[StepRecord, ...]]] = field(repr=False)
+    """Makes `steps`."""
     metrics: dict[str, float]
     """Finished diagnostics of these rows alone."""
     sums: Mapping[str, float] = field(default_factory=dict)
     """The additive counts behind `metrics`: sum over ranks, then `diagnostics.finish`."""
 
+    @cached_property
+    def steps(self) -> list[tuple[StepRecord, ...]]:
+        """Per row, one record per tool step; made when first asked for."""
+        return self.records()
+
 
 def unchanged(advantage: float, num_turns: int) -> Floats:
     """The same advantage for every turn."""
     return np.full(num_turns, advantage, dtype=np.float64)
+
+
+def plain_records(rows: Sequence[CreditRow]) -> list[tuple[StepRecord, ...]]:
+    """Records of rows whose steps nothing corrected."""
+    return [tuple(StepRecord(step.turn, row.advantage) for step in row.steps) for row in rows]
 
 
 def token_advantages(

@@ -27,7 +27,7 @@ from tapo_train.credit.regions import (
     iou,
     iou_matrix,
     named_picture,
-    rounded,
+    whole_picture,
     zoom_region,
 )
 from tapo_train.credit.setsim import Rows, set_space, tfidf_space
@@ -165,10 +165,10 @@ def _image_search_key(arguments: Mapping[str, Any], row: CreditRow, step: Credit
     if not row.images:
         return None
     if arguments.get("img_idx", arguments.get("image_index")) is None:
-        return tuple(rounded(ref) for ref in row.images[: max(row.num_input_images, 1)])
+        return tuple(whole_picture(ref) for ref in row.images[: max(row.num_input_images, 1)])
     index = named_picture(arguments, row, step)
     # The number by which a picture was called is not part of what was asked for.
-    return None if index is None else (rounded(row.images[index]),)
+    return None if index is None else (whole_picture(row.images[index]),)
 
 
 def _image_search_similarity(

@@ -14,178 +14,206 @@ more never change. What the paper leaves open is said in `TapoOptions`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from itertools import groupby
-from operator import attrgetter
-from typing import NamedTuple
+from dataclasses import dataclass
 
-from tapo_train.credit.actions import Action, Actions, Reader, gather
+import numpy as np
+
+from tapo_train.credit.actions import Actions, Reader, gather
 from tapo_train.credit.audit import observations_agree
-from tapo_train.credit.matching import Cluster, Match, match_block
+from tapo_train.credit.matching import Flags, Floats, Indices, Matches, match
 from tapo_train.credit.options import TapoOptions
-from tapo_train.credit.result import CallAdvantage, Floats, StepRecord, unchanged
+from tapo_train.credit.result import CallAdvantage, StepRecord
 from tapo_train.credit.steps import CreditRow
 from tapo_train.errors import CreditError
 
 
-class Judged(NamedTuple):
-    """An eligible call of a failing trajectory, with its match if its tool has a library."""
+@dataclass(slots=True)
+class Judgement:
+    """What the transfer decided, as columns: [Q] over eligible calls, [S] over their steps.
 
-    action: Action
-    tool: str
-    match: Match | None
-    transfer: float
-    """The match's, or 0 where a further rule forbids it."""
-
-
-class Corrected(NamedTuple):
-    """One row after the transfer."""
-
-    turns: Floats
-    calls: tuple[CallAdvantage, ...]
-    steps: tuple[StepRecord, ...]
-
-
-class Judgement(NamedTuple):
-    """Everything the transfer found out about a batch."""
+    Calls and steps are those of failing rows, in order of row, step and call.
+    """
 
     actions: Actions
-    clusters: list[Cluster]
-    by_row: dict[int, list[Judged]]
-    """Eligible calls of failing rows, in order of step and call."""
+    matches: Matches
+    given: Floats
+    """[Q] transfer of each call: the match's, or 0 where a further rule forbids it."""
+    start: Indices
+    """[S] the first of each step's calls, which are contiguous."""
+    row: Indices
+    """[S]"""
+    position: Indices
+    """[S] in `CreditRow.steps`."""
+    best: Indices
+    """[S] the call that speaks for the step: highest transfer, then highest similarity."""
+    theta: Flags
+    """[S] some call passes the theta gate."""
+    alpha: Flags
+    """[S]"""
+    matched: Flags
+    """[S] some call gives a transfer."""
+    transfer: Floats
+    """[S] reduced over the calls."""
+    advantage: Floats
+    """[S] after the correction."""
+    clipped: Flags
+    """[S] cut at zero."""
 
 
 def judge(rows: Sequence[CreditRow], options: TapoOptions, reader: Reader) -> Judgement:
-    """Match every eligible call of the failing rows with the libraries of the batch."""
+    """Match every eligible call of the failing rows and decide what its step is worth."""
     actions = gather(rows, options, reader)
-    clusters: list[Cluster] = []
-    by_row: dict[int, list[Judged]] = {}
-    for block in actions.blocks.values():
-        matches: list[Match] | list[None] = [None] * len(block.queries)
-        if block.library:
-            similarity = reader.similarity(block.tool)
-            found, matches = match_block(block, similarity, rows, actions.num_successes, options)
-            clusters += found
-        for action, match in zip(block.queries, matches, strict=True):
-            transfer = 0.0 if match is None else match.transfer
-            by_row.setdefault(action.row, []).append(Judged(action, block.tool, match, transfer))
-    for row, calls in by_row.items():
-        calls.sort(key=_position)
-        by_row[row] = _restrict(calls, rows, options)
-    return Judgement(actions, clusters, by_row)
-
-
-def _position(judged: Judged) -> tuple[int, int]:
-    return judged.action.step, judged.action.call
-
-
-def _restrict(calls: list[Judged], rows: Sequence[CreditRow], options: TapoOptions) -> list[Judged]:
-    """Take the transfer from repeats and from disagreeing observations, where asked to."""
-    if options.correct_repeats == "first":
-        seen: set[object] = set()
-        for i, call in enumerate(calls):
-            what = (call.tool, call.action.key)
-            calls[i] = call._replace(transfer=0.0) if what in seen else call
-            seen.add(what)
-    if options.require_observation_agreement:
-        for i, call in enumerate(calls):
-            if call.transfer and not _agrees(call, rows):
-                calls[i] = call._replace(transfer=0.0)
-    return calls
-
-
-def _agrees(judged: Judged, rows: Sequence[CreditRow]) -> bool:
-    members = () if judged.match is None else judged.match.cluster.members
-    agreeing, pairs = observations_agree(judged.action, members, rows)
-    return pairs > 0 and 2 * agreeing >= pairs
-
-
-def reduce_transfers(transfers: Sequence[float], kind: str) -> float:
-    """One transfer for a turn from those of its eligible calls (0 for an unmatched one)."""
-    if len(transfers) == 1:
-        return transfers[0]
-    if kind == "max":
-        return max(transfers)
-    if kind == "min":
-        return min(transfers)
-    return math.fsum(transfers) / len(transfers)
-
-
-def corrected(advantage: float, transfer: float, options: TapoOptions) -> tuple[float, bool]:
-    """(A', whether it was cut at zero); without transfer bit for bit the old value."""
-    if transfer == 0.0:
-        return advantage, False
-    value = advantage + options.beta * transfer
-    if not math.isfinite(value):
-        raise CreditError(f"{advantage} + {options.beta} x {transfer} is {value}; want it finite")
-    if options.use_clip and value > 0.0:
-        return 0.0, True
-    return value, False
-
-
-def correct_row(row: CreditRow, judged: Sequence[Judged], options: TapoOptions) -> Corrected:
-    """Apply the transfers of one failing row."""
-    turns = unchanged(row.advantage, row.num_turns)
-    own_calls: list[CallAdvantage] = []
-    records: dict[int, StepRecord] = {}
-    for position, group in groupby(judged, key=attrgetter("action.step")):
-        calls = list(group)
-        turn = row.steps[position].turn
-        transfer = reduce_transfers([call.transfer for call in calls], options.turn_reduce)
-        value, clipped = corrected(row.advantage, transfer, options)
-        records[position] = _record(turn, value, transfer, clipped, calls)
-        if options.span == "turn":
-            turns[turn] = value
-        if options.span == "call" or options.turn_reduce == "span":
-            own_calls += _call_advantages(turn, value, row.advantage, calls, options)
-    steps = tuple(
-        records.get(position) or StepRecord(step.turn, row.advantage)
-        for position, step in enumerate(row.steps)
-    )
-    return Corrected(turns, tuple(own_calls), steps)
-
-
-def _call_advantages(
-    turn: int, value: float, base: float, calls: Sequence[Judged], options: TapoOptions
-) -> list[CallAdvantage]:
-    """What the tokens of each eligible call get: its own correction, or the turn's."""
-    own = options.turn_reduce == "span"
-    return [
-        CallAdvantage(
-            turn, call.action.call, corrected(base, call.transfer, options)[0] if own else value
-        )
-        for call in calls
-    ]
-
-
-def _strength(judged: Judged) -> tuple[float, float]:
-    return judged.transfer, judged.match.similarity if judged.match else -1.0
-
-
-def _record(
-    turn: int, value: float, transfer: float, clipped: bool, calls: Sequence[Judged]
-) -> StepRecord:
-    best = (calls[0] if len(calls) == 1 else max(calls, key=_strength)).match
-    if best is None:
-        return StepRecord(turn, value, True)
-    matches = [call.match for call in calls if call.match is not None]
-    return StepRecord(
-        turn=turn,
-        advantage=value,
-        eligible=True,
-        theta=any(match.theta for match in matches),
-        alpha=any(match.alpha for match in matches),
-        matched=any(call.transfer > 0.0 for call in calls),
-        similarity=best.similarity,
-        support=best.cluster.support,
-        reference_advantage=best.cluster.advantage,
+    matches = match(actions, rows, options, reader)
+    given = _restrict(matches, actions, rows, options)
+    row, position = np.array(actions.queries.row, int), np.array(actions.queries.step, int)
+    is_first = np.ones(len(row), dtype=np.bool_)
+    is_first[1:] = (row[1:] != row[:-1]) | (position[1:] != position[:-1])
+    start = np.flatnonzero(is_first)
+    transfer = reduce_calls(given, start, options.turn_reduce)
+    base = np.array([rows[i].advantage for i in actions.queries.row])[start]
+    advantage, clipped = corrected(base, transfer, options)
+    return Judgement(
+        actions=actions,
+        matches=matches,
+        given=given,
+        start=start,
+        row=row[start],
+        position=position[start],
+        best=_strongest(given, matches.similarity, start),
+        theta=_any(matches.theta, start),
+        alpha=_any(matches.alpha, start),
+        matched=_any(given > 0.0, start),
         transfer=transfer,
+        advantage=advantage,
         clipped=clipped,
     )
 
 
-def plain_row(row: CreditRow) -> Corrected:
-    """A row that nothing corrects."""
-    steps = tuple(StepRecord(step.turn, row.advantage) for step in row.steps)
-    return Corrected(unchanged(row.advantage, row.num_turns), (), steps)
+def _any(flags: Flags, start: Indices) -> Flags:
+    if len(start) == len(flags):
+        return flags
+    result: Flags = np.logical_or.reduceat(flags, start)
+    return result
+
+
+def _restrict(
+    matches: Matches, actions: Actions, rows: Sequence[CreditRow], options: TapoOptions
+) -> Floats:
+    """Take the transfer from repeats and from disagreeing observations, where asked to."""
+    given = matches.transfer.copy()
+    queries = actions.queries
+    if options.correct_repeats == "first":
+        seen: set[object] = set()
+        for i, cluster in enumerate(matches.cluster.tolist()):
+            # Equal keys of one tool and row have one cluster, which tells the tools apart.
+            what = (queries.row[i], queries.key[i], cluster)
+            given[i] = 0.0 if what in seen else given[i]
+            seen.add(what)
+    if options.require_observation_agreement:
+        for i in np.flatnonzero(given).tolist():
+            members = matches.clusters[matches.cluster[i]].members
+            agreeing, pairs = observations_agree(i, members, actions, rows)
+            if pairs == 0 or 2 * agreeing < pairs:
+                given[i] = 0.0
+    return given
+
+
+def reduce_calls(given: Floats, start: Indices, kind: str) -> Floats:
+    """[S] one transfer per turn from those of its eligible calls, an unmatched one being 0."""
+    if len(start) == len(given):
+        return given
+    if kind == "max":
+        reduced: Floats = np.maximum.reduceat(given, start)
+    elif kind == "min":
+        reduced = np.minimum.reduceat(given, start)
+    else:
+        counts = np.diff(np.append(start, len(given)))
+        reduced = np.add.reduceat(given, start) / counts
+    return reduced
+
+
+def _strongest(given: Floats, similarity: Floats, start: Indices) -> Indices:
+    if len(start) == len(given):
+        return start
+    best = start.copy()
+    ends = np.append(start[1:], len(given))
+    strength = list(zip(given.tolist(), np.nan_to_num(similarity, nan=-1.0).tolist(), strict=True))
+    for s in np.flatnonzero(ends - start > 1).tolist():
+        best[s] = max(range(start[s], ends[s]), key=strength.__getitem__)
+    return best
+
+
+def corrected(base: Floats, transfer: Floats, options: TapoOptions) -> tuple[Floats, Flags]:
+    """(A', whether cut at zero), elementwise; without transfer bit for bit the old value."""
+    moved = np.where(transfer != 0.0, base + options.beta * transfer, base)
+    if not np.isfinite(moved).all():
+        worst = int(np.flatnonzero(~np.isfinite(moved))[0])
+        raise CreditError(
+            f"{base[worst]} + {options.beta} x {transfer[worst]} is not finite"
+        )
+    clipped = moved > 0.0 if options.use_clip else np.zeros(len(moved), dtype=np.bool_)
+    return np.where(clipped, 0.0, moved), clipped
+
+
+def turn_advantages(
+    rows: Sequence[CreditRow], judgement: Judgement, options: TapoOptions
+) -> list[Floats]:
+    """Per row [num_turns], with the corrections of its steps."""
+    num_turns = np.array([row.num_turns for row in rows], dtype=np.int64)
+    flat = np.repeat(np.array([row.advantage for row in rows], dtype=np.float64), num_turns)
+    ends = np.cumsum(num_turns)
+    offsets = (ends - num_turns).tolist()
+    if options.span == "turn":
+        where = [
+            offsets[i] + rows[i].steps[s].turn
+            for i, s in zip(judgement.row.tolist(), judgement.position.tolist(), strict=True)
+        ]
+        flat[where] = judgement.advantage
+    return [flat[low:high] for low, high in zip(offsets, ends.tolist(), strict=True)]
+
+
+def call_advantages(
+    rows: Sequence[CreditRow], judgement: Judgement, options: TapoOptions
+) -> list[tuple[CallAdvantage, ...]]:
+    """Per row, the calls whose tokens have an advantage of their own.
+
+    With `turn_reduce=span` each eligible call has its own correction; with `span=call` the
+    corrected value of the step goes to its calls instead of the whole turn.
+    """
+    found: list[tuple[CallAdvantage, ...]] = [()] * len(rows)
+    if options.span == "turn" and options.turn_reduce != "span":
+        return found
+    queries = judgement.actions.queries
+    base = np.array([rows[i].advantage for i in queries.row])
+    own, _ = corrected(base, judgement.given, options)
+    ends = np.append(judgement.start[1:], len(own))
+    shared = np.repeat(judgement.advantage, ends - judgement.start)
+    values = own if options.turn_reduce == "span" else shared
+    for i, s, c, value in zip(
+        queries.row, queries.step, queries.call, values.tolist(), strict=True
+    ):
+        found[i] += (CallAdvantage(rows[i].steps[s].turn, c, value),)
+    return found
+
+
+def step_records(rows: Sequence[CreditRow], judgement: Judgement) -> list[tuple[StepRecord, ...]]:
+    """Per row, one record per tool step."""
+    records = [[StepRecord(step.turn, row.advantage) for step in row.steps] for row in rows]
+    matches, best = judgement.matches, judgement.best
+    columns = (
+        judgement.row, judgement.position, judgement.advantage, judgement.theta,
+        judgement.alpha, judgement.matched, matches.similarity[best], matches.support[best],
+        matches.advantage[best], judgement.transfer, judgement.clipped,
+    )  # fmt: skip
+    for i, s, value, theta, alpha, matched, sim, sup, adv, transfer, clipped in zip(
+        *(column.tolist() for column in columns), strict=True
+    ):
+        turn = rows[i].steps[s].turn
+        if sim != sim:  # NaN: no success used the tool
+            records[i][s] = StepRecord(turn, value, True)
+            continue
+        records[i][s] = StepRecord(
+            turn, value, True, theta, alpha, matched, sim, sup, adv, transfer, clipped
+        )
+    return [tuple(steps) for steps in records]
