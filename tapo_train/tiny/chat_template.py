@@ -1,4 +1,8 @@
-"""The tiny policy's chat template: Qwen's turns and Hermes tool calls, fewer words."""
+"""The tiny policy's chat template: Qwen's turns and Hermes tool calls.
+
+Tool schemas are rendered as one line each instead of as JSON, because the prompt is
+most of what a policy of this size reads.
+"""
 
 CHAT_TEMPLATE = """\
 {%- macro render(content) -%}
@@ -14,7 +18,10 @@ CHAT_TEMPLATE = """\
 {%- if messages[0].role == 'system' -%}{{- render(messages[0].content) -}}{%- endif -%}
 {%- if tools -%}
 {{- '\\n<tools>' -}}
-{%- for tool in tools -%}{{- '\\n' + (tool | tojson) -}}{%- endfor -%}
+{%- for tool in tools -%}{{- '\\n' + tool.function.name + '(' -}}
+{{- tool.function.parameters.properties | join(', ') + '): ' -}}
+{{- tool.function.description -}}
+{%- endfor -%}
 {{- '\\n</tools>' -}}
 {%- endif -%}
 {{- '<|im_end|>\\n' -}}

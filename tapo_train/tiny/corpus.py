@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator
 
@@ -35,15 +34,16 @@ def tokenizer_texts() -> Iterator[str]:
     texts = [question.text for question in questions]
     texts += [f"{entry.title}: {entry.text}" for entry in make_corpus(seed, houses)]
     texts += [phrase for q in questions for phrase in sample_phrases(q, random.Random(q.id))]
-    texts += [SYSTEM_PROMPT, *(json.dumps(schema) for schema in _schemas())] * 20
+    texts += [SYSTEM_PROMPT, *_signatures()] * 20
     texts += [_GENERAL] * 3
     texts += ["system\n", "user\n", "assistant\n", "<tools>\n</tools>"] * 20
-    texts += [f" {number}" for number in range(0, 1001, 50)] * 40
+    texts += [form for n in range(0, 1001, 50) for form in (f"{n}", f", {n}")] * 40
     for text in texts:
         yield without_names(text, syllables=SYLLABLES)
 
 
-def _schemas() -> list[dict[str, object]]:
+def _signatures() -> list[str]:
+    """Name, argument names and description of each tool, as the chat template writes them."""
     decoder = ImageDecoder()
     passage = Passage(id="0", title="", text="nothing here")
     tools = (
@@ -51,4 +51,8 @@ def _schemas() -> list[dict[str, object]]:
         ImageSearchTool(ImageIndex([]), decoder),
         TextSearchTool(CorpusIndex([passage])),
     )
-    return [function_schema(tool) for tool in tools]
+    functions = [function_schema(tool)["function"] for tool in tools]
+    return [
+        f"\n{f['name']}({', '.join(f['parameters']['properties'])}): {f['description']}"
+        for f in functions
+    ]

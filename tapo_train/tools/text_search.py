@@ -39,7 +39,10 @@ class CorpusIndex:
         self._passages = tuple(passages)
         self._bm25 = bm25s.BM25(method="lucene")
         texts = [f"{passage.title} {passage.text}" for passage in passages]
-        self._bm25.index(_tokenise(texts), show_progress=False)
+        tokens = _tokenise(texts)
+        if not any(tokens):
+            raise DataError("text corpus: no words to index beside stop words")
+        self._bm25.index(tokens, show_progress=False)
 
     @classmethod
     def load(cls, path: Path) -> CorpusIndex:

@@ -19,8 +19,8 @@ from tapo_train.world.lexicon import CLOSED_ATTRIBUTES, PLACES, draw_name
 from tapo_train.world.questions import Question
 
 SYSTEM_PROMPT = (
-    "Answer the question about the image. In each turn think inside <think></think>, then call "
-    "one tool inside <tool_call></tool_call>, or finish with <answer></answer>."
+    "Answer the question about the image. Think, then call one tool, or finish with "
+    "<answer></answer>."
 )
 
 
