@@ -1,0 +1,105 @@
+"""What a batch of trajectories looked like, as sums that add up over ranks."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from tapo_train.types import Group, Outcome, StopReason, Trajectory
+
+__all__ = ["combine", "trajectory_sums"]
+
+Sums = dict[str, tuple[float, float]]
+"""name -> (sum, count); the metric is sum / count."""
+
+_SQUARE = "reward/square"
+"""Only for `reward/std`; not logged itself."""
+
+
+def trajectory_sums(groups: Sequence[Group]) -> Sums:
+    """Rewards, turns, calls, outcomes and stops of all trajectories of `groups`.
+
+    Rewards are those of the trajectories that take part in the loss: a failure outside
+    the policy says nothing about it. Names of tools the policy invented are not
+    counted by tool, or a confused policy would make metrics without end.
+    """
+    held = [trajectory for group in groups for trajectory in group.trajectories]
+    scored = [trajectory for trajectory in held if not trajectory.failed_outside_policy]
+    sums = {
+        "rollout/trajectories": (float(len(held)), 1.0),
+        "rollout/failed_outside_policy": (float(len(held) - len(scored)), float(len(held))),
+    }
+    return sums | _reward_sums(scored) | _shape_sums(held) | _call_sums(held)
+
+
+def _reward_sums(scored: Sequence[Trajectory]) -> Sums:
+    rewards = [trajectory.scored() for trajectory in scored]
+    num = float(len(rewards))
+    parts: Counter[str] = Counter()
+    for reward in rewards:
+        parts.update({name: value for name, value in reward.parts.items() if name != "accuracy"})
+    return {
+        "reward/mean": (math.fsum(reward.total for reward in rewards), num),
+        _SQUARE: (math.fsum(reward.total**2 for reward in rewards), num),
+        "reward/accuracy": (math.fsum(reward.accuracy for reward in rewards), num),
+        **{_part_name(name): (value, num) for name, value in parts.items()},
+    }
+
+
+def _part_name(name: str) -> str:
+    return "reward/format" if name == "format" else f"reward/part/{name}"
+
+
+def _shape_sums(held: Sequence[Trajectory]) -> Sums:
+    num = float(len(held))
+    stops = Counter(trajectory.stop for trajectory in held)
+    return {
+        "rollout/turns": (float(sum(len(trajectory.turns) for trajectory in held)), num),
+        "rollout/tokens": (float(sum(len(trajectory.tokens) for trajectory in held)), num),
+        "rollout/trained_tokens": (
+            float(sum(len(turn.span) for trajectory in held for turn in trajectory.turns)),
+            num,
+        ),
+        **{f"rollout/stop/{reason}": (float(stops[reason]), num) for reason in StopReason},
+    }
+
+
+def _call_sums(held: Sequence[Trajectory]) -> Sums:
+    num = float(len(held))
+    calls = [[call for turn in trajectory.turns for call in turn.calls] for trajectory in held]
+    flat = [call for own in calls for call in own]
+    outcomes = Counter(call.outcome for call in flat)
+    tools = Counter(call.name for call in flat if call.valid)
+    waited = [call.observation.latency_s for call in flat if call.executed and call.observation]
+    return {
+        "rollout/calls": (float(len(flat)), num),
+        "rollout/call_rate": (float(sum(any(c.executed for c in own) for own in calls)), num),
+        "rollout/tool_latency_s": (math.fsum(waited), float(len(waited))),
+        **{f"rollout/calls/{name}": (float(count), num) for name, count in tools.items()},
+        **{
+            f"rollout/outcome/{outcome}": (float(outcomes[outcome]), float(len(flat)))
+            for outcome in Outcome
+        },
+    }
+
+
+def combine(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Metrics from the sums of all ranks; one whose count is 0 is left out."""
+    held = list(parts)
+    total: Sums = {}
+    for name in {name: None for part in held for name in part}:
+        sums, counts = zip(*(part.get(name, _absent(name, part)) for part in held), strict=True)
+        total[name] = (math.fsum(sums), math.fsum(counts))
+    total["rollout/trajectories"] = (total["rollout/trajectories"][0], 1.0)
+    metrics = {name: value / count for name, (value, count) in total.items() if count}
+    square = metrics.pop(_SQUARE, None)
+    if square is not None:
+        metrics["reward/std"] = math.sqrt(max(0.0, square - metrics["reward/mean"] ** 2))
+    return metrics
+
+
+def _absent(name: str, part: Mapping[str, tuple[float, float]]) -> tuple[float, float]:
+    """What a rank without `name` adds: a tool nobody called was not called by anyone there."""
+    is_call_count = name.startswith("rollout/calls/")
+    return (0.0, part["rollout/calls"][1]) if is_call_count else (0.0, 0.0)
