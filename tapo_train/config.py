@@ -162,7 +162,8 @@ def _choices(group: str, folder: Path) -> list[str]:
 
 
 def _join(source: str, problems: Sequence[str]) -> str:
-    return f"{source}: " + "\n  ".join(["", *problems] if len(problems) > 1 else problems)
+    separator = " " if len(problems) == 1 else "\n  "
+    return f"{source}:" + "".join(separator + problem for problem in problems)
 
 
 def _first_lines(error: Exception) -> str:
