@@ -59,9 +59,11 @@ def aggregate(
     if mode == "token-mean":
         return per_token.sum() / step_tokens
     if mode == "seq-mean-token-mean":
-        sums = per_token.new_zeros(lengths.shape[0]).index_add(0, trajectory, per_token)
-        # A trajectory without trained tokens has sum 0; the bound keeps 0/0 away.
-        return (sums / lengths.clamp(min=1)).sum() / step_sequences
+        # The bound keeps 1/0 away from trajectories without trained tokens, which no token
+        # refers to. Weighing tokens sums more accurately in float32 than adding up each
+        # trajectory in turn, and several times faster.
+        weights = lengths.clamp(min=1).to(per_token.dtype).reciprocal()
+        return (per_token * weights.index_select(0, trajectory)).sum() / step_sequences
     if mode == "seq-mean-token-sum":
         return per_token.sum() / step_sequences
     if mode == "seq-mean-token-sum-norm":

@@ -77,9 +77,7 @@ def kl_penalty(
     if not coefficient >= 0:
         raise ConfigError(f"kl_penalty: coefficient is {coefficient}; wanted >= 0")
     estimate = kl_per_token(logprobs, ref_logprobs, kind=kind)
-    return LossOutput(
-        per_token=estimate * coefficient, metrics={"policy/ref_kl": pair(estimate)}
-    )
+    return LossOutput(per_token=estimate * coefficient, metrics={"policy/ref_kl": pair(estimate)})
 
 
 def _k3(x: Tensor) -> Tensor:

@@ -93,19 +93,14 @@ def grpo(
         ConfigError: a hyper-parameter outside its range.
     """
     _check_clip("grpo", clip_low, clip_high)
-    if dual_clip is not None and not dual_clip > 1 + clip_high:
-        raise ConfigError(f"grpo: dual_clip is {dual_clip}; wanted > {1 + clip_high} or none")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ConfigError(f"grpo: dual_clip is {dual_clip}; wanted > 1 or none")
     with torch.no_grad():
         log_ratio, is_free = _log_ratio(batch)
         metrics = _ratio_metrics(log_ratio)
         ratio = log_ratio.exp_()
-        is_positive = batch.advantages > 0
-        held = _hold(ratio, is_positive, low=1 - clip_low, high=1 + clip_high, top=dual_clip)
-        is_free &= held == ratio
-        metrics |= _clip_metrics(ratio, held, batch.advantages, clip_low=clip_low)
-        value = held.mul_(batch.advantages).neg_()
-        slope = value * is_free
-    return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
+    bounds = (1 - clip_low, 1 + clip_high, dual_clip)
+    return _clipped(batch, ratio, is_free, bounds=bounds, metrics=metrics)
 
 
 def gspo(batch: TokenBatch, *, clip_low: float = 3e-4, clip_high: float = 4e-4) -> LossOutput:
@@ -123,19 +118,12 @@ def gspo(batch: TokenBatch, *, clip_low: float = 3e-4, clip_high: float = 4e-4) 
     """
     _check_clip("gspo", clip_low, clip_high)
     with torch.no_grad():
-        log_ratio = batch.logprobs.detach() - batch.old_logprobs
-        log_sequence_ratio = _sequence_mean(log_ratio, batch.trajectory, batch.lengths)
-        metrics = _ratio_metrics(log_ratio)
+        log_sequence_ratio, metrics = _sequence_log_ratio(batch)
         bounded = log_sequence_ratio.clamp(max=SEQUENCE_LOG_RATIO_BOUND)
-        is_free = (bounded == log_sequence_ratio)[batch.trajectory]
-        ratio = bounded.exp()[batch.trajectory]
-        is_positive = batch.advantages > 0
-        held = _hold(ratio, is_positive, low=1 - clip_low, high=1 + clip_high, top=None)
-        is_free &= held == ratio
-        metrics |= _clip_metrics(ratio, held, batch.advantages, clip_low=clip_low)
-        value = held.mul_(batch.advantages).neg_()
-        slope = value * is_free
-    return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
+        ratio = bounded.exp().index_select(0, batch.trajectory)
+        is_free = (bounded == log_sequence_ratio).index_select(0, batch.trajectory)
+    bounds = (1 - clip_low, 1 + clip_high, None)
+    return _clipped(batch, ratio, is_free, bounds=bounds, metrics=metrics)
 
 
 def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> LossOutput:
@@ -159,7 +147,7 @@ def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> L
         ratio = log_ratio.exp_()
         tau = torch.full_like(ratio, tau_neg).masked_fill_(batch.advantages > 0, tau_pos)
         gate = ((ratio - 1) * tau).sigmoid_()
-        weight = (gate - gate.square()).mul_(4)
+        weight = torch.addcmul(gate, gate, gate, value=-1).mul_(4)  # 4 p (1 - p)
         metrics["policy/gate_weight"] = pair(weight)
         slope = weight.mul_(ratio).mul_(batch.advantages).neg_().mul_(is_free)
         value = gate.mul_(-4).div_(tau).mul_(batch.advantages)
@@ -194,28 +182,45 @@ def _log_ratio(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     return free.clamp_(-LOG_RATIO_BOUND, LOG_RATIO_BOUND), is_free
 
 
-def _hold(
-    ratio: Tensor, is_positive: Tensor, *, low: float, high: float, top: float | None
-) -> Tensor:
-    """Ratio [K] held where moving further would be rewarded: max(-A r, -A clip(r)).
+def _clipped(
+    batch: TokenBatch,
+    ratio: Tensor,
+    is_free: Tensor,
+    *,
+    bounds: tuple[float, float, float | None],
+    metrics: Metrics,
+) -> LossOutput:
+    """max(-A r, -A clip(r, low, high)), for A < 0 at most -A top; `bounds` is (low, high, top).
 
-    The pessimistic choice only ever bites on one side: above `high` for positive
-    advantages, below `low` for negative ones, which the dual clip holds at `top` too.
+    The pessimistic choice bites on one side only, which the sign of A tells: above `high`
+    for positive tokens; below `low`, and above `top`, for the others. As r is the
+    exponential of log pi plus a constant, the derivative of -A r is -A r itself, and 0
+    where r is held or was bounded before (`is_free` False).
     """
-    return torch.where(is_positive, ratio.clamp(max=high), ratio.clamp(min=low, max=top))
+    low, high, top = bounds
+    held = torch.where(batch.advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=top))
+    is_free &= held == ratio
+    metrics |= _clip_metrics(ratio, held, batch.advantages)
+    value = held.mul_(batch.advantages).neg_()
+    return LossOutput(per_token=_attach(batch.logprobs, value, value * is_free), metrics=metrics)
 
 
-def _sequence_mean(values: Tensor, trajectory: Tensor, lengths: Tensor) -> Tensor:
-    """[n] mean of each whole trajectory's values; 0 for one without trained tokens."""
-    counts = torch.bincount(trajectory, minlength=lengths.shape[0])
-    if not torch.equal(counts, lengths.to(counts.dtype)):
+def _sequence_log_ratio(batch: TokenBatch) -> tuple[Tensor, Metrics]:
+    """[n] mean of each whole trajectory's log(pi / pi_old), and the tokens' metrics.
+
+    0 for a trajectory without trained tokens, which no token refers to.
+    """
+    num_trajectories = batch.lengths.shape[0]
+    counts = torch.bincount(batch.trajectory, minlength=num_trajectories)
+    if not torch.equal(counts, batch.lengths.to(counts.dtype)):
         raise LearnerError(
             "gspo: the micro-batch holds other numbers of trained tokens per trajectory than "
             "`lengths` says; wanted whole trajectories, as the ratio is a mean over all of one's "
             "tokens"
         )
-    sums = values.new_zeros(lengths.shape[0]).index_add_(0, trajectory, values)
-    return sums / lengths.clamp(min=1)
+    log_ratio = batch.logprobs.detach() - batch.old_logprobs
+    sums = log_ratio.new_zeros(num_trajectories).index_add_(0, batch.trajectory, log_ratio)
+    return sums / counts.clamp(min=1), _ratio_metrics(log_ratio)
 
 
 def _ratio_metrics(log_ratio: Tensor) -> Metrics:
@@ -230,7 +235,7 @@ def _ratio_metrics(log_ratio: Tensor) -> Metrics:
     }
 
 
-def _clip_metrics(ratio: Tensor, held: Tensor, advantages: Tensor, *, clip_low: float) -> Metrics:
+def _clip_metrics(ratio: Tensor, held: Tensor, advantages: Tensor) -> Metrics:
     """Shares of tokens held above, below and by the dual clip."""
     is_above = held < ratio
     return {
