@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image as Pillow
 
+from tapo_train.credit import CreditResult, NoTransfer, Tapo, TapoOptions, from_trajectory
+from tapo_train.credit.rollout_file import read_rollouts
 from tapo_train.data.images import read_image
+from tapo_train.errors import TapoError
 from tapo_train.report.catalogue import require_known
+from tapo_train.report.dumps import TrajectoryDump, write_trajectories
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.types import (
     Group,
@@ -140,3 +148,169 @@ def test_a_batch_that_failed_outside_the_policy_has_no_reward() -> None:
     assert math.isclose(metrics["rollout/failed_outside_policy"], 1.0)
     beside = combine([trajectory_sums([group(lost)]), trajectory_sums([group(searching())])])
     assert (beside["reward/mean"], beside["reward/format"]) == (1.5, 1.0)
+
+
+def assigned(
+    trajectories: Sequence[Trajectory], advantages: Sequence[float], *, tapo: bool = True
+) -> CreditResult:
+    rows = [from_trajectory(t, a) for t, a in zip(trajectories, advantages, strict=True)]
+    return (Tapo(TapoOptions()) if tapo else NoTransfer())(rows)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_of_the_credit_stage_are_in_the_catalogue() -> None:
+    held = (searching(), searching("t2", accuracy=0.0))
+    metrics = assigned(held, (1.0, -1.0)).metrics
+    assert metrics["tapo/n_fail_steps_corrected"] == 1
+    require_known(metrics)
+
+
+def test_a_dump_shows_each_turn_before_and_after_credit(tmp_path: Path) -> None:
+    held, advantages = (searching(), searching("t2", accuracy=0.0)), (1.0, -1.0)
+    TrajectoryDump(tmp_path).write(12, held, advantages, assigned(held, advantages))
+    good, bad = lines(tmp_path / "tokens" / "step_000012.jsonl")
+    assert (good["id"], good["advantage"]) == ("t1", 1.0)
+    assert [turn["advantage"] for turn in good["turns"]] == [1.0, 1.0]
+    assert bad["advantage"] == -1.0
+    # An equal call of a success with advantage 1, fully supported: -1 + 0.8 · 1.
+    assert [turn["advantage"] for turn in bad["turns"]] == pytest.approx([-0.2, -1.0])
+    assert bad["turns"][0]["credit"]["matched"] is True
+    assert bad["turns"][1]["credit"] is None
+
+
+def test_a_view_holds_tokens_spans_logprobs_calls_and_pictures(tmp_path: Path) -> None:
+    held = (searching(),)
+    dump = TrajectoryDump(tmp_path, decode=lambda tokens: f"{len(tokens)} tokens")
+    dump.write(0, held, (0.5,), assigned(held, (0.5,), tapo=False))
+    (view,) = lines(tmp_path / "tokens" / "step_000000.jsonl")
+    assert view["tokens"] == list(range(12))
+    assert view["logprobs"] == [-0.1, -0.2, None, -0.4, -0.5]
+    assert (view["prompt_length"], view["policy_version"]) == (4, 5)
+    assert (view["question"], view["accepted"], view["answer"]) == ("Who?", ["Eve"], "Eve")
+    assert (view["stop"], view["text"]) == ("answer", "12 tokens")
+    assert view["reward"] == {
+        "total": 1.5,
+        "accuracy": 1.0,
+        "parts": {"accuracy": 1.0, "format": 1.0},
+    }
+    first, last = view["turns"]
+    assert (first["span"], first["observation_span"]) == ([4, 7], [7, 10])
+    assert (last["span"], last["observation_span"], last["calls"]) == ([10, 12], None, [])
+    zoom, unknown = first["calls"]
+    assert zoom == {
+        "name": "image_zoom_in_tool",
+        "arguments": {"bbox_2d": [0, 0, 500, 500]},
+        "valid": True,
+        "executed": True,
+        "outcome": "ok",
+        "span": [5, 7],
+        "observation": "zoomed",
+        "observation_images": [CROP.sha256],
+        "latency_s": 0.25,
+    }
+    assert (unknown["outcome"], unknown["observation"], unknown["span"]) == (
+        "model_error",
+        None,
+        None,
+    )
+    assert [image["file"] for image in view["images"]] == [
+        f"{SCENE.sha256}.png",
+        f"{CROP.sha256}.jpg",
+    ]
+    assert view["images"][0]["root"] == f"sha256:{SCENE.sha256}"
+
+
+def test_the_analyser_reads_a_dump_and_assigns_the_same_credit(tmp_path: Path) -> None:
+    held = (searching(), searching("t2", accuracy=0.0), silent("t3", stop=StopReason.INFRA))
+    advantages = (1.0, -1.0, 0.0)
+    credit = assigned(held, advantages)
+    TrajectoryDump(tmp_path).write(7, held, advantages, credit)
+    rows = read_rollouts(tmp_path / "rollouts" / "step_000007.jsonl").rows
+    assert [(row.id, row.group, row.correct, row.advantage) for row in rows] == [
+        ("t1", "q1", 1.0, 1.0),
+        ("t2", "q1", 0.0, -1.0),
+    ]
+    assert rows[0].images == (SCENE.ref, CROP.ref)
+    assert (rows[0].num_input_images, rows[0].image_sizes) == (1, ((8, 6), (8, 6)))
+    (step,) = rows[0].steps
+    assert [(c.name, c.valid, c.executed, c.status) for c in step.calls] == [
+        ("image_zoom_in_tool", True, True, "ok"),
+        ("made/up", False, False, "model_error"),
+    ]
+    assert step.calls[0].observation == "zoomed"
+    again = Tapo(TapoOptions())(rows)
+    for before, after in zip(credit.step_advantages[:2], again.step_advantages, strict=True):
+        assert before.tolist() == after.tolist()
+
+
+def test_a_call_with_an_advantage_of_its_own_shows_it(tmp_path: Path) -> None:
+    held, advantages = (searching(), searching("t2", accuracy=0.0)), (1.0, -1.0)
+    rows = [from_trajectory(t, a) for t, a in zip(held, advantages, strict=True)]
+    credit = Tapo(TapoOptions(span="call"))(rows)
+    TrajectoryDump(tmp_path).write(0, held, advantages, credit)
+    bad = lines(tmp_path / "tokens" / "step_000000.jsonl")[1]
+    zoom, unknown = bad["turns"][0]["calls"]
+    assert bad["turns"][0]["advantage"] == -1.0
+    assert zoom["advantage"] == pytest.approx(-0.2)
+    assert "advantage" not in unknown
+
+
+def test_pictures_are_stored_once_with_their_own_bytes(tmp_path: Path) -> None:
+    held = (searching(), searching("t2"))
+    for step in range(2):
+        TrajectoryDump(tmp_path).write(step, held, (0.0, 0.0), assigned(held, (0.0, 0.0)))
+    stored = {path.name: path.read_bytes() for path in (tmp_path / "images").iterdir()}
+    assert stored == {f"{SCENE.sha256}.png": SCENE.data, f"{CROP.sha256}.jpg": CROP.data}
+
+
+def test_a_step_done_again_replaces_its_dump_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    for held in ((searching("old"), searching("older")), (searching("new"),)):
+        advantages = [0.0] * len(held)
+        TrajectoryDump(tmp_path).write(3, held, advantages, assigned(held, advantages))
+    assert [row["id"] for row in lines(tmp_path / "tokens" / "step_000003.jsonl")] == ["new"]
+    assert {path.name for path in (tmp_path / "tokens").iterdir()} == {"step_000003.jsonl"}
+
+
+def test_resuming_discards_the_dumps_of_later_steps_of_all_ranks(tmp_path: Path) -> None:
+    held = (searching(),)
+    for rank in range(2):
+        for step in (1, 2, 10):
+            TrajectoryDump(tmp_path, rank=rank).write(step, held, (0.0,), assigned(held, (0.0,)))
+    TrajectoryDump(tmp_path).discard_from(2)
+    for folder in ("tokens", "rollouts"):
+        kept = {path.name for path in (tmp_path / folder).iterdir()}
+        assert kept == {"step_000001.jsonl", "step_000001.rank_1.jsonl"}
+
+
+def test_whatever_the_policy_wrote_as_arguments_can_be_dumped(tmp_path: Path) -> None:
+    deep: Any = "end"
+    for _ in range(500):
+        deep = [deep]
+    wild = {"x": math.inf, "y": [math.nan, 1], "z": deep}
+    call = ToolCall(name="zoom", arguments=wild, valid=False, executed=False)
+    turn = dataclasses.replace(searching().turns[0], calls=(call,))
+    held = (dataclasses.replace(searching(), turns=(turn, searching().turns[1])),)
+    TrajectoryDump(tmp_path).write(0, held, (0.0,), assigned(held, (0.0,)))
+    (row,) = lines(tmp_path / "rollouts" / "step_000000.jsonl")
+    assert row["steps"][0]["calls"][0]["arguments"]["x"] == "inf"
+    (view,) = lines(tmp_path / "tokens" / "step_000000.jsonl")
+    shown = view["turns"][0]["calls"][0]["arguments"]
+    assert (shown["x"], shown["y"]) == ("inf", ["nan", 1])
+    assert json.dumps(shown["z"], ensure_ascii=False).count("[") == 32
+
+
+def test_rows_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    held = (searching(),)
+    with pytest.raises(TapoError, match="1 trajectories, 2 advantages, 1 credit rows"):
+        TrajectoryDump(tmp_path).write(0, held, (0.0, 1.0), assigned(held, (0.0,)))
+
+
+def test_trajectories_of_an_evaluation_are_written_without_advantages(tmp_path: Path) -> None:
+    write_trajectories(tmp_path / "out.jsonl", [searching(), silent("t2")])
+    first, second = lines(tmp_path / "out.jsonl")
+    assert "advantage" not in first["turns"][0]
+    assert (second["answer"], second["stop"]) == (None, "max_tokens")
+    assert len(list((tmp_path / "images").iterdir())) == 2

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from tapo_train.credit.result import CallAdvantage, CreditResult, StepRecord
 from tapo_train.data.images import extension
 from tapo_train.report.files import write_atomically
+from tapo_train.report.plain import plain
 from tapo_train.types import Image, Span, ToolCall, Trajectory, Turn
 
 __all__ = ["Decode", "credit_view", "store_images", "token_view"]
@@ -109,7 +110,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
     observation = call.observation
     return {
         "name": call.name,
-        "arguments": None if call.arguments is None else dict(call.arguments),
+        "arguments": plain(call.arguments),
         "valid": call.valid,
         "executed": call.executed,
         "outcome": str(call.outcome),
