@@ -14,7 +14,6 @@ of their files, but one of the two is needed; `image` may be a single path or ab
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "image
     lines = [_line(task, [names[image.sha256] for image in task.images]) for task in tasks]
     partial = path.with_name(path.name + ".partial")
     partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def _line(task: Task, images: list[str]) -> str:
