@@ -7,70 +7,96 @@ observation of every corrected call with those of its matched cluster. It change
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from functools import lru_cache
 
 from tapo_train.credit.actions import Actions, Calls
+from tapo_train.credit.matching import Matches
 from tapo_train.credit.steps import CreditCall, CreditRow
-from tapo_train.credit.text import jaccard, token_set
+from tapo_train.credit.text import jaccard, token_set_of
+from tapo_train.types import ImageRef
 
 EQUIVALENT = 0.9
 """Token Jaccard from which two observation texts say the same."""
 
-
-def call_of(calls: Calls, i: int, rows: Sequence[CreditRow]) -> CreditCall:
-    """The call at position i of the columns."""
-    return rows[calls.row[i]].steps[calls.step[i]].calls[calls.call[i]]
+Answer = tuple[str, tuple[ImageRef, ...]]
+"""What a tool answered: text and pictures."""
 
 
-def equivalent(left: CreditCall, right: CreditCall) -> bool | None:
-    """Whether two observations are equivalent; None if one was not recorded."""
-    if left.observation is None or right.observation is None:
-        return None
-    if left.observation_images != right.observation_images:
-        return False
-    if left.observation == right.observation:
-        return True
-    return jaccard(token_set(left.observation), token_set(right.observation)) >= EQUIVALENT
+def answer_of(call: CreditCall) -> Answer | None:
+    """The recorded observation of a call; None if it was not recorded."""
+    return None if call.observation is None else (call.observation, call.observation_images)
 
 
-def observations_agree(
-    query: int, members: Iterable[int], actions: Actions, rows: Sequence[CreditRow]
-) -> tuple[int, int]:
-    """(agreeing, comparable) pairs of a failing call with the members of its cluster."""
-    call = call_of(actions.queries, query, rows)
-    if call.observation is None:
-        return 0, 0
-    verdicts = [equivalent(call, call_of(actions.library, i, rows)) for i in members]
-    return verdicts.count(True), len(verdicts) - verdicts.count(None)
+class Audit:
+    """Compares observations of one batch; every comparison is made once."""
 
+    def __init__(self, rows: Sequence[CreditRow], actions: Actions, matches: Matches) -> None:
+        self._rows = rows
+        self._actions = actions
+        self._matches = matches
+        # Token sets of long texts are large; neighbours in a batch are of the same question.
+        self._tokens = lru_cache(maxsize=1024)(token_set_of)
+        self._answers: dict[int, Counter[Answer]] = {}
+        self._mean_turns: dict[int, float] = {}
+        self._news: dict[int, bool] = {}
 
-def is_repeat(calls: Calls, i: int, rows: Sequence[CreditRow]) -> bool:
-    """Whether the trajectory had received an equivalent observation in an earlier step."""
-    call = call_of(calls, i, rows)
-    earlier = rows[calls.row[i]].steps[: calls.step[i]]
-    return any(equivalent(call, old) is True for step in earlier for old in step.calls)
+    def agreement(self, query: int) -> tuple[int, int]:
+        """(agreeing, comparable) pairs of a failing call with the members of its cluster."""
+        answer = answer_of(self._call(self._actions.queries, query))
+        if answer is None:
+            return 0, 0
+        members = self._cluster_answers(int(self._matches.cluster[query]))
+        agreeing = sum(n for other, n in members.items() if self.equivalent(answer, other))
+        return agreeing, members.total()
 
+    def turn_gap(self, query: int) -> float:
+        """|turn of the failing step - mean turn of the matched members|, in turns."""
+        cluster = int(self._matches.cluster[query])
+        if cluster not in self._mean_turns:
+            members = self._matches.clusters[cluster].members
+            turns = [self._turn(self._actions.library, i) for i in members]
+            self._mean_turns[cluster] = sum(turns) / len(turns)
+        return abs(self._turn(self._actions.queries, query) - self._mean_turns[cluster])
 
-def is_stale(
-    query: int, members: Iterable[int], actions: Actions, rows: Sequence[CreditRow]
-) -> bool:
-    """A repeat for the failing trajectory that was news to a successful one of the cluster."""
-    if call_of(actions.queries, query, rows).observation is None:
-        return False
-    if not is_repeat(actions.queries, query, rows):
-        return False
-    return any(
-        call_of(actions.library, i, rows).observation is not None
-        and not is_repeat(actions.library, i, rows)
-        for i in members
-    )
+    def is_stale(self, query: int) -> bool:
+        """A repeat for the failing trajectory that was news to a successful one."""
+        if self._is_news(self._actions.queries, query):
+            return False
+        cluster = int(self._matches.cluster[query])
+        if cluster not in self._news:
+            library, members = self._actions.library, self._matches.clusters[cluster].members
+            recorded = [i for i in members if self._call(library, i).observation is not None]
+            self._news[cluster] = any(self._is_news(library, i) for i in recorded)
+        return self._news[cluster]
 
+    def equivalent(self, left: Answer, right: Answer) -> bool:
+        """Equal pictures, and texts of at least 0.9 token Jaccard."""
+        if left == right:
+            return True
+        if left[1] != right[1]:
+            return False
+        return jaccard(self._tokens(left[0]), self._tokens(right[0])) >= EQUIVALENT
 
-def turn_of(calls: Calls, i: int, rows: Sequence[CreditRow]) -> int:
-    """The turn in which the call at position i was made."""
-    return rows[calls.row[i]].steps[calls.step[i]].turn
+    def _is_news(self, calls: Calls, i: int) -> bool:
+        """Whether no earlier step of the trajectory had brought an equivalent observation."""
+        answer = answer_of(self._call(calls, i))
+        if answer is None:
+            return True
+        earlier = self._rows[calls.row[i]].steps[: calls.step[i]]
+        old = (answer_of(call) for step in earlier for call in step.calls)
+        return not any(other is not None and self.equivalent(answer, other) for other in old)
 
+    def _cluster_answers(self, cluster: int) -> Counter[Answer]:
+        if cluster not in self._answers:
+            members = self._matches.clusters[cluster].members
+            found = (answer_of(self._call(self._actions.library, i)) for i in members)
+            self._answers[cluster] = Counter(answer for answer in found if answer is not None)
+        return self._answers[cluster]
 
-def mean_turn(members: Sequence[int], actions: Actions, rows: Sequence[CreditRow]) -> float:
-    """Mean turn of the members of a cluster."""
-    return sum(turn_of(actions.library, i, rows) for i in members) / len(members)
+    def _call(self, calls: Calls, i: int) -> CreditCall:
+        return self._rows[calls.row[i]].steps[calls.step[i]].calls[calls.call[i]]
+
+    def _turn(self, calls: Calls, i: int) -> int:
+        return self._rows[calls.row[i]].steps[calls.step[i]].turn

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from tapo_train.credit.actions import Role
-from tapo_train.credit.audit import is_stale, mean_turn, observations_agree, turn_of
+from tapo_train.credit.audit import Audit
 from tapo_train.credit.matching import Flags, Indices
 from tapo_train.credit.steps import CreditRow
 from tapo_train.credit.tapo import Judgement
@@ -94,19 +94,14 @@ def _count(sums: Sums, key: str, matched: Flags, corrected: Flags, where: Indice
 
 def _tally_audit(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
     """Observation agreement, turn gap and novelty gap of every corrected call."""
-    actions, matches = judgement.actions, judgement.matches
-    means: dict[int, float] = {}
-    for i in np.flatnonzero(judgement.given > 0.0).tolist():
-        cluster = int(matches.cluster[i])
-        members = matches.clusters[cluster].members
-        if cluster not in means:
-            means[cluster] = mean_turn(members, actions, rows)
-        gap = abs(turn_of(actions.queries, i, rows) - means[cluster])
-        agreeing, pairs = observations_agree(i, members, actions, rows)
+    audit = Audit(rows, judgement.actions, judgement.matches)
+    for query in np.flatnonzero(judgement.given > 0.0).tolist():
+        agreeing, pairs = audit.agreement(query)
+        gap = audit.turn_gap(query)
         sums["audit/agreeing"] += agreeing
         sums["audit/pairs"] += pairs
         sums["audit/calls"] += 1
-        sums["audit/stale"] += is_stale(i, members, actions, rows)
+        sums["audit/stale"] += audit.is_stale(query)
         sums["audit/turn_gap"] += gap
         sums[f"audit/turn_gap_hist/{_gap_bin(gap)}"] += 1
 

@@ -11,6 +11,9 @@ from tapo_train.credit.regions import iou, legal_box
 from tapo_train.credit.steps import CreditRow, CreditStep
 from tapo_train.credit.text import jaccard, token_set
 
+_MAX_DEPTH = 64
+"""Deeper arguments would overflow the stack of the JSON encoder sooner or later."""
+
 
 def canonical(value: Any) -> str:
     """JSON text with sorted keys: equal for equal arguments."""
@@ -29,9 +32,25 @@ class Arguments:
         return parsed
 
 
-def generic_key(arguments: Mapping[str, Any], row: CreditRow, step: CreditStep) -> Arguments:
-    """Every object is a legal request to a tool whose schema is not known."""
-    return Arguments(canonical(dict(arguments)))
+def generic_key(arguments: Mapping[str, Any], row: CreditRow, step: CreditStep) -> Arguments | None:
+    """Any object is a legal request to a tool whose schema is not known, if nested sanely."""
+    return None if _too_deep(arguments) else Arguments(canonical(dict(arguments)))
+
+
+def _too_deep(value: Any) -> bool:
+    """Whether containers are nested beyond `_MAX_DEPTH`, found without recursion."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        inside: list[Any] = []
+        for item in level:
+            if isinstance(item, Mapping):
+                inside.extend(item.values())
+            elif isinstance(item, (list, tuple)):
+                inside.extend(item)
+        if not inside:
+            return False
+        level = inside
+    return True
 
 
 def _boxes(name: str, left: Any, right: Any) -> bool:

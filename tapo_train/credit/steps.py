@@ -9,8 +9,10 @@ JSONL file of another framework.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
+from tapo_train.errors import CreditError
 from tapo_train.types import Image, ImageRef, Outcome, ToolCall, Trajectory
 
 Status = Literal["ok", "model_error", "infra_error"]
@@ -32,8 +34,8 @@ class CreditCall:
     status: Status = "ok"
     observation: str | None = None
     """Text of the answer, for the determinism audit; None if not recorded."""
-    observation_images: tuple[str, ...] = ()
-    """Content ids of the pictures of the answer, in order."""
+    observation_images: tuple[ImageRef, ...] = ()
+    """Pictures of the answer, in order; equal references are equal content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +69,19 @@ class CreditRow:
     """The first so many of `images` belong to the question."""
     image_sizes: tuple[tuple[float, float], ...] = ()
     """(width, height) [px] per picture; only needed where boxes are in pixels."""
+    reward: float | None = None
+    """Total reward of the trajectory, where known."""
     discarded: bool = False
     """Takes no part in the loss: its calls are ignored; it counts as a success if it is one."""
+
+    def __post_init__(self) -> None:
+        turns = [step.turn for step in self.steps]
+        rises = all(low < high for low, high in pairwise([-1, *turns, self.num_turns]))
+        if not rises:
+            raise CreditError(
+                f"row {self.id!r}: steps are at turns {turns} of {self.num_turns}; "
+                "want rising numbers from 0 on"
+            )
 
 
 def status_of(outcome: Outcome) -> Status:
@@ -90,12 +103,12 @@ def _call(call: ToolCall) -> CreditCall:
         executed=call.executed,
         status=status_of(call.outcome),
         observation=None if observation is None else observation.text,
-        observation_images=() if observation is None else _content(observation.images),
+        observation_images=() if observation is None else _refs(observation.images),
     )
 
 
-def _content(images: tuple[Image, ...]) -> tuple[str, ...]:
-    return tuple(image.sha256 for image in images)
+def _refs(images: tuple[Image, ...]) -> tuple[ImageRef, ...]:
+    return tuple(image.ref for image in images)
 
 
 def from_trajectory(trajectory: Trajectory, advantage: float) -> CreditRow:
@@ -118,10 +131,11 @@ def from_trajectory(trajectory: Trajectory, advantage: float) -> CreditRow:
         id=trajectory.id,
         group=trajectory.task.id,
         correct=trajectory.scored().accuracy,
+        reward=trajectory.scored().total,
         advantage=float(advantage),
         num_turns=len(trajectory.turns),
         steps=steps,
-        images=tuple(image.ref for image in trajectory.images),
+        images=_refs(trajectory.images),
         num_input_images=len(trajectory.task.images),
         image_sizes=tuple((image.width, image.height) for image in trajectory.images),
         discarded=trajectory.failed_outside_policy,

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from tapo_train.credit.actions import Actions, Reader, gather
-from tapo_train.credit.audit import observations_agree
+from tapo_train.credit.audit import Audit
 from tapo_train.credit.matching import Flags, Floats, Indices, Matches, match
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.result import CallAdvantage, StepRecord
@@ -111,9 +111,9 @@ def _restrict(
             given[i] = 0.0 if what in seen else given[i]
             seen.add(what)
     if options.require_observation_agreement:
+        audit = Audit(rows, actions, matches)
         for i in np.flatnonzero(given).tolist():
-            members = matches.clusters[matches.cluster[i]].members
-            agreeing, pairs = observations_agree(i, members, actions, rows)
+            agreeing, pairs = audit.agreement(i)
             if pairs == 0 or 2 * agreeing < pairs:
                 given[i] = 0.0
     return given
@@ -149,9 +149,7 @@ def corrected(base: Floats, transfer: Floats, options: TapoOptions) -> tuple[Flo
     moved = np.where(transfer != 0.0, base + options.beta * transfer, base)
     if not np.isfinite(moved).all():
         worst = int(np.flatnonzero(~np.isfinite(moved))[0])
-        raise CreditError(
-            f"{base[worst]} + {options.beta} x {transfer[worst]} is not finite"
-        )
+        raise CreditError(f"{base[worst]} + {options.beta} x {transfer[worst]} is not finite")
     clipped = moved > 0.0 if options.use_clip else np.zeros(len(moved), dtype=np.bool_)
     return np.where(clipped, 0.0, moved), clipped
 

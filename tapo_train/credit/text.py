@@ -43,14 +43,17 @@ def words(text: str) -> list[str]:
     return [word for word in found if word not in ARTICLES]
 
 
-@lru_cache(maxsize=8192)
-def token_set(text: str) -> frozenset[str]:
+def token_set_of(text: str) -> frozenset[str]:
     """The set of `words`; of a text without any, one stand-in token that is the text itself.
 
     The stand-in makes the Jaccard index of two such texts 1 if they are equal after trimming
     and case folding and 0 otherwise, without a special case.
     """
     return frozenset(words(text)) or frozenset({_VERBATIM + text.strip().casefold()})
+
+
+token_set = lru_cache(maxsize=8192)(token_set_of)
+"""`token_set_of` for queries, which are short and come again."""
 
 
 @lru_cache(maxsize=8192)
