@@ -15,6 +15,9 @@ from tapo_train.recipe import Recipe
 GROUPS = ("algo/advantage", "algo/loss", "credit", "rollout/engine")
 """Parts of a recipe that are chosen whole, by the name of a file in a folder."""
 
+MOST_NAMES = 30
+"""A longer list of known names would hide the problem it explains."""
+
 
 def explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
     """One line per problem of `content`, in the order of the recipe's sections."""
@@ -24,8 +27,10 @@ def explain(error: ValidationError, content: Mapping[str, Any]) -> list[str]:
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean …?`, or the known names when none is near."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; known: {', '.join(known)}"
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]}?"
+    return f"; known: {', '.join(known)}" if len(known) <= MOST_NAMES else ""
 
 
 def known_paths(content: Mapping[str, Any]) -> list[str]:
@@ -80,16 +85,17 @@ def _location(loc: Sequence[str | int], content: Mapping[str, Any]) -> list[str]
 
 
 def _nearest_path(path: str, content: Mapping[str, Any]) -> str:
-    """Look among the neighbours first, then for the same name elsewhere in the recipe."""
+    """The same name elsewhere in the recipe, else the closest name of the section."""
     known = known_paths(content)
     section, _, name = path.rpartition(".")
-    neighbours = [item for item in known if item.rpartition(".")[0] == section]
-    if difflib.get_close_matches(path, neighbours, n=1, cutoff=0.6):
-        return nearest(path, neighbours)
     namesakes = [item for item in known if item.rpartition(".")[2] == name]
     if namesakes:
         return f"; did you mean {namesakes[0]}?"
-    return nearest(path, neighbours or list(dict.fromkeys(item.split(".")[0] for item in known)))
+    neighbours = [item for item in known if item.rpartition(".")[0] == section]
+    close = difflib.get_close_matches(name, [item.rpartition(".")[2] for item in neighbours], n=1)
+    if close:
+        return f"; did you mean {section}.{close[0]}?"
+    return nearest(path, neighbours or known)
 
 
 def _paths(section: Any, content: Any, *, prefix: str) -> Iterable[str]:

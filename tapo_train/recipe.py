@@ -316,12 +316,19 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Sft:
-    """The supervised warm start (`sft` subcommand); optimizer settings are `learner`'s."""
+    """The supervised warm start (`sft`); optimizer settings are `learner`'s. First updates on
+    faultless demonstrations, which teach the most, then on faulty ones, which set the habits."""
 
-    demonstrations: str | None = None
-    """File of demonstrations (jsonl); needed by `sft`."""
-    trajectories_per_step: Count = 32
-    """Demonstrations in one update, over all ranks."""
+    world_seeds: tuple[CountOrZero, ...] = (1,)
+    """Offline worlds to demonstrate in; never one that is used for evaluation."""
+    questions_per_world: Count = 4000
+    """Demonstrated questions of each world."""
+    able_updates: CountOrZero = 0
+    """[updates] on faultless demonstrations."""
+    habit_updates: CountOrZero = 0
+    """[updates] on faulty ones, afterwards."""
+    trajectories_per_update: Count = 32
+    """Over all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

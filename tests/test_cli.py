@@ -1,0 +1,125 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tapo_train.__main__ import COMMANDS, main
+from tapo_train.commands.evaluate import eval_overrides
+from tapo_train.config import load_recipe
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = str(ROOT / "recipes" / "demo_cpu.yaml")
+HELP_SECONDS = 0.5
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tapo_train", *arguments]
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_help_names_every_command_and_starts_fast() -> None:
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        done = run("--help")
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 0
+        assert all(f"  {name} " in done.stdout for name in COMMANDS)
+    assert min(seconds) < HELP_SECONDS
+
+
+def test_a_dry_run_prints_a_recipe_and_the_batch_arithmetic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--dry-run", DEMO, "credit=none", "run.steps=3"]) == 0
+    printed = capsys.readouterr().out
+    assert "128 trajectories →" in printed.splitlines()[-1]
+    (tmp_path / "r.yaml").write_text(printed)
+    assert load_recipe(tmp_path / "r.yaml") == load_recipe(DEMO, ["credit=none", "run.steps=3"])
+
+
+def test_overrides_may_stand_before_and_after_an_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["sft", DEMO, "run.seed=5", "--dry-run", "run.steps=6"]) == 0
+    printed = capsys.readouterr().out
+    assert "  seed: 5\n" in printed
+    assert "  steps: 6\n" in printed
+
+
+def test_a_dry_run_counts_the_ranks_of_torchrun() -> None:
+    done = run("train", DEMO, "--dry-run", WORLD_SIZE="2", RANK="0")
+    assert "× 2 ranks ×" in done.stdout
+
+
+def test_a_wrong_recipe_ends_in_one_message_and_no_traceback() -> None:
+    done = run("train", DEMO, "learner.lrr=3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    message = f"error: {DEMO}: learner.lrr: unknown key; did you mean learner.lr?"
+    assert done.stderr.strip() == message
+
+
+def test_debug_shows_where_an_error_comes_from() -> None:
+    done = run("--debug", "train", DEMO, "learner.lrr=3")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+def test_only_the_first_rank_speaks_of_a_wrong_recipe() -> None:
+    first = run("train", DEMO, "learner.lrr=3", RANK="0", WORLD_SIZE="2")
+    second = run("train", DEMO, "learner.lrr=3", RANK="1", WORLD_SIZE="2")
+    assert "learner.lrr" in first.stderr
+    assert (second.returncode, second.stderr) == (2, "")
+
+
+def test_an_unknown_command_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "'trian'; wanted one of train" in capsys.readouterr().err
+
+
+def test_no_command_prints_the_usage_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_eval_without_a_recipe_says_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["eval", "--model", str(tmp_path), "--tasks", str(tmp_path)]) == 2
+    assert "wanted --recipe FILE" in capsys.readouterr().err
+
+
+def test_eval_without_tasks_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", "--model", "m", "--tasks", "no.jsonl", "--recipe", DEMO]) == 2
+    assert "--tasks no.jsonl does not exist" in capsys.readouterr().err
+
+
+def test_eval_takes_the_indexes_beside_the_task_file(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").touch()
+    overrides = eval_overrides(Path("m"), tmp_path / "test.jsonl", ["tools.text_top_k=9"])
+    recipe = load_recipe(DEMO, overrides)
+    assert recipe.model.path == "m"
+    assert recipe.tools.corpus == str(tmp_path / "corpus.jsonl")
+    assert recipe.tools.image_index == load_recipe(DEMO).tools.image_index
+    assert recipe.tools.text_top_k == 9
+
+
+def test_eval_lets_the_user_choose_another_index(tmp_path: Path) -> None:
+    (tmp_path / "corpus.jsonl").touch()
+    overrides = eval_overrides(Path("m"), tmp_path, ["tools.corpus=mine.jsonl"])
+    assert load_recipe(DEMO, overrides).tools.corpus == "mine.jsonl"

@@ -1,0 +1,231 @@
+"""Recipes: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tapo_train.config import (
+    GROUPS,
+    Recipe,
+    batch_arithmetic,
+    load_recipe,
+    recipe_from_dict,
+    recipe_to_dict,
+    to_yaml,
+)
+from tapo_train.config_errors import known_paths
+from tapo_train.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RUNNABLE = [path for path in RECIPES if path.stem != "base"]
+CHOICES = [
+    f"{group}={file.stem}"
+    for group in GROUPS
+    for file in sorted((ROOT / "recipes" / group).glob("*.yaml"))
+]
+DEMO = ROOT / "recipes" / "demo_cpu.yaml"
+MOST_FIELDS = 100
+
+MINIMAL: dict[str, Any] = {
+    "run": {"dir": "runs/x"},
+    "model": {"path": "m"},
+    "data": {"train": ["t.jsonl"]},
+    "tools": {"names": []},
+}
+
+
+def refusal(*overrides: str, recipe: Path = DEMO) -> str:
+    """The message that refuses these overrides."""
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(recipe, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_read(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.run.dir == f"runs/{path.stem.removesuffix('_cpu')}"
+    assert batch_arithmetic(recipe, 1)
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_group_choice_is_read_and_taken(choice: str) -> None:
+    group, name = choice.split("=")
+    part: Any = recipe_to_dict(load_recipe(DEMO, [choice]))
+    for key in group.split("/"):
+        part = part[key]
+    written = (ROOT / "recipes" / group / f"{name}.yaml").read_text()
+    assert f"{part.get('name') or part['kind']}" in written
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.stem)
+def test_the_resolved_recipe_is_a_recipe_of_the_same_run(path: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(path, ["run.seed=7"])
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(to_yaml(recipe))
+    assert load_recipe(resolved) == recipe
+
+
+def test_the_resolved_recipe_says_every_field() -> None:
+    def leaves(part: Any) -> int:
+        return sum(
+            leaves(value) if is_dataclass(value) else 1
+            for value in (getattr(part, item.name) for item in fields(part))
+        )
+
+    assert len(known_paths(recipe_to_dict(load_recipe(DEMO)))) == leaves(load_recipe(DEMO))
+
+
+def test_a_prompt_with_a_dollar_sign_survives_the_resolved_recipe(tmp_path: Path) -> None:
+    content = {**MINIMAL, "data": {"train": ["t"], "system_prompt": "costs ${5}\nor $6"}}
+    recipe = recipe_from_dict(content)
+    (tmp_path / "r.yaml").write_text(to_yaml(recipe))
+    assert load_recipe(tmp_path / "r.yaml").data.system_prompt == "costs ${5}\nor $6"
+
+
+def test_a_recipe_outside_the_repository_builds_on_the_shipped_base(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(
+        "defaults: [base, override credit: none, _self_]\n"
+        "run: {dir: r}\nmodel: {path: m}\ndata: {train: [t.jsonl]}\ntools: {names: []}\n"
+    )
+    recipe = load_recipe(mine, ["algo/loss=sapo"])
+    assert (recipe.credit.name, recipe.algo.loss.name) == ("none", "sapo")
+
+
+def test_a_group_choice_replaces_the_fields_of_the_other() -> None:
+    assert "tau_neg" in recipe_to_dict(load_recipe(DEMO, ["algo/loss=sapo"]))["algo"]["loss"]
+    assert "algo.loss.tau_neg: unknown key" in refusal("algo.loss.tau_neg=2")
+
+
+def test_recipes_stay_small() -> None:
+    assert len(known_paths({})) <= MOST_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.lrr=3", "learner.lrr: unknown key; did you mean learner.lr?"),
+        ("lerner.lr=3", "lerner.lr: unknown key; did you mean learner.lr?"),
+        ("beta=3", "beta: unknown key; did you mean credit.beta?"),
+        ("learner.temperature=1", "did you mean rollout.temperature?"),
+        ("learner.lr=abc", "learner.lr: found 'abc', wanted a number"),
+        ("learner.lr=0", "learner.lr: found 0, wanted a number greater than 0"),
+        ("rollout.max_turns=2.5", "rollout.max_turns: found 2.5, wanted an integer"),
+        ("rollout.max_turns=true", "rollout.max_turns: found True, wanted an integer"),
+        ("learner.zero_stage=4", "found 4, wanted a number less than or equal to 3"),
+        ("data.train=t.jsonl", "data.train: found 't.jsonl', wanted a list"),
+        ("data.train=[]", "data.train: found [], wanted a list of at least one"),
+        ("tools.names=[zoom]", "tools.names.0: found 'zoom', wanted 'image_zoom_in_tool'"),
+        ("credit.beta=-1", "credit.beta"),
+        ("credit.success_rule=bth", "found 'bth', wanted 'both', 'outcome' or 'advantage'"),
+        ("model.path=null", "model.path: found None, wanted a string"),
+        ("algo.loss=gspo", "algo.loss: found 'gspo', wanted a section; its choices are made by"),
+        ("algo/loss=gpso", "algo/loss: found 'gpso', wanted one of dapo, grpo, gspo, sapo"),
+        ("algo/los=gspo", "unknown group algo/los; did you mean algo/loss?"),
+        ("learner.lr=1,2", "found several values, wanted one"),
+        ("learner.lr", "wanted dotted.path=value"),
+        ("learner.lr=${learner.peak}", "learner.peak"),
+        ("learner.lr=nan", "learner.lr"),
+    ],
+)
+def test_a_wrong_override_is_refused_with_path_found_and_wanted(
+    override: str, message: str
+) -> None:
+    assert message in refusal(override)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["rollout.max_turn_tokens=2000"], "wanted at most rollout.max_tokens (1024)"),
+        (["model.min_pixels=70000"], "wanted at most model.max_pixels (65536)"),
+        (["data.validation=[]"], "data.validation: found no file, wanted one because"),
+        (["rollout.rollouts_per_question=1"], "wanted at least 2 because"),
+        (["learner.old_logprobs=engine"], "algo.importance.mode: found 'truncate', wanted 'off'"),
+        (["learner.offload_optimizer=true", "learner.zero_stage=0"], "learner.zero_stage"),
+        (["learner.updates_per_batch=3"], "wanted a divisor of the 128 trajectories"),
+        (["tools.corpus=null"], "tools.corpus: found nothing, wanted a file"),
+        (["tools.image_index=null"], "tools.image_index: found nothing, wanted a file"),
+    ],
+)
+def test_fields_that_do_not_fit_together_are_refused(overrides: list[str], message: str) -> None:
+    assert message in refusal(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["rollout.max_turn_tokens=1024"],
+        ["model.min_pixels=65536"],
+        ["data.validation=[]", "run.eval_every=0"],
+        ["rollout.rollouts_per_question=2"],
+        ["rollout.rollouts_per_question=1", "algo/advantage=reinforce_pp"],
+        ["learner.old_logprobs=engine", "algo.importance.mode=off"],
+        ["learner.updates_per_batch=4"],
+        ["tools.image_index=null", "tools.names=[text_search_tool]"],
+    ],
+    ids=" ".join,
+)
+def test_fields_that_just_fit_together_are_taken(overrides: list[str]) -> None:
+    assert load_recipe(DEMO, overrides)
+
+
+def test_all_problems_of_a_recipe_are_told_at_once() -> None:
+    lines = refusal("learner.lr=-1", "run.sedd=1").splitlines()
+    assert lines[0].endswith("demo_cpu.yaml:")
+    assert [line.split(":")[0].strip() for line in lines[1:]] == ["run.sedd", "learner.lr"]
+
+
+def test_a_missing_section_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"model: found nothing, wanted a value"):
+        recipe_from_dict({key: value for key, value in MINIMAL.items() if key != "model"})
+
+
+def test_a_missing_file_names_those_that_exist() -> None:
+    assert "recipes/demo_cpu.yaml" in refusal(recipe=ROOT / "recipes" / "no.yaml")
+
+
+def test_a_group_cannot_be_chosen_in_a_resolved_recipe(tmp_path: Path) -> None:
+    resolved = tmp_path / "recipe.yaml"
+    resolved.write_text(to_yaml(load_recipe(DEMO)))
+    assert "has no defaults list" in refusal("credit=none", recipe=resolved)
+
+
+def sized(**changes: int) -> Recipe:
+    """16 questions × 8 rollouts of at most 1000 tokens, 4000 tokens per micro-batch."""
+    recipe = recipe_from_dict(MINIMAL)
+    learner = {"micro_batch_tokens": 4000, "updates_per_batch": 2, "epochs": 1, **changes}
+    return replace(
+        recipe,
+        rollout=replace(recipe.rollout, max_turn_tokens=100, max_tokens=1000),
+        learner=replace(recipe.learner, **learner),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size", "sentence"),
+    [
+        ({}, 1, "at most 16 micro-batches × 1 ranks × 2 updates (64 trajectories"),
+        ({}, 2, "at most 8 micro-batches × 2 ranks × 2 updates (32 trajectories"),
+        ({"epochs": 3}, 2, "at most 8 micro-batches × 2 ranks × 6 updates (32 trajectories"),
+        ({"updates_per_batch": 1}, 16, "at most 2 micro-batches × 16 ranks × 1 updates (8 "),
+        ({"micro_batch_tokens": 999}, 1, "at most 64 micro-batches × 1 ranks × 2 updates (64 "),
+    ],
+)
+def test_the_batch_arithmetic_adds_up(
+    changes: dict[str, int], world_size: int, sentence: str
+) -> None:
+    text = batch_arithmetic(sized(**changes), world_size)
+    assert text.startswith("16 questions × 8 rollouts = 128 trajectories → ")
+    assert sentence in text
+
+
+def test_questions_that_do_not_divide_over_the_ranks_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"found 16 on 3 ranks, wanted a multiple of 3"):
+        batch_arithmetic(sized(), 3)
