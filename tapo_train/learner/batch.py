@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +91,18 @@ class TrainingRow:
         )
 
     @classmethod
+    def from_tokens(cls, trajectory: Trajectory, advantages: Floats) -> TrainingRow:
+        """Every sampled token of a trajectory, each with its own advantage [K]."""
+        return cls(
+            id=trajectory.id,
+            tokens=trajectory.tokens,
+            images=trajectory.images,
+            spans=tuple(turn.span for turn in trajectory.turns),
+            advantages=advantages,
+            sampler_logprobs=trajectory.logprobs,
+        )
+
+    @classmethod
     def supervised(
         cls,
         *,
@@ -151,7 +164,7 @@ class MicroBatch:
         """A copy whose tensors are on `device`; itself if they are there already."""
         if self.input_ids.device == device:
             return self
-        moved = {
+        moved: dict[str, Any] = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
             if isinstance(value := getattr(self, field.name), Tensor)
@@ -241,8 +254,9 @@ def _first_fit(rows: Sequence[TrainingRow], budget_tokens: int) -> list[list[int
     return chosen
 
 
-def _concatenate(pieces: Sequence[npt.NDArray[np.generic]], kind: type) -> npt.NDArray[np.generic]:
+def _concatenate(pieces: Sequence[npt.NDArray[Any]], kind: type) -> npt.NDArray[Any]:
     """Pieces as one vector of the given kind; without pieces an empty one."""
     if not pieces:
         return np.zeros(0, dtype=kind)
-    return np.concatenate(pieces).astype(kind, copy=False)
+    joined: npt.NDArray[Any] = np.concatenate(pieces).astype(kind, copy=False)
+    return joined

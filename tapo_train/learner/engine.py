@@ -55,7 +55,8 @@ def engine_config(settings: LearnerSettings) -> dict[str, Any]:
     """DeepSpeed's configuration, as dictionary."""
     bf16 = settings.precision == "bf16"
     types: dict[str, Any] = {"keep_in_fp32_modules": ["rotary_emb", "rotary_pos_emb"]}
-    if bf16:
+    if bf16 and settings.zero_stage > 0:
+        # Without sharding DeepSpeed knows gradients of the weights' own type only.
         types["grad_accum_dtype"] = "fp32"
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:

@@ -53,7 +53,7 @@ class LogprobHead(nn.Linear):
             chunk: rows of logits held at a time.
             with_entropy: False leaves the entropies at 0 and saves their cost.
         """
-        answer: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(  # type: ignore[no-untyped-call]
+        answer: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
             hidden, self.weight, targets, banned, 1.0 / temperature, chunk, with_entropy
         )
         return answer
@@ -100,7 +100,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         return picked - normaliser, entropy
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
         slope, entropy_slope = grads

@@ -6,34 +6,28 @@ with as many micro-batches as each likes unless the weights are sharded.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from torch import Tensor
 
 from tapo_train.algos.aggregation import Aggregation, aggregate
 from tapo_train.algos.metrics import Metrics, merge, pair
-from tapo_train.errors import LearnerError
-from tapo_train.learner import distributed, engine
-from tapo_train.learner.attention import PACKED
+from tapo_train.errors import CheckpointError, LearnerError
+from tapo_train.learner import distributed, engine, packed_model, weights
 from tapo_train.learner.batch import MicroBatch, TrainingRow, join
 from tapo_train.learner.gradients import GradientGuard
-from tapo_train.learner.head import LogprobHead
-from tapo_train.learner.inputs import ModelInputs, model_inputs
+from tapo_train.learner.inputs import model_inputs
 from tapo_train.learner.layout import ModelLayout, PixelSource
 from tapo_train.learner.objective import Objective
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.types import Image, Span
 
-GATHER_ELEMENTS = 64 * 2**20
-"""Sharded weights are made whole in buckets of about this many elements."""
+ENGINE_TAG = "state"
 
 
 class Policy:
@@ -67,10 +61,10 @@ class Policy:
         self._temperature = temperature
         self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64)
         self._measure_entropy = measure_entropy
-        self.model = _load(model, settings)
+        self.model = packed_model.load(model, settings=settings)
         self.layout = ModelLayout.of(self.model)
         self._engine = engine.start(
-            _PackedModel(self.model), settings=settings, device=self._device
+            packed_model.PackedModel(self.model), settings=settings, device=self._device
         )
         self._guard = GradientGuard(self._engine, settings=settings)
 
@@ -162,19 +156,26 @@ class Policy:
         return answer
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight whole, under its Hugging Face name, bucket by bucket.
+        """Every weight whole, tied ones under both names; see `weights.named_weights`."""
+        return weights.named_weights(self.model, settings=self.settings)
 
-        Tied weights appear under both names, as an engine that repacks weights keeps its
-        own copy of the head. A tensor is valid until the next one is asked for.
+    def export(self, folder: Path) -> None:
+        """Write a Hugging Face folder: weights, configuration and the source's processor."""
+        weights.write_folder(self.model, folder, source=self.source, settings=self.settings)
+
+    def save_engine(self, folder: Path) -> None:
+        """Write the engine's state: weights, optimizer, schedule, counters."""
+        self._engine.save_checkpoint(str(folder), tag=ENGINE_TAG)
+
+    def load_engine(self, folder: Path) -> None:
+        """Restore what `save_engine` wrote.
+
+        Raises:
+            CheckpointError: there is no such state.
         """
-        tied = {id(p): name for name, p in self.model.named_parameters()}
-        head = self.model.lm_head.weight
-        for bucket in _buckets(self.model):
-            with engine.gathered([p for _, p in bucket], settings=self.settings):
-                for name, parameter in bucket:
-                    yield name, parameter.data
-                    if parameter is head and tied[id(head)] != "lm_head.weight":
-                        yield "lm_head.weight", parameter.data
+        found, _ = self._engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
+        if found is None:
+            raise CheckpointError(f"{folder}: DeepSpeed found no state there")
 
     def close(self) -> None:
         """Give the engine's memory and hooks back; the policy is unusable afterwards."""
@@ -200,62 +201,6 @@ class Policy:
         return answer
 
 
-class _PackedModel(nn.Module):
-    """Body on all tokens, head on the trained ones: the module DeepSpeed wraps."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, inputs: ModelInputs, trained_index: Tensor, targets: Tensor, **head: Any
-    ) -> tuple[Tensor, Tensor]:
-        hidden = self.model.model(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.positions,
-            mm_token_type_ids=inputs.token_types,
-            pixel_values=inputs.pixel_values,
-            image_grid_thw=inputs.grids,
-            use_cache=False,
-            boundaries=inputs.boundaries,
-        )[0]
-        answer: tuple[Tensor, Tensor] = self.model.lm_head(
-            hidden[0, trained_index], targets, **head
-        )
-        return answer
-
-
-def _load(folder: Path, settings: LearnerSettings) -> Any:
-    """The model with packed attention in its text part and a log-probability head."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-        attn_implementation={"text_config": PACKED, "vision_config": "sdpa"},
-    )
-    if model.lm_head.bias is not None:
-        raise LearnerError(f"{folder}: {config['model_type']} has a head with bias; wanted none")
-    model.lm_head = LogprobHead.around(model.lm_head)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model
-
-
 def _totals(batches: Sequence[MicroBatch]) -> tuple[int, int]:
     """Trained tokens and sequences with any, over the micro-batches."""
     return sum(b.num_trained for b in batches), sum(b.num_sequences for b in batches)
-
-
-def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Named parameters in runs of about `GATHER_ELEMENTS`."""
-    bucket: list[tuple[str, nn.Parameter]] = []
-    held = 0
-    for name, parameter in model.named_parameters():
-        size = engine.full_size(parameter)
-        if bucket and held + size > GATHER_ELEMENTS:
-            yield bucket
-            bucket, held = [], 0
-        bucket.append((name, parameter))
-        held += size
-    if bucket:
-        yield bucket
