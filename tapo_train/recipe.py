@@ -14,6 +14,7 @@ from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.algos.advantages import AdvantageKind, StdKind
+from tapo_train.credit.gigpo import GiGPOOptions
 from tapo_train.credit.options import TapoOptions
 
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -264,14 +265,10 @@ class TapoCredit(TapoOptions):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
-class GigpoCredit:
-    """Step-level advantages by equal states (GiGPO, arXiv 2505.10978)."""
+class GigpoCredit(GiGPOOptions):
+    """Step-level advantages by equal states (arXiv 2505.10978); the fields of `GiGPOOptions`."""
 
     name: Literal["gigpo"] = "gigpo"
-    omega: NonNegative = 1.0
-    """Weight of the step advantage beside the trajectory's; 0: credit=none."""
-    gamma: Fraction = 0.95
-    """Discount of the outcome per turn before the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

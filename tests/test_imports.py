@@ -20,7 +20,7 @@ LAYERS = (
     {"algos", "credit", "data", "tiny", "tools", "world"},
     {"learner", "report", "rewards", "rollout"},
     {"recipe", "config_errors", "config"},
-    {"trainer"},
+    {"trainer", "step_metrics"},
     {"build"},
     {"commands", "demonstrate", "doctor", "doctor_checks", "warm_start", "__main__", "__init__"},
 )
