@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from tapo_train.data.images import ImageLimits, read_image
-from tapo_train.data.tasks import fingerprint, load_tasks, write_tasks
+from tapo_train.data.tasks import fingerprint, load_task_files, load_tasks, write_tasks
 from tapo_train.errors import DataError
 from tapo_train.types import ImageRef, Task
 
@@ -267,6 +267,16 @@ def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
         load_tasks(tmp_path / "empty.jsonl")
     with pytest.raises(DataError, match=r"absent\.jsonl: cannot be read"):
         load_tasks(tmp_path / "absent.jsonl")
+
+
+def test_several_files_are_read_in_order_and_may_not_share_an_id(tmp_path: Path) -> None:
+    for name, ids in (("a", ("q1", "q2")), ("b", ("q3",)), ("c", ("q2",))):
+        (tmp_path / name).mkdir()
+        folder_with(tmp_path / name, *(row(id=identifier) for identifier in ids))
+    files = [tmp_path / name / "tasks.jsonl" for name in "abc"]
+    assert [task.id for task in load_task_files(files[:2])] == ["q1", "q2", "q3"]
+    with pytest.raises(DataError, match=r"c/tasks\.jsonl: id 'q2' was used before, at .*/a/tasks"):
+        load_task_files(files)
 
 
 JSON_VALUES = st.recursive(

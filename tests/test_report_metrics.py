@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from tapo_train.errors import DataError, TapoError
 from tapo_train.report.catalogue import METRICS, meaning_of, require_known
 from tapo_train.report.metrics_file import MetricsFile, read_metrics
 from tapo_train.report.plots import plot_metrics
+from tapo_train.report.process import resident_gib
 from tapo_train.report.sinks import Console, duration, write_all
 from tapo_train.report.statistics import accuracy_of
 
@@ -24,6 +27,27 @@ def test_a_name_outside_the_catalogue_is_refused_and_those_inside_pass() -> None
     require_known(["reward/mean", "rollout/calls/text_search_tool", "time/rollout_s"])
     with pytest.raises(TapoError, match=r"\['reward/meen'\]"):
         require_known(["reward/mean", "reward/meen"])
+
+
+PACKAGE = Path(__file__).parents[1] / "tapo_train"
+SOURCES = [
+    *(PACKAGE / "algos").glob("*.py"),
+    *(PACKAGE / "learner").glob("*.py"),
+    *(path for path in PACKAGE.glob("*.py") if path.name != "config.py"),
+]
+GROUPS = {name.split("/")[0] for name in METRICS}
+
+
+def test_every_metric_named_in_the_source_is_in_the_catalogue() -> None:
+    constants = {
+        node.value
+        for path in SOURCES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    named = {text for text in constants if re.fullmatch(rf"({'|'.join(GROUPS)})/\w+", text)}
+    assert len(named) > 20
+    require_known(named)
 
 
 def test_a_placeholder_stands_for_one_word_only() -> None:
@@ -228,3 +252,11 @@ def test_curves_that_were_logged_are_drawn_into_a_png(tmp_path: Path) -> None:
 def test_nothing_to_draw_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nothing to draw"):
         plot_metrics(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
+
+
+def test_resident_memory_is_that_of_a_python_process_with_libraries() -> None:
+    before = resident_gib()
+    held = bytearray(64 * 2**20)
+    held[::4096] = b"x" * len(held[::4096])
+    assert 0.01 < before < 100
+    assert 0.05 < resident_gib() - before < 0.08

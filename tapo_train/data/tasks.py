@@ -16,10 +16,11 @@ from tapo_train.data.fvqa import load_fvqa
 from tapo_train.data.images import ImageLimits, ImageStore
 from tapo_train.data.livevqa import load_livevqa
 from tapo_train.data.native import load_native, write_tasks
+from tapo_train.data.rows import require_unique_ids
 from tapo_train.errors import DataError
 from tapo_train.types import Task
 
-__all__ = ["fingerprint", "load_tasks", "write_tasks"]
+__all__ = ["fingerprint", "load_task_files", "load_tasks", "write_tasks"]
 
 _FORMAT_BY_SUFFIX = {".jsonl": "native", ".parquet": "fvqa", ".pq": "fvqa", ".json": "livevqa"}
 
@@ -60,6 +61,18 @@ def load_tasks(
     if not tasks:
         raise DataError(f"{path}: found no task; wanted at least one")
     return tasks
+
+
+def load_task_files(paths: Sequence[str | Path], *, format: str = "auto") -> list[Task]:
+    """The tasks of several files, one file after the other.
+
+    Raises:
+        DataError: as `load_tasks`, and when two files use the same id: their attempts
+            would be taken for one group.
+    """
+    held = [(task, str(path)) for path in paths for task in load_tasks(path, format=format)]
+    require_unique_ids([(task.id, path) for task, path in held])
+    return [task for task, _ in held]
 
 
 def _format_of(path: Path, format: str) -> str:

@@ -34,11 +34,9 @@ METRICS: dict[str, str] = {
     "rollout/stop/<reason>": "share of trajectories that ended for this reason",
     "rollout/tokens": "tokens per trajectory, observations and image tokens included",
     "rollout/trained_tokens": "sampled tokens per trajectory",
-    "rollout/cached_share": "share of prompt tokens the engine had in its prefix cache",
     "rollout/tool_latency_s": "[s] per tool call",
     # advantage
     "advantage/abs": "mean of |advantage| over trajectories",
-    "advantage/uniform_groups": "share of groups whose rewards are all equal",
     # policy and update
     "policy/entropy": "[nat] entropy per trained token",
     "policy/ref_kl": "[nat] KL estimate to the reference policy per trained token",
@@ -51,9 +49,6 @@ METRICS: dict[str, str] = {
     "update/loss": "the aggregated surrogate with its penalties, mean over updates",
     "update/grad_norm": "gradient norm before clipping, mean over updates",
     "update/learning_rate": "learning rate, mean over updates",
-    "update/updates": "optimizer updates of the step",
-    "update/micro_batches": "micro-batches of the step on one rank",
-    "update/trained_tokens": "trained tokens of the step over all ranks",
     "supervised/nll": "[nat] negative log-likelihood per trained token of demonstrations",
     "supervised/entropy": "[nat] entropy per trained token of demonstrations",
     # sampler against learner
@@ -90,7 +85,6 @@ METRICS: dict[str, str] = {
     "tapo/by_tool/<tool>/<count>": "the same for calls of this tool",
     "tapo/by_turn/<turn>/<count>": "the same for steps in this turn",
     "tapo/time_s": "[s] in the credit stage",
-    "tapo/time_frac": "share of the step's time",
     "credit/observation_agreement": "share of matched pairs whose observations are equivalent",
     "credit/turn_gap": "mean |turn of the failing call - mean turn of its cluster|",
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",
@@ -109,7 +103,6 @@ METRICS: dict[str, str] = {
     "throughput/tokens_per_s": "tokens of all trajectories per second of the step, all ranks",
     "throughput/sampled_tokens_per_s": "sampled tokens per second of the rollout, all ranks",
     "memory/rss_gib": "[GiB] resident memory of rank 0",
-    "memory/device_gib": "[GiB] peak device memory of rank 0",
 }
 
 

@@ -80,12 +80,15 @@ class TrajectoryDump:
         _write_lines(self._path / "rollouts" / name, rows)
 
     def discard_from(self, step: int) -> None:
-        """Delete every rank's dumps of `step` and later: a resumed run makes them again."""
+        """Delete every rank's dumps of `step` and later: a resumed run makes them again.
+
+        All ranks may call this at once, before any of them writes.
+        """
         for folder in ("rollouts", "tokens"):
             for path in sorted((self._path / folder).glob("step_*.jsonl")):
                 match = _STEP.fullmatch(path.name)
                 if match is not None and int(match[1]) >= step:
-                    path.unlink()
+                    path.unlink(missing_ok=True)
 
 
 def write_trajectories(
