@@ -35,10 +35,10 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"eval: --tasks {tasks} does not exist; wanted a task file")
     recipe = load_recipe(path, eval_overrides(model, tasks, arguments.overrides))
 
-    from tapo_train import build  # loads torch and vllm
+    from tapo_train import runs  # loads torch and vllm
 
     out = Path(arguments.out) if arguments.out else None
-    print(build.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out))
+    print(runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out))
 
 
 def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[str]:

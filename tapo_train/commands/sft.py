@@ -16,6 +16,6 @@ def main(argv: Sequence[str]) -> None:
     """Train on demonstrations, unless it is a dry run."""
     recipe = read_recipe(recipe_parser("sft", DESCRIPTION), argv)
     if recipe is not None:
-        from tapo_train import build  # loads torch and deepspeed
+        from tapo_train import runs  # loads torch and deepspeed
 
-        build.sft(recipe)
+        runs.sft(recipe)

@@ -19,6 +19,6 @@ def main(argv: Sequence[str]) -> None:
     """Train, unless it is a dry run."""
     recipe = read_recipe(recipe_parser("train", DESCRIPTION), argv)
     if recipe is not None:
-        from tapo_train import build  # loads torch, vllm and deepspeed
+        from tapo_train import runs  # loads torch, vllm and deepspeed
 
-        build.train(recipe)
+        runs.train(recipe)
