@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -177,7 +177,7 @@ class Episode:
         calls = await self._run_calls(parsed.calls, decoded, span.start, allowed)
         observation_span = None
         if stop is None:
-            stop, observation_span = self._observe(index, calls)
+            stop, observation_span = self._observe(calls)
         self._transcript.turns.append(
             Turn(
                 index=index,
@@ -238,22 +238,28 @@ class Episode:
         error = self._error(call, context)
         if error is not None:
             return Observation(text=f"Error: {error}", outcome=Outcome.MODEL_ERROR), False
-        return await self._toolbox.execute(call.name, call.arguments, context), True
+        observation = await self._toolbox.execute(call.name, call.arguments, context)
+        return self._usable(call.name, observation), True
 
     def _error(self, call: ParsedCall, context: ToolContext) -> str | None:
         return call.error or self._toolbox.check(call.name, call.arguments, context)
 
-    def _observe(
-        self, index: int, calls: tuple[ToolCall, ...]
-    ) -> tuple[StopReason | None, Span | None]:
+    def _usable(self, tool: str, observation: Observation) -> Observation:
+        """The observation, or a tool error if the model cannot take one of its pictures."""
+        try:
+            for image in observation.images:
+                self._chat.image_tokens(image)
+        except AlignmentError as error:
+            text = f"Error: {tool} returned a picture the model cannot take: {error}"
+            return replace(observation, text=text, images=(), outcome=Outcome.TOOL_ERROR)
+        return observation
+
+    def _observe(self, calls: tuple[ToolCall, ...]) -> tuple[StopReason | None, Span | None]:
         """Append what the tools answered, if that is possible."""
         observations = [call.observation for call in calls if call.observation is not None]
         if any(observation.outcome is Outcome.INFRA_ERROR for observation in observations):
             return StopReason.INFRA, None
-        try:
-            tokens = self._chat.observation(observations)
-        except AlignmentError as error:
-            raise AlignmentError(f"trajectory {self._id}, turn {index}: {error}") from error
+        tokens = self._chat.observation(observations)
         # One token must be left: a turn without tokens cannot be sampled.
         if len(tokens) + 1 > self._transcript.room:
             return StopReason.MAX_TOKENS, None

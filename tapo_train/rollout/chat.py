@@ -60,22 +60,22 @@ class ChatFormat:
         self._tokenizer: Any = self._processor.tokenizer
         self._plain = _plain_tokenizer(self._tokenizer)
         self._text = ByteText(self._tokenizer)
-        self._pixels = Pixels(self._processor.image_processor)
+        self.image_processor: Any = self._processor.image_processor
+        self._pixels = Pixels(self.image_processor)
         self.template = ChatTemplate(self._render, end=END, placeholder=PLACEHOLDER)
         self.end_token_id = self._control_id(END)
         self.image_token_id = self._control_id(PLACEHOLDER)
         self.banned_token_ids = self._banned(_vocabulary_size(model))
         """Ids at -inf in the sampled distribution: see BANNED, and ids without a text."""
-        added = list(self._tokenizer.added_tokens_decoder)
-        self._is_control = np.zeros(max(added) + 1, dtype=bool)
-        self._is_control[added] = True
+        self.control_token_ids = tuple(sorted(self._tokenizer.added_tokens_decoder))
+        """Ids that no text from outside may become, special to the tokenizer or not."""
+        self._is_control = np.zeros(self.control_token_ids[-1] + 1, dtype=bool)
+        self._is_control[list(self.control_token_ids)] = True
         pieces = self.template.pieces
         self._before, self._between = self._trusted(pieces.before), self._trusted(pieces.between)
         self._after, self._picture = self._trusted(pieces.after), self._trusted(pieces.picture)
 
-    def prompt(
-        self, task: Task, *, system_prompt: str, tool_schemas: Sequence[Schema]
-    ) -> Tokens:
+    def prompt(self, task: Task, *, system_prompt: str, tool_schemas: Sequence[Schema]) -> Tokens:
         """[T] system prompt with tools, the task's pictures and question; placeholders expanded.
 
         Raises:

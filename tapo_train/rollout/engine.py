@@ -123,9 +123,7 @@ class Engine(Protocol):
         """
         ...
 
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int
-    ) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Take the learner's named tensors (Hugging Face names) and forget every cache.
 
         A tied language-model head must be sent under its own name as well.

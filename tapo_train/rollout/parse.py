@@ -59,9 +59,7 @@ def parse_turn(text: str) -> ParsedTurn:
     answer = _last_between(text, ANSWER_OPEN, ANSWER_CLOSE)
     if unclosed is not None and not calls and answer is None:
         error = f"the tool call is not closed: {CALL_CLOSE} is missing"
-        calls = [
-            ParsedCall(name="", arguments=None, start=unclosed, end=len(text), error=error)
-        ]
+        calls = [ParsedCall(name="", arguments=None, start=unclosed, end=len(text), error=error)]
     return ParsedTurn(think=_think(text), calls=tuple(calls), answer=answer)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 import PIL.Image
 import torch
 
-from tapo_train.errors import AlignmentError
+from tapo_train.errors import AlignmentError, DataError
 from tapo_train.types import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -63,8 +63,16 @@ class Pixels:
         )
 
     def num_tokens(self, image: Image) -> int:
-        """Placeholders of a picture, computed from its size alone."""
-        patches = self._processor.get_number_of_image_patches(image.height, image.width, {})
+        """Placeholders of a picture, computed from its size alone.
+
+        Raises:
+            AlignmentError: the processor takes no picture of this shape.
+        """
+        try:
+            patches = self._processor.get_number_of_image_patches(image.height, image.width, {})
+        except (ValueError, ZeroDivisionError) as error:
+            size = f"{image.width}x{image.height} px"
+            raise AlignmentError(f"image {image.sha256[:12]} of {size}: {error}") from error
         return int(patches) // self._merge
 
     def rgb(self, image: Image) -> PIL.Image.Image:
@@ -98,13 +106,17 @@ class Pixels:
 
 
 def _decode(image: Image) -> tuple[PIL.Image.Image, int]:
-    with PIL.Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
-        if opened.size != (image.width, image.height):
-            raise AlignmentError(
-                f"image {image.sha256[:12]} decodes to {opened.width}x{opened.height} px; "
-                f"its record says {image.width}x{image.height}"
-            )
-        rgb = _on_white(opened)
+    name = f"image {image.sha256[:12]}"
+    try:
+        with PIL.Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
+            rgb = _on_white(opened)
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        raise DataError(f"{name} cannot be decoded: {error}") from error
+    if rgb.size != (image.width, image.height):
+        raise AlignmentError(
+            f"{name} decodes to {rgb.width}x{rgb.height} px; "
+            f"its record says {image.width}x{image.height}"
+        )
     return rgb, rgb.width * rgb.height * 3
 
 

@@ -78,7 +78,9 @@ class ChatTemplate:
 
     def __init__(self, render: Render, *, end: str, placeholder: str) -> None:
         self._render = render
-        probe = {"type": "function", "function": {"name": TOOL, "parameters": {}}}
+        parameters = {"type": "object", "properties": {}}
+        function = {"name": TOOL, "description": TOOL, "parameters": parameters}
+        probe = {"type": "function", "function": function}
         head = [_system(SYSTEM), _user(QUESTION, 0)]
         self._renders_tools = TOOL in render(head, [probe])
         tool_role = render([*head, _reply(), _tool_message(TOOL, 0)], [])

@@ -103,7 +103,10 @@ class VllmEngine:
         """See `Engine.score`. Cached keys are not read, so the current weights are measured."""
         self._require_idle("score")
         parameters = SamplingParams(
-            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False,
+            max_tokens=1,
+            temperature=0.0,
+            prompt_logprobs=0,
+            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         self._add("score", tokens, images, parameters)
@@ -114,9 +117,7 @@ class VllmEngine:
         pairs = zip(tokens[1:].tolist(), entries, strict=True)
         return np.array([entry[token].logprob for token, entry in pairs], dtype=np.float32)
 
-    def load_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int
-    ) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """See `Engine.load_weights`."""
         self._require_idle("load_weights")
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
@@ -164,7 +165,9 @@ class VllmEngine:
             prompt["multi_modal_uuids"] = {"image": [image.sha256 for image in images]}
         internal = self._engine.add_request(id, prompt, parameters)
         state = self._engine.output_processor.request_states[internal]
-        _require_same_expansion(id, tokens, np.asarray(state.prompt_token_ids, dtype=np.int32))
+        theirs = np.asarray(state.prompt_token_ids, dtype=np.int32)
+        if not np.array_equal(tokens, theirs):
+            raise _misaligned(id, tokens, theirs, images, self._chat.image_token_id)
 
     def _completion(self, output: Any) -> Completion:
         request = self._in_flight.pop(output.request_id, None)
@@ -210,16 +213,22 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
     return arguments
 
 
-def _require_same_expansion(
-    id: str, ours: npt.NDArray[np.int32], theirs: npt.NDArray[np.int32]
-) -> None:
-    if np.array_equal(ours, theirs):
-        return
+def _misaligned(
+    id: str,
+    ours: npt.NDArray[np.int32],
+    theirs: npt.NDArray[np.int32],
+    images: Sequence[Image],
+    placeholder: int,
+) -> AlignmentError:
+    """What differs between the learner's tokens and what vLLM made of them."""
     shared = min(len(ours), len(theirs))
     differs = np.flatnonzero(ours[:shared] != theirs[:shared])
     at = int(differs[0]) if len(differs) else shared
-    raise AlignmentError(
+    is_placeholder = ours[: at + 1] == placeholder
+    begun = int((is_placeholder[1:] & ~is_placeholder[:-1]).sum())
+    near = f"image {begun - 1} ({images[begun - 1].width}x{images[begun - 1].height} px)"
+    return AlignmentError(
         f"request {id}: vLLM expanded the pictures to {len(theirs)} tokens, the learner to "
-        f"{len(ours)}; they differ first at position {at} "
-        f"({theirs[at : at + 3].tolist()} against {ours[at : at + 3].tolist()})"
+        f"{len(ours)}; they differ first at position {at}, "
+        f"at or after {near if begun else 'no image'}"
     )

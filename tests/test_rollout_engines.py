@@ -1,0 +1,258 @@
+"""The fast engine and the slow reference give the same numbers, before and after weight syncs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task, teach_calls
+from safetensors.torch import load_file
+
+from tapo_train.errors import AlignmentError, ConfigError, EngineError
+from tapo_train.rollout.agent import Limits
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
+from tapo_train.rollout.hf_engine import HfEngine
+from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
+from tapo_train.types import Trajectory
+
+AGREEMENT = 1e-4
+"""Largest difference of log-probabilities in float32 between the two engines."""
+LIMITS = Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000)
+SAMPLING = Sampling(temperature=0.8)
+
+
+@dataclass
+class Pair:
+    """Two engines over one folder of weights."""
+
+    chat: ChatFormat
+    fast: VllmEngine
+    slow: HfEngine
+
+
+@pytest.fixture(scope="module", params=["tiny_qwen3_vl", "tiny_qwen2_5_vl"])
+def pair(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Pair]:
+    folder = tmp_path_factory.mktemp(request.param)
+    chat = ChatFormat(teach_calls(request.getfixturevalue(request.param), folder))
+    options = VllmOptions(
+        dtype="float32", max_model_len=1024, max_num_seqs=32, enforce_eager=True, seeded=True
+    )
+    fast = VllmEngine(chat, options)
+    yield Pair(chat=chat, fast=fast, slow=HfEngine(chat))
+    fast.close()
+
+
+def play(
+    engine: Engine, chat: ChatFormat, *, sampling: Sampling = SAMPLING, rollouts: int = 12
+) -> list[Trajectory]:
+    (group,) = collect(
+        [picture_task()],
+        engine=engine,
+        chat=chat,
+        toolbox=draw_toolbox(),
+        system_prompt=SYSTEM_PROMPT,
+        rollouts_per_task=rollouts,
+        limits=LIMITS,
+        sampling=sampling,
+    )
+    return list(group.trajectories)
+
+
+def request_for(chat: ChatFormat, *, id: str = "r", sampling: Sampling) -> GenerationRequest:
+    task = picture_task()
+    tokens = chat.prompt(task, system_prompt=SYSTEM_PROMPT, tool_schemas=[])
+    return GenerationRequest(
+        id=id, tokens=tokens, images=task.images, max_tokens=24, sampling=sampling
+    )
+
+
+def serve(engine: Engine, requests: Sequence[GenerationRequest]) -> list[Completion]:
+    for request in requests:
+        engine.submit(request)
+    done: list[Completion] = []
+    while engine.has_unfinished():
+        done += engine.step()
+    order = [request.id for request in requests]
+    return sorted(done, key=lambda completion: order.index(completion.id))
+
+
+def sampled_logprobs(slow: HfEngine, trajectory: Trajectory, sampling: Sampling) -> np.ndarray:
+    """The slow engine's log-probabilities of the sampled tokens, one pass over everything."""
+    logits = slow.logits(trajectory.tokens, trajectory.images)
+    scores = slow.processed(logits, sampling)
+    spans = [np.arange(turn.span.start, turn.span.end) for turn in trajectory.turns]
+    at = np.concatenate(spans)
+    return scores[at - 1, trajectory.tokens[at]].numpy()
+
+
+def require_agreement(pair: Pair) -> None:
+    trajectories = play(pair.fast, pair.chat)
+    rich = [t for t in trajectories if len(t.images) >= 2 and len(t.turns) >= 3]
+    assert len(rich) >= 3, "too few trajectories with two pictures and three turns to compare"
+    for trajectory in rich:
+        expected = sampled_logprobs(pair.slow, trajectory, SAMPLING)
+        np.testing.assert_allclose(trajectory.logprobs, expected, atol=AGREEMENT, rtol=0)
+    probe = rich[0]
+    np.testing.assert_allclose(
+        pair.fast.score(probe.tokens, probe.images),
+        pair.slow.score(probe.tokens, probe.images),
+        atol=AGREEMENT,
+        rtol=0,
+    )
+
+
+def changed_weights(chat: ChatFormat, *, seed: int) -> dict[str, torch.Tensor]:
+    """The folder's weights with noise, the tied head under its own name as well."""
+    weights = load_file(chat.model / "model.safetensors")
+    noise = torch.Generator().manual_seed(seed)
+    changed = {
+        name: tensor
+        + 0.03 * tensor.std().nan_to_num(0) * torch.randn(tensor.shape, generator=noise)
+        for name, tensor in sorted(weights.items())
+    }
+    embedding = next(name for name in changed if name.endswith("embed_tokens.weight"))
+    return {**changed, "lm_head.weight": changed[embedding]}
+
+
+def test_engines_agree_on_sampled_trajectories_before_and_after_three_weight_syncs(
+    pair: Pair,
+) -> None:
+    require_agreement(pair)
+    probe = play(pair.fast, pair.chat, rollouts=1)[0]
+    for version in (1, 2, 3):
+        before = pair.fast.score(probe.tokens, probe.images)
+        weights = changed_weights(pair.chat, seed=version)
+        for engine in (pair.fast, pair.slow):
+            engine.load_weights(weights.items(), version=version)
+            assert engine.version == version
+        after = pair.fast.score(probe.tokens, probe.images)
+        assert np.abs(after - before).max() > 100 * AGREEMENT, "the weights did not change"
+        require_agreement(pair)
+
+
+def test_logprobs_are_those_of_the_sampled_distribution_also_when_it_is_cut(pair: Pair) -> None:
+    for sampling in (
+        Sampling(temperature=1.3, top_k=5),
+        Sampling(temperature=1.0, top_p=0.7),
+        Sampling(temperature=0),
+    ):
+        request = request_for(pair.chat, sampling=sampling)
+        (completion,) = serve(pair.fast, [request])
+        tokens = np.concatenate([request.tokens, completion.tokens])
+        scores = pair.slow.processed(pair.slow.logits(tokens, request.images), sampling)
+        at = np.arange(len(request.tokens), len(tokens))
+        expected = scores[at - 1, tokens[at]].numpy()
+        np.testing.assert_allclose(completion.logprobs, expected, atol=AGREEMENT, rtol=0)
+
+
+def test_greedy_turns_are_the_same_on_both_engines(pair: Pair) -> None:
+    requests = [request_for(pair.chat, sampling=Sampling(temperature=0))]
+    (fast,), (slow,) = serve(pair.fast, requests), serve(pair.slow, requests)
+    np.testing.assert_array_equal(fast.tokens, slow.tokens)
+    assert fast.finished == slow.finished
+    np.testing.assert_allclose(fast.logprobs, slow.logprobs, atol=AGREEMENT, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["fast", "slow"])
+def test_banned_tokens_are_never_sampled(pair: Pair, name: str) -> None:
+    engine: Engine = getattr(pair, name)
+    hot = Sampling(temperature=50.0, seed=1)
+    requests = [request_for(pair.chat, id=f"hot{k}", sampling=hot) for k in range(12)]
+    tokens = np.concatenate([completion.tokens for completion in serve(engine, requests)])
+    assert len(tokens) > 200
+    assert not np.isin(tokens, pair.chat.banned_token_ids).any()
+
+
+@pytest.mark.parametrize("name", ["fast", "slow"])
+def test_a_seeded_request_is_the_same_in_any_company(pair: Pair, name: str) -> None:
+    engine: Engine = getattr(pair, name)
+    seeded = Sampling(temperature=1.0, seed=5)
+    requests = [request_for(pair.chat, id=f"r{k}", sampling=seeded) for k in range(3)]
+    together = serve(engine, requests)
+    (alone,) = serve(engine, requests[2:])
+    np.testing.assert_array_equal(alone.tokens, together[2].tokens)
+    assert not np.array_equal(together[0].tokens, together[1].tokens)
+    other = replace(requests[2], sampling=replace(seeded, seed=6))
+    assert not np.array_equal(serve(engine, [other])[0].tokens, alone.tokens)
+
+
+def test_the_next_turn_reuses_the_keys_and_values_of_the_turns_before(pair: Pair) -> None:
+    request = request_for(pair.chat, sampling=SAMPLING)
+    (first,) = serve(pair.fast, [request])
+    longer = np.concatenate([request.tokens, first.tokens])
+    (second,) = serve(pair.fast, [replace(request, tokens=longer)])
+    block = 128
+    assert second.cached_tokens >= len(longer) // block * block - block
+    assert second.cached_tokens > 0
+    pair.fast.load_weights(changed_weights(pair.chat, seed=9).items(), version=9)
+    (third,) = serve(pair.fast, [replace(request, tokens=longer)])
+    assert third.cached_tokens == 0, "keys of old weights were reused"
+    pair.slow.load_weights(changed_weights(pair.chat, seed=9).items(), version=9)
+
+
+def test_a_text_request_after_one_with_a_picture_has_its_own_positions(pair: Pair) -> None:
+    text = pair.chat.prompt(
+        replace(picture_task(), images=()), system_prompt=SYSTEM_PROMPT, tool_schemas=[]
+    )
+    greedy = Sampling(temperature=0)
+    requests = [
+        request_for(pair.chat, id="picture", sampling=greedy),
+        GenerationRequest(id="text", tokens=text, images=(), max_tokens=16, sampling=greedy),
+    ]
+    fast, slow = serve(pair.fast, requests), serve(pair.slow, requests)
+    np.testing.assert_allclose(fast[1].logprobs, slow[1].logprobs, atol=AGREEMENT, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["fast", "slow"])
+def test_weights_are_refused_while_requests_are_in_flight(pair: Pair, name: str) -> None:
+    engine: Engine = getattr(pair, name)
+    request = request_for(pair.chat, sampling=SAMPLING)
+    engine.submit(request)
+    with pytest.raises(EngineError, match="idle engine; 1 in flight"):
+        engine.load_weights({}.items(), version=4)
+    with pytest.raises(EngineError, match="request r is in flight already"):
+        engine.submit(request)
+    while engine.has_unfinished():
+        engine.step()
+
+
+def test_another_expansion_than_the_learners_is_refused_before_it_runs(pair: Pair) -> None:
+    request = request_for(pair.chat, sampling=SAMPLING)
+    wrong = replace(request, images=(draw_image(64, 64),))
+    with pytest.raises(AlignmentError, match=r"request r: .* at or after image 0 \(64x64 px\)"):
+        pair.fast.submit(wrong)
+
+
+def test_a_request_longer_than_the_engine_allows_is_refused(pair: Pair) -> None:
+    request = replace(request_for(pair.chat, sampling=SAMPLING), max_tokens=1000)
+    with pytest.raises(EngineError, match="exceed max_model_len = 1024"):
+        pair.fast.submit(request)
+
+
+def test_incomplete_weights_are_refused_by_the_reference(pair: Pair) -> None:
+    weights = changed_weights(pair.chat, seed=1)
+    del weights["lm_head.weight"]
+    with pytest.raises(EngineError, match=r"lm_head\.weight"):
+        pair.slow.load_weights(weights.items(), version=5)
+
+
+@pytest.mark.parametrize(
+    "values", [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.1}, {"top_k": -1}]
+)
+def test_sampling_outside_its_range_is_refused(values: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match=f"sampling.{next(iter(values))} is"):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_only_an_uncut_distribution_is_exact() -> None:
+    assert Sampling(temperature=0.7).is_exact
+    for cut in (Sampling(temperature=0), Sampling(top_p=0.9), Sampling(top_k=3)):
+        assert not cut.is_exact
