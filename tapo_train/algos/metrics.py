@@ -17,7 +17,9 @@ Metrics = dict[str, Tensor]
 
 def pair(values: Tensor) -> Tensor:
     """(sum, count) of a tensor of any shape; booleans count their true entries."""
-    total = values.detach().sum(dtype=torch.float64)
+    found = values.detach()
+    # Neither form makes a wider copy of the values, as sum(dtype=float64) does on a CPU.
+    total = (found.count_nonzero() if found.dtype == torch.bool else found.sum()).double()
     return torch.stack((total, torch.full_like(total, values.numel())))
 
 
