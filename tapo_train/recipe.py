@@ -147,7 +147,7 @@ class Tools:
     max_observation_chars: Count = 8192
     """[characters] of text one observation may hold; the rest is cut and the cut is said."""
     min_crop_side: Count = 28
-    """[px] a zoom whose shorter side is smaller is enlarged to this."""
+    """[px] a zoom into a region with a shorter side is refused, and the policy reads why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
@@ -313,19 +313,20 @@ class Probe:
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Sft:
-    """The supervised warm start (`sft`); optimizer settings are `learner`'s. First updates on
-    faultless demonstrations, which teach the most, then on faulty ones, which set the habits."""
+    """The supervised warm start (`sft` subcommand); optimizer settings are `learner`'s."""
 
-    world_seeds: tuple[CountOrZero, ...] = (1,)
-    """Offline worlds to demonstrate in; never one that is used for evaluation."""
-    questions_per_world: Count = 4000
-    """Demonstrated questions of each world."""
-    able_updates: CountOrZero = 0
-    """[updates] on faultless demonstrations."""
-    habit_updates: CountOrZero = 0
-    """[updates] on faulty ones, afterwards."""
-    trajectories_per_update: Count = 32
-    """Over all ranks."""
+    worlds: Count = 8
+    """Worlds demonstrated in, of the seeds first_world_seed, first_world_seed + 1, …"""
+    first_world_seed: CountOrZero = 1000
+    """Keep it away from the seeds of worlds used for training and evaluation."""
+    questions_per_world: Count = 2000
+    """Each is demonstrated once without and once with faults."""
+    able_updates: CountOrZero = 4000
+    """Updates on faultless demonstrations, which come first."""
+    habit_updates: CountOrZero = 1000
+    """Updates on faulty ones, which set the habits training starts from."""
+    trajectories_per_update: Count = 8
+    """Demonstrations in one update, over all ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

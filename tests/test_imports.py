@@ -20,9 +20,10 @@ LAYERS = (
     {"algos", "credit", "data", "tiny", "tools", "world"},
     {"learner", "report", "rewards", "rollout"},
     {"recipe", "config_errors", "config"},
-    {"trainer", "step_metrics"},
+    {"demonstrate", "step_metrics", "trainer", "warm_start"},
     {"build"},
-    {"commands", "demonstrate", "doctor", "doctor_checks", "warm_start", "__main__", "__init__"},
+    {"runs"},
+    {"commands", "doctor", "doctor_checks", "__main__", "__init__"},
 )
 """From the bottom up; a module imports its own layer and those below."""
 
