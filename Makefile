@@ -25,7 +25,7 @@ check: venv  ## style, types and import rules
 	$(PY) -m pytest -q tests/test_imports.py
 
 bench: venv  ## measure speed and append to bench/results.jsonl
-	$(PY) -m bench
+	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(PY) $$script; done
 
 docs: venv  ## regenerate docs/recipe.md from the recipe's dataclasses
 	$(PY) scripts/write_recipe_reference.py
