@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.regions import Region
 from tapo_train.credit.similarity import DEFAULT_KINDS, Key, Similarity, load, registry
-from tapo_train.credit.steps import CreditCall, CreditRow
+from tapo_train.credit.steps import CreditRow, Status
 from tapo_train.errors import CreditError
 
 
@@ -25,25 +25,27 @@ class Role(Enum):
     NEITHER = "neither"
 
 
+_Place = tuple[int, int, int, Key]
+"""(row, step, call, key) of an eligible call."""
+
+
 @dataclass(slots=True)
 class Calls:
     """Eligible calls as columns, in order of row, step and call."""
 
-    row: list[int] = field(default_factory=list)
-    step: list[int] = field(default_factory=list)
+    row: Sequence[int]
+    step: Sequence[int]
     """Position in `CreditRow.steps`."""
-    call: list[int] = field(default_factory=list)
+    call: Sequence[int]
     """Position in `CreditStep.calls`."""
-    key: list[Key] = field(default_factory=list)
+    key: Sequence[Key]
     """What the call asks for."""
 
-    def add(self, row: int, step: int, call: int, key: Key) -> int:
-        """Append a call and return its position."""
-        self.row.append(row)
-        self.step.append(step)
-        self.call.append(call)
-        self.key.append(key)
-        return len(self.row) - 1
+    @classmethod
+    def of(cls, found: Sequence[_Place]) -> Calls:
+        """Columns of places."""
+        row, step, call, key = zip(*found, strict=True) if found else ((), (), (), ())
+        return cls(row, step, call, key)
 
 
 @dataclass(slots=True)
@@ -133,22 +135,22 @@ class Reader:
         return load(self._kinds.get(tool, "generic"), self._known)
 
 
-def _may_teach(call: CreditCall) -> bool:
-    return call.valid and call.executed and call.status == "ok"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Rule:
+    """Which valid calls of a trajectory count."""
+
+    statuses: frozenset[Status]
+    unexecuted: bool
 
 
-def _may_learn(options: TapoOptions) -> Callable[[CreditCall], bool]:
-    unexecuted, infra = options.correct_unexecuted, options.correct_infra_error
+_TEACHES = _Rule(statuses=frozenset({"ok"}), unexecuted=False)
+"""Calls of successes: only what was executed and answered."""
 
-    def allowed(call: CreditCall) -> bool:
-        return (
-            call.valid
-            and (call.executed or unexecuted)
-            and call.status != "model_error"
-            and (call.status == "ok" or infra)
-        )
 
-    return allowed
+def _learns(options: TapoOptions) -> _Rule:
+    """Calls of failing trajectories: the arguments define the action, whatever became of it."""
+    infra: frozenset[Status] = frozenset({"infra_error"} if options.correct_infra_error else ())
+    return _Rule(statuses=infra | {"ok"}, unexecuted=options.correct_unexecuted)
 
 
 def _root(key: Key) -> object:
@@ -164,40 +166,42 @@ def gather(rows: Sequence[CreditRow], options: TapoOptions, reader: Reader) -> A
     num_successes = Counter(
         row.group for row, part in zip(rows, roles, strict=True) if part is Role.SUCCESS
     )
-    library, queries = Calls(), Calls()
-    blocks: dict[object, Block] = {}
-    may_learn = _may_learn(options)
+    library: list[_Place] = []
+    queries: list[_Place] = []
+    blocks: dict[str, dict[object, Block]] = {}
+    learns = _learns(options)
     per_group = options.scope == "group"
     for i, (row, part) in enumerate(zip(rows, roles, strict=True)):
         if part is Role.NEITHER or row.discarded:
             continue
         teaches = part is Role.SUCCESS
-        counts, calls = (_may_teach, library) if teaches else (may_learn, queries)
-        for s, c, tool, key in _read(row, counts, reader):
-            where = (row.group if per_group else _root(key), tool)
-            block = blocks.get(where)
+        calls = library if teaches else queries
+        here = blocks.setdefault(row.group if per_group else "", {})
+        for tool, place in _read(i, row, _TEACHES if teaches else learns, reader):
+            where = tool if per_group else (_root(place[3]), tool)
+            block = here.get(where)
             if block is None:
-                block = blocks[where] = Block(tool)
-            (block.library if teaches else block.queries).append(calls.add(i, s, c, key))
-    return Actions(roles, num_successes, library, queries, list(blocks.values()))
+                block = here[where] = Block(tool)
+            (block.library if teaches else block.queries).append(len(calls))
+            calls.append(place)
+    found = [block for here in blocks.values() for block in here.values()]
+    return Actions(roles, num_successes, Calls.of(library), Calls.of(queries), found)
 
 
-def _read(
-    row: CreditRow, counts: Callable[[CreditCall], bool], reader: Reader
-) -> Iterator[tuple[int, int, str, Key]]:
-    """(step, call, tool, key) of every eligible call of a row."""
+def _read(i: int, row: CreditRow, rule: _Rule, reader: Reader) -> Iterator[tuple[str, _Place]]:
+    """Tool and place of every eligible call of row i."""
+    statuses, unexecuted = rule.statuses, rule.unexecuted
     for s, step in enumerate(row.steps):
         for c, call in enumerate(step.calls):
-            if not counts(call):
-                continue
-            read = reader(call.name)
+            counts = call.valid and (call.executed or unexecuted) and call.status in statuses
+            read = reader(call.name) if counts else None
             if read is None:
                 continue
-            arguments = (
-                call.arguments if type(call.arguments) is dict else as_object(call.arguments)
-            )
-            if arguments is None:
-                continue
+            arguments = call.arguments
+            if type(arguments) is not dict:
+                arguments = as_object(arguments)
+                if arguments is None:
+                    continue
             key = read[1].key(arguments, row, step)
             if key is not None:
-                yield s, c, read[0], key
+                yield read[0], (i, s, c, key)

@@ -75,10 +75,14 @@ def _tally_transfer(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement)
 def _tally_parts(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
     """Calls by tool, and steps by turn."""
     given = judgement.given > 0.0
+    by_tool: dict[str, list[int]] = {}
     for block in judgement.actions.blocks:
-        if block.queries:
-            for key in ("calls", f"by_tool/{block.tool}"):
-                _count(sums, key, judgement.matches.theta, given, np.array(block.queries))
+        by_tool.setdefault(block.tool, []).extend(block.queries)
+    for tool, queries in by_tool.items():
+        if queries:
+            where = np.array(queries)
+            for key in ("calls", f"by_tool/{tool}"):
+                _count(sums, key, judgement.matches.theta, given, where)
     places = zip(judgement.row.tolist(), judgement.position.tolist(), strict=True)
     turns = np.array([rows[i].steps[s].turn for i, s in places], dtype=np.int64)
     for turn in np.unique(turns).tolist():

@@ -50,7 +50,10 @@ def _find(parent: list[int], node: int) -> int:
 def _connected(rows: Rows, count: int, threshold: float) -> list[int]:
     parent = list(range(count))
     for low, high in row_chunks(count, count):
-        left, right = np.nonzero(rows(low, high) >= threshold)
+        edges = rows(low, high) >= threshold
+        if np.count_nonzero(edges) == high - low:
+            continue  # no edge but of each reference with itself
+        left, right = np.nonzero(edges)
         left += low
         below = right < left
         for a, b in zip(left[below].tolist(), right[below].tolist(), strict=True):

@@ -107,6 +107,10 @@ def _match_block(
     library = [position.setdefault(library_keys[i], len(position)) for i in block.library]
     references = len(position)
     queries = [position.setdefault(query_keys[i], len(position)) for i in block.queries]
+    if len(position) == 1:
+        # Everyone asked for the same, as with tools that take no arguments.
+        clusters = _build(block, [0] * len(library), actions, rows, options)
+        return clusters, np.zeros(len(queries), dtype=np.int64), np.ones(len(queries))
     space = reader.similarity(block.tool).space(list(position), references)
     compare = _remember(space, len(position), references)
     threshold = options.cluster_theta_of(block.tool)
@@ -135,18 +139,22 @@ def _build(
     members: list[list[int]] = [[] for _ in range(max(labels) + 1)]
     for i, label in zip(block.library, labels, strict=True):
         members[label].append(i)
-    row_of, num_successes = actions.library.row, actions.num_successes
-    clusters = []
-    for calls in members:
-        owners = [row_of[i] for i in calls]
-        distinct = set(owners)
-        # In a library of the whole batch a cluster may span groups; each counts with its own |S|.
-        total = sum(num_successes[group] for group in {rows[i].group for i in distinct})
-        values = [
-            rows[i].advantage for i in (owners if options.adv_agg == "mean_step" else distinct)
-        ]
-        clusters.append(Cluster(calls, len(distinct) / total, _aggregate(values, options.adv_agg)))
-    return clusters
+    return [_cluster(calls, actions, rows, options) for calls in members]
+
+
+def _cluster(
+    members: list[int], actions: Actions, rows: Sequence[CreditRow], options: TapoOptions
+) -> Cluster:
+    num_successes = actions.num_successes
+    if len(members) == 1:
+        row = rows[actions.library.row[members[0]]]
+        return Cluster(members, 1 / num_successes[row.group], row.advantage)
+    owners = [actions.library.row[i] for i in members]
+    distinct = set(owners)
+    # In a library of the whole batch a cluster may span groups; each counts with its own |S|.
+    total = sum([num_successes[group] for group in {rows[i].group for i in distinct}])
+    values = [rows[i].advantage for i in (owners if options.adv_agg == "mean_step" else distinct)]
+    return Cluster(members, len(distinct) / total, _aggregate(values, options.adv_agg))
 
 
 def _aggregate(values: list[float], kind: str) -> float:

@@ -6,15 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
-
 from tapo_train.credit.steps import CreditRow, CreditStep
 from tapo_train.errors import CreditError
 from tapo_train.types import Box, ImageRef
 
-Floats = npt.NDArray[np.float64]
-
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+_NUMBERS = {int, float}
 _DECIMALS = 9
 """Boxes are rounded to so many decimals of the root, so that the same region reached by two
 chains of crops is the same region; a billionth of a picture is far below a pixel."""
@@ -42,19 +39,20 @@ def legal_box(value: Any, width: float, height: float) -> Box | None:
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return None
     x0, y0, x1, y1 = value
-    kinds = (type(x0), type(y0), type(x1), type(y1))
-    # The counts see to it that True is no number. NaN fails every comparison below.
-    if kinds.count(int) + kinds.count(float) != 4:
-        return None
-    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+    kinds = {type(x0), type(y0), type(x1), type(y1)}
+    # bool is a subclass of int, but its type is not int: True is no number. NaN fails every
+    # comparison below.
+    if not kinds <= _NUMBERS or not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         return None
     return x0, y0, x1, y1
 
 
 def compose(parent: Box, box: Box, width: float, height: float) -> Box:
     """`box` of a picture of width x height units, in the frame of the picture's root."""
-    px0, py0, px1, py1 = parent
     x0, y0, x1, y1 = box
+    if parent == WHOLE:
+        return x0 / width, y0 / height, x1 / width, y1 / height
+    px0, py0, px1, py1 = parent
     dx, dy = (px1 - px0) / width, (py1 - py0) / height
     return _rounded((px0 + x0 * dx, py0 + y0 * dy, px0 + x1 * dx, py0 + y1 * dy))
 
@@ -66,26 +64,36 @@ def _rounded(box: Box) -> Box:
 
 def whole_picture(ref: ImageRef) -> Region:
     """A registered picture as a region."""
-    return Region(ref.root, _rounded(ref.box))
+    return Region(ref.root, ref.box if ref.box == WHOLE else _rounded(ref.box))
 
 
-def named_picture(arguments: Mapping[str, Any], row: CreditRow, step: CreditStep) -> int | None:
-    """The registry index in `img_idx` (or `image_index`); 0 if neither is given."""
+def named_picture(arguments: Mapping[str, Any]) -> Any:
+    """What stands under `img_idx` (or `image_index`); None if nothing does."""
     value = arguments.get("img_idx")
-    if value is None:
-        value = arguments.get("image_index", 0)
+    return arguments.get("image_index") if value is None else value
+
+
+def registered(value: Any, row: CreditRow, step: CreditStep) -> int | None:
+    """A written index of a picture that was there when the turn was sampled, or None."""
     return picture_index(value, min(step.num_images, len(row.images)))
 
 
 def zoom_region(
-    arguments: Mapping[str, Any], row: CreditRow, step: CreditStep, *, pixels: bool
+    arguments: Mapping[str, Any],
+    row: CreditRow,
+    step: CreditStep,
+    *,
+    pixels: bool,
+    keep_index: bool = False,
 ) -> Region | None:
     """The region a zoom call asks for, in the frame of its root; None if the call is invalid.
 
     The requested box counts, not what the tool made of it (padding, smallest side). Nothing is
     clamped. Raises `CreditError` if boxes are in pixels and the picture's size is unknown.
+    With `keep_index` the region remembers the number by which the policy called the picture.
     """
-    index = named_picture(arguments, row, step)
+    named = named_picture(arguments)
+    index = registered(0 if named is None else named, row, step)
     if index is None:
         return None
     width = height = 1000.0
@@ -98,43 +106,9 @@ def zoom_region(
     if legal is None:
         return None
     parent = row.images[index]
-    return Region(parent.root, compose(parent.box, legal, width, height), index)
-
-
-def _area(boxes: Floats) -> Floats:
-    area: Floats = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return area
-
-
-def iou_matrix(left: Sequence[Region], right: Sequence[Region], *, generalized: bool) -> Floats:
-    """[len(left), len(right)] intersection over union in the root frame; 0 for other roots.
-
-    Two equal regions without area have 1. With `generalized`, GIoU (1902.09630) cut at 0.
-    """
-    roots: dict[str, int] = {}
-    a = np.array([region.box for region in left], dtype=np.float64)
-    b = np.array([region.box for region in right], dtype=np.float64)
-    root_a = np.array([roots.setdefault(region.root, len(roots)) for region in left])
-    root_b = np.array([roots.setdefault(region.root, len(roots)) for region in right])
-    low = np.maximum(a[:, None, :2], b[None, :, :2])
-    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
-    side = np.maximum(high - low, 0.0)
-    common = side[..., 0] * side[..., 1]
-    union = _area(a)[:, None] + _area(b)[None, :] - common
-    with np.errstate(divide="ignore", invalid="ignore"):
-        result: Floats = common / union
-        if generalized:
-            outer = np.maximum(a[:, None, 2:], b[None, :, 2:]) - np.minimum(
-                a[:, None, :2], b[None, :, :2]
-            )
-            hull = outer[..., 0] * outer[..., 1]
-            result = np.maximum(result - (hull - union) / hull, 0.0)
-    if not union.all():
-        equal = (a[:, None] == b[None]).all(axis=-1)
-        result = np.where(union > 0.0, result, equal)
-    if len(roots) > 1:
-        result = np.where(root_a[:, None] == root_b[None, :], result, 0.0)
-    return result
+    return Region(
+        parent.root, compose(parent.box, legal, width, height), index if keep_index else 0
+    )
 
 
 def iou(left: Sequence[float], right: Sequence[float]) -> float:

@@ -24,14 +24,12 @@ _WORD = 64
 
 def bit_rows(keys: Sequence[frozenset[str]]) -> npt.NDArray[np.uint64]:
     """[len(keys), words] membership bits over the union of the sets."""
-    vocabulary: dict[str, int] = {}
-    masks = []
-    for key in keys:
-        mask = 0
-        for token in key:
-            mask |= 1 << vocabulary.setdefault(token, len(vocabulary))
-        masks.append(mask)
-    num_words = max(1, -(-len(vocabulary) // _WORD))
+    bit = {token: 1 << i for i, token in enumerate(frozenset().union(*keys))}
+    # The bits of a set are distinct, so their sum is their union.
+    masks = [sum(map(bit.__getitem__, key)) for key in keys]
+    if len(bit) <= _WORD:
+        return np.array(masks, dtype=np.uint64).reshape(-1, 1)
+    num_words = -(-len(bit) // _WORD)
     packed = b"".join([mask.to_bytes(8 * num_words, "little") for mask in masks])
     return np.frombuffer(packed, dtype="<u8").astype(np.uint64, copy=False).reshape(-1, num_words)
 

@@ -16,17 +16,18 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from tapo_train.credit.boxsim import region_space
 from tapo_train.credit.generic import Arguments, exact, generic_key, generic_similarity
 from tapo_train.credit.regions import (
     Region,
     iou,
-    iou_matrix,
     named_picture,
+    registered,
     whole_picture,
     zoom_region,
 )
@@ -73,7 +74,7 @@ def pairwise(compare: Callable[[Any, Any], float]) -> Space:
 def _text_key(
     convert: Callable[[str], Key], arguments: Mapping[str, Any], row: CreditRow, step: CreditStep
 ) -> Key | None:
-    """One query: its converted text. A list of queries: the tuple of them, sorted."""
+    """One query: its converted text. A list of queries: the set of them."""
     query = arguments.get("query")
     if isinstance(query, str):
         return convert(query) if query.strip() else None
@@ -83,22 +84,18 @@ def _text_key(
         return None
     # Repeated queries ask nothing new, and their order asks nothing either.
     parts = list(dict.fromkeys(convert(part) for part in query))
-    return parts[0] if len(parts) == 1 else frozenset((_LIST, part) for part in parts)
+    return parts[0] if len(parts) == 1 else _Queries(frozenset(parts))
 
 
-_LIST = "list of queries"
+class _Queries(NamedTuple):
+    """A call with several queries."""
+
+    parts: frozenset[Key]
 
 
 def _normalised(text: str) -> str:
     """Normalised words joined by blanks; the trimmed, case-folded text if there are none."""
     return " ".join(words(text)) or text.strip().casefold()
-
-
-def _parts(key: Any) -> list[Any]:
-    """The single queries of a key."""
-    if isinstance(key, frozenset) and all(isinstance(p, tuple) and p[0] is _LIST for p in key):
-        return [part for _, part in key]
-    return [key]
 
 
 def best_match_mean(values: Floats) -> float:
@@ -112,9 +109,9 @@ def _with_lists(single: Space) -> Space:
     """Extend a space of single queries to lists of queries."""
 
     def space(keys: Sequence[Any], references: int) -> Rows:
-        parts = [_parts(key) for key in keys]
-        if all(len(part) == 1 for part in parts):
+        if _Queries not in set(map(type, keys)):
             return single(keys, references)
+        parts = [list(key.parts) if isinstance(key, _Queries) else [key] for key in keys]
         flat = list(dict.fromkeys(part for group in parts for part in group))
         position = {part: i for i, part in enumerate(flat)}
         index = [[position[part] for part in group] for group in parts]
@@ -146,27 +143,14 @@ def _text(convert: Callable[[str], Key], space: Space) -> Similarity:
 # --- pictures --------------------------------------------------------------------------------
 
 
-def _region_space(
-    keys: Sequence[Region], references: int, *, generalized: bool = False, same_index: bool = False
-) -> Rows:
-    def rows(low: int, high: int) -> Floats:
-        left, right = keys[low:high], keys[:references]
-        values = iou_matrix(left, right, generalized=generalized)
-        if same_index:
-            index_l, index_r = (np.array([key.picture for key in side]) for side in (left, right))
-            values = np.where(index_l[:, None] == index_r[None, :], values, 0.0)
-        return values
-
-    return rows
-
-
 def _image_search_key(arguments: Mapping[str, Any], row: CreditRow, step: CreditStep) -> Key | None:
     """A tuple of regions: the one indexed, or without an index all pictures of the question."""
     if not row.images:
         return None
-    if arguments.get("img_idx", arguments.get("image_index")) is None:
+    named = named_picture(arguments)
+    if named is None:
         return tuple(whole_picture(ref) for ref in row.images[: max(row.num_input_images, 1)])
-    index = named_picture(arguments, row, step)
+    index = registered(named, row, step)
     # The number by which a picture was called is not part of what was asked for.
     return None if index is None else (whole_picture(row.images[index]),)
 
@@ -185,26 +169,13 @@ def _region_iou(left: Region, right: Region) -> float:
     return iou(left.box, right.box) if left.root == right.root else 0.0
 
 
-def _zoom_key(
-    keep_index: bool,
-    pixels: bool,
-    arguments: Mapping[str, Any],
-    row: CreditRow,
-    step: CreditStep,
-) -> Key | None:
-    region = zoom_region(arguments, row, step, pixels=pixels)
-    if region is None or keep_index:
-        return region
-    return region._replace(picture=0)
-
-
 # --- registry --------------------------------------------------------------------------------
 
 
 def registry(box_unit: Literal["thousandths", "pixels"] = "thousandths") -> dict[str, Similarity]:
     """Every similarity that ships with the program, by name."""
     pixels = box_unit == "pixels"
-    zoom = partial(_zoom_key, False, pixels)
+    zoom = partial(zoom_region, pixels=pixels)
     image = partial(_image_search_similarity, _region_iou)
     image_exact = partial(_image_search_similarity, exact)
     return {
@@ -213,10 +184,11 @@ def registry(box_unit: Literal["thousandths", "pixels"] = "thousandths") -> dict
         "text_trigram": _text(trigram_set, partial(set_space, measure="jaccard")),
         "text_ratio": _text(_normalised, pairwise(_sequence_ratio)),
         "text_tfidf": _text(token_set, tfidf_space),
-        "zoom_iou": Similarity(zoom, _region_space),
-        "zoom_giou": Similarity(zoom, partial(_region_space, generalized=True)),
+        "zoom_iou": Similarity(zoom, region_space),
+        "zoom_giou": Similarity(zoom, partial(region_space, generalized=True)),
         "zoom_iou_same_index": Similarity(
-            partial(_zoom_key, True, pixels), partial(_region_space, same_index=True)
+            partial(zoom_region, pixels=pixels, keep_index=True),
+            partial(region_space, same_index=True),
         ),
         "image_iou": Similarity(_image_search_key, pairwise(image)),
         "image_exact": Similarity(_image_search_key, pairwise(image_exact)),

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 ARTICLES = frozenset({"a", "an", "the"})
 
-_ASCII_WORD = re.compile(r"[a-z0-9]+")
+_ASCII_BLANKS = "".join(chr(code) if chr(code).isalnum() else " " for code in range(128))
 
 # Scripts written without blanks between words: each character is a token.
 _CJK = re.compile(
@@ -28,19 +28,22 @@ def _spaced(text: str) -> str:
     return _CJK.sub(r" \1 ", kept)
 
 
+def _tokens(text: str) -> list[str]:
+    """Normalised tokens, articles included."""
+    if text.isascii():
+        return text.lower().translate(_ASCII_BLANKS).split()
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    # Case folding can undo the composition; a second pass settles it.
+    return _spaced(unicodedata.normalize("NFKC", folded)).split()
+
+
 def words(text: str) -> list[str]:
     """Normalised tokens in order: NFKC, case-folded, no punctuation, no articles, CJK split.
 
     >>> words("The height of Eiffel-Tower?")
     ['height', 'of', 'eiffel', 'tower']
     """
-    if text.isascii():
-        found = _ASCII_WORD.findall(text.lower())
-    else:
-        folded = unicodedata.normalize("NFKC", text).casefold()
-        # Case folding can undo the composition; a second pass settles it.
-        found = _spaced(unicodedata.normalize("NFKC", folded)).split()
-    return [word for word in found if word not in ARTICLES]
+    return [word for word in _tokens(text) if word not in ARTICLES]
 
 
 def token_set_of(text: str) -> frozenset[str]:
@@ -49,7 +52,8 @@ def token_set_of(text: str) -> frozenset[str]:
     The stand-in makes the Jaccard index of two such texts 1 if they are equal after trimming
     and case folding and 0 otherwise, without a special case.
     """
-    return frozenset(words(text)) or frozenset({_VERBATIM + text.strip().casefold()})
+    tokens = frozenset(_tokens(text)) - ARTICLES
+    return tokens or frozenset({_VERBATIM + text.strip().casefold()})
 
 
 token_set = lru_cache(maxsize=8192)(token_set_of)
