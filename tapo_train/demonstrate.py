@@ -55,9 +55,7 @@ class Demonstrator:
 
     async def _play(self, task: Task, script: Script) -> Demonstration:
         parts = [
-            self._chat.prompt(
-                task, system_prompt=self._system_prompt, tool_schemas=self._schemas
-            )
+            self._chat.prompt(task, system_prompt=self._system_prompt, tool_schemas=self._schemas)
         ]
         images, spans, length = task.images, list[Span](), len(parts[0])
         text = next(script)

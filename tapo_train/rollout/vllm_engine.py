@@ -8,6 +8,7 @@ it arrived at is compared with ours when the request is submitted.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -70,6 +71,8 @@ class VllmEngine:
         self._options = options
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cache_gib))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        _give_llvmlite_a_namespace()
+        _calm_llvmlite()
         self._llm: Any = vllm.LLM(**_arguments(chat, options))
         self._engine: Any = self._llm.llm_engine
         self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
@@ -189,6 +192,18 @@ class VllmEngine:
             raise EngineError(f"{what} needs an idle engine; {len(self._in_flight)} in flight")
 
 
+def _calm_llvmlite() -> None:
+    """Let vLLM read `vars()` of llvmlite's library object, if that is loaded.
+
+    On CPU vLLM looks for kernels in the `__dict__` of everything every module holds.
+    llvmlite's object answers to any name with a foreign function, `__dict__` included,
+    which ends the scan in an AttributeError. (bm25s loads llvmlite through numba.)
+    """
+    ffi = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab.setdefault("__dict__", {})
+
+
 def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
     """Arguments of `vllm.LLM`."""
     arguments: dict[str, Any] = {
@@ -211,6 +226,18 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
     if "LOCAL_RANK" in os.environ:
         arguments["distributed_executor_backend"] = "external_launcher"
     return arguments
+
+
+def _give_llvmlite_a_namespace() -> None:
+    """Keep vLLM 0.32's CPU start-up from dying when numba is loaded (bm25s loads it).
+
+    It calls vars() on every object of every module. llvmlite's library object answers
+    any unknown name, `__dict__` included, with a wrapped C function, which vLLM then
+    uses as a dict; an entry in its function table makes the answer an empty one.
+    """
+    ffi: Any = sys.modules.get("llvmlite.binding.ffi")
+    if ffi is not None:
+        ffi.lib._fntab.setdefault("__dict__", {})
 
 
 def _misaligned(

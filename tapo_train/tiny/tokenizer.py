@@ -67,9 +67,7 @@ def build_tokenizer(
     )
     cased = [form for s in syllables for form in (s, s.capitalize())]
     merges: list[tuple[str, str]] = [(form[0], form[1]) for form in cased]
-    words = Counter(
-        tuple(piece) for text in texts for piece, _ in splitter.pre_tokenize_str(text)
-    )
+    words = Counter(tuple(piece) for text in texts for piece, _ in splitter.pre_tokenize_str(text))
     merges += learn_merges(words, merges, atoms=frozenset(cased), count=num_merges)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = dict.fromkeys([*alphabet, *(left + right for left, right in merges)])

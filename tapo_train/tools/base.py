@@ -107,9 +107,7 @@ class Toolbox:
         except Exception as error:  # the tool boundary: a bug in a tool is recorded, not fatal
             return _failure(Outcome.TOOL_ERROR, f"{name} failed: {type(error).__name__}: {error}")
 
-    def _validated(
-        self, name: str, arguments: Mapping[str, Any] | None
-    ) -> tuple[Tool, BaseModel]:
+    def _validated(self, name: str, arguments: Mapping[str, Any] | None) -> tuple[Tool, BaseModel]:
         tool = self._tools.get(name)
         if tool is None:
             known = ", ".join(self._tools)

@@ -67,7 +67,8 @@ class ImageIndex:
     def _distance(self, hashes: Sequence[int]) -> npt.NDArray[np.uint8]:
         queries = np.array(hashes, dtype=np.uint64)
         bits: npt.NDArray[np.uint8] = np.bitwise_count(queries[:, None] ^ self._hashes[None, :])
-        return bits.min(axis=0)
+        nearest: npt.NDArray[np.uint8] = bits.min(axis=0)
+        return nearest
 
 
 class ImageSearchArguments(BaseModel):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import bm25s  # type: ignore[import-untyped]
+import bm25s
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 

@@ -1,10 +1,10 @@
 """Write a world to a folder: tasks, pictures, corpus and image index.
 
-    DIR/train.jsonl validation.jsonl test.jsonl   tasks in the native format
-    DIR/images/scenes/*.png images/emblems/*.png
-    DIR/corpus.jsonl                              {"id", "title", "text"}
-    DIR/image_index.jsonl                         {"title", "image"}
-    DIR/world.json                                seed, counts, format version
+DIR/train.jsonl validation.jsonl test.jsonl   tasks in the native format
+DIR/images/scenes/*.png images/emblems/*.png
+DIR/corpus.jsonl                              {"id", "title", "text"}
+DIR/image_index.jsonl                         {"title", "image"}
+DIR/world.json                                seed, counts, format version
 """
 
 from __future__ import annotations
@@ -122,7 +122,9 @@ def main(argv: Sequence[str]) -> int:
         prog="python -m tapo_train world",
         description="Generate an offline search world (tasks, pictures, corpus, image index).",
     )
-    parser.add_argument("--seed", type=int, required=True, help="any integer; same seed, same world")
+    parser.add_argument(
+        "--seed", type=int, required=True, help="any integer; same seed, same world"
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args(argv)
     world = write_world(arguments.out, arguments.seed)

@@ -48,9 +48,7 @@ class Question:
         return 1 if self.relation is None else 2
 
 
-def make_questions(
-    seed: int, houses: Sequence[House], *, split: str, count: int
-) -> list[Question]:
+def make_questions(seed: int, houses: Sequence[House], *, split: str, count: int) -> list[Question]:
     """`count` questions over the houses of one split; half of them take one hop more."""
     rng = random.Random(f"questions/{seed}/{split}")
     members = [house for house in houses if house.split == split]

@@ -1,0 +1,218 @@
+"""What the commands do: train, warm-start, evaluate, from a checked recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tapo_train import build
+from tapo_train.config import Recipe, recipe_to_dict, to_yaml
+from tapo_train.data.sampler import TaskSampler
+from tapo_train.data.tasks import load_tasks
+from tapo_train.errors import ConfigError
+from tapo_train.learner import checkpoint, distributed
+from tapo_train.learner.manifest import latest
+from tapo_train.learner.policy import Policy
+from tapo_train.report.dumps import TrajectoryDump, write_trajectories
+from tapo_train.report.manifest import describe_data, describe_model, describe_process
+from tapo_train.report.metrics_file import MetricsFile
+from tapo_train.report.run_folder import RunFolder
+from tapo_train.report.sinks import Console, Sink, duration
+from tapo_train.report.statistics import Accuracy, accuracy_of
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.trainer import Parts, Trainer
+from tapo_train.types import Task
+from tapo_train.warm_start import Progress, WarmStart, record_world, warm_start
+
+
+def train(recipe: Recipe) -> Path:
+    """Run a recipe to its end, or on from its last checkpoint; the exported policy's folder."""
+    distributed.init(device=build.DEVICE)
+    folder = RunFolder(recipe.run.dir)
+    check_resumption(recipe, folder)
+    tasks = read_tasks(recipe.data.train, recipe)
+    validation = read_tasks(recipe.data.validation, recipe)[: recipe.run.eval_questions or None]
+    chat = ChatFormat(Path(recipe.model.path))
+    policy = build.build_policy(recipe, chat)
+    engine = build.build_engine(recipe, chat)
+    toolbox = build.build_toolbox(recipe)
+    schemas = toolbox.schemas()
+    prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
+    parts = Parts(
+        tasks=tasks,
+        validation=validation,
+        order=TaskSampler(len(tasks), seed=recipe.run.seed),
+        engine=engine,
+        play=build.build_play(recipe, engine, chat, toolbox),
+        reward=build.build_reward(recipe),
+        advantage=build.build_advantage(recipe.algo.advantage),
+        credit=build.build_credit(recipe),
+        policy=policy,
+        objective=build.build_objective(recipe),
+        checkpoints=CheckpointFolder(folder.checkpoints, policy, keep_last=recipe.run.keep_last),
+        dump=TrajectoryDump(folder.path, rank=distributed.rank()),
+        probe=(prompt, tasks[0].images),
+    )
+    manifest = {
+        **describe_process(),
+        "model": describe_model(recipe.model.path),
+        "data": describe_data({"train": tasks, "validation": validation}),
+        "seed": recipe.run.seed,
+    }
+
+    def open_sinks(step: int) -> list[Sink]:
+        if distributed.rank() != 0:
+            return []
+        folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
+        return make_sinks(recipe, folder, step)
+
+    Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
+    export(recipe, policy, folder.export)
+    policy.close()
+    engine.close()
+    return folder.export
+
+
+def sft(recipe: Recipe) -> Path:
+    """Warm-start `model.path` on scripted demonstrations; the exported policy's folder."""
+    distributed.init(device=build.DEVICE)
+    folder = RunFolder(recipe.run.dir)
+    chat = ChatFormat(Path(recipe.model.path))
+    settings = WarmStart(
+        able_updates=recipe.sft.able_updates,
+        habit_updates=recipe.sft.habit_updates,
+        trajectories_per_update=recipe.sft.trajectories_per_update,
+        micro_batch_tokens=recipe.learner.micro_batch_tokens,
+    )
+    able, habit = [], []
+    for number in range(recipe.sft.worlds):
+        seed = recipe.sft.first_world_seed + number
+        if distributed.rank() == 0:
+            print(f"demonstrating in world {seed} ({number + 1}/{recipe.sft.worlds})", flush=True)
+        faultless, faulty = record_world(
+            folder.path / "worlds" / f"{seed}.rank{distributed.rank()}",
+            seed=seed,
+            questions=recipe.sft.questions_per_world,
+            chat=chat,
+            toolbox=lambda world: build.build_toolbox(recipe, world=world),
+            system_prompt=recipe.data.system_prompt,
+        )
+        able += faultless
+        habit += faulty
+    updates = settings.able_updates + settings.habit_updates
+    policy = build.build_policy(recipe, chat, updates=updates)
+    warm_start(
+        policy, able=able, habit=habit, settings=settings, seed=recipe.run.seed, report=_show
+    )
+    export(recipe, policy, folder.export)
+    policy.close()
+    return folder.export
+
+
+def evaluate(
+    recipe: Recipe, *, tasks: Path, num_questions: int = 0, out: Path | None = None
+) -> Accuracy:
+    """Ask the policy every question once, greedily.
+
+    Args:
+        num_questions: only the first ones; 0 asks all.
+        out: where to write the trajectories (jsonl).
+    """
+    questions = read_tasks([str(tasks)], recipe)[: num_questions or None]
+    chat = ChatFormat(Path(recipe.model.path))
+    engine = build.build_engine(recipe, chat)
+    play = build.build_play(recipe, engine, chat, build.build_toolbox(recipe))
+    reward = build.build_reward(recipe)
+    groups = play(questions, rollouts=1, greedy=True, policy_version=0)
+    trajectories = [t.with_reward(reward(t)) for group in groups for t in group.trajectories]
+    if out is not None:
+        write_trajectories(out, trajectories)
+    engine.close()
+    correct = sum(t.scored().accuracy == 1.0 for t in trajectories)
+    return accuracy_of(correct, len(trajectories))
+
+
+class CheckpointFolder:
+    """The checkpoints of one run, newest last."""
+
+    def __init__(self, root: Path, policy: Policy, *, keep_last: int) -> None:
+        self._root = root
+        self._policy = policy
+        self._keep_last = keep_last
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Keep everything as of the end of 0-based `step`."""
+        checkpoint.save(
+            self._policy, self._root, step=step + 1, extra=state, keep_last=self._keep_last
+        )
+
+    def load_latest(self) -> Mapping[str, Any] | None:
+        """Restore the newest checkpoint; what was saved with it, or None if there is none.
+
+        Raises:
+            CheckpointError: it is damaged, or of another number of ranks.
+        """
+        newest = latest(self._root)
+        return None if newest is None else checkpoint.load(self._policy, newest)
+
+
+def check_resumption(recipe: Recipe, folder: RunFolder) -> None:
+    """Hold `run.resume` against what the run folder holds.
+
+    Raises:
+        ConfigError: a folder in use under `never`, an empty one under `must`.
+    """
+    if recipe.run.resume == "never" and folder.holds_run:
+        raise ConfigError(
+            f"run.resume: found never, but run.dir {folder.path} holds a run; "
+            "wanted another run.dir, or run.resume=auto to go on with it"
+        )
+    if recipe.run.resume == "must" and not folder.holds_run:
+        raise ConfigError(f"run.resume: found must, but run.dir {folder.path} holds no run")
+
+
+def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
+    """Write the policy in Hugging Face format, with the recipe it acts by."""
+    policy.export(folder)
+    if distributed.rank() == 0:
+        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+    distributed.barrier()
+
+
+def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
+    """The tasks of several files, one after the other."""
+    return [task for path in paths for task in load_tasks(path, format=recipe.data.format)]
+
+
+def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:
+    """Console, metrics file and, unless disabled, wandb."""
+    sinks: list[Sink] = [
+        Console(total_steps=recipe.run.steps),
+        MetricsFile(folder.metrics, resume_step=step),
+    ]
+    if recipe.run.wandb != "disabled":
+        from tapo_train.report.wandb_sink import WandbSink
+
+        sinks.append(
+            WandbSink(
+                folder.path,
+                name=folder.path.name,
+                mode=recipe.run.wandb,
+                config=recipe_to_dict(recipe),
+            )
+        )
+    return sinks
+
+
+def _show(progress: Progress) -> None:
+    """A line for every hundredth update, on rank 0."""
+    if distributed.rank() == 0 and (
+        progress.update % 100 == 0 or progress.update == progress.total
+    ):
+        left = (progress.total - progress.update) * progress.seconds
+        print(
+            f"update {progress.update}/{progress.total}  nll {progress.nll:.4f}  "
+            f"{progress.tokens_per_s:.0f} tokens/s  {duration(left)} left",
+            flush=True,
+        )

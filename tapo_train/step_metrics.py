@@ -1,0 +1,124 @@
+"""One row of metrics per step, reduced over ranks; and the clock of its stages."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tapo_train.algos.metrics import Metrics, finalise, merge
+from tapo_train.credit.diagnostics import finish
+from tapo_train.errors import RolloutError
+from tapo_train.learner import distributed
+from tapo_train.report.statistics import accuracy_of
+from tapo_train.report.trajectory_metrics import combine, trajectory_sums
+from tapo_train.types import Group, Trajectory
+
+
+@dataclass(slots=True)
+class Stopwatch:
+    """Wall time by stage."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    """[s] by stage, in the order the stages began."""
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time of the block to `stage`."""
+        started = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+
+
+def step_metrics(
+    groups: Sequence[Group],
+    *,
+    advantages: npt.NDArray[np.float64],
+    credit_sums: Mapping[str, float],
+    learned: Metrics,
+    drift: float,
+    seconds: Mapping[str, float],
+) -> dict[str, float]:
+    """What a step did. Every rank calls it with its own part and gets the whole row.
+
+    Args:
+        groups: this rank's, scored.
+        advantages: [N] of this rank's trajectories, before the credit stage.
+        learned: (sum, count) pairs of this rank's updates.
+        drift: the probe's largest disagreement [nat].
+        seconds: this rank's wall time by stage; rank 0's are logged.
+    """
+    own = {
+        "trajectories": trajectory_sums(groups),
+        "credit": dict(credit_sums),
+        "learned": {name: value.tolist() for name, value in learned.items()},
+        "abs_advantage": float(np.abs(advantages).sum()),
+        "drift": drift,
+        "seconds": dict(seconds),
+    }
+    ranks = distributed.all_gather_objects(own)
+    rolled = combine([rank["trajectories"] for rank in ranks])
+    count, times = rolled["rollout/trajectories"], ranks[0]["seconds"]
+    if count == 0:
+        raise RolloutError("the step has no trajectory on any rank")
+    step_s = sum(times.values())
+    sums = _added([rank["credit"] for rank in ranks])
+    return (
+        rolled
+        | _means([rank["learned"] for rank in ranks])
+        | (finish(sums) if sums else {})
+        | {f"time/{stage}_s": duration for stage, duration in times.items()}
+        | {
+            "advantage/abs": sum(rank["abs_advantage"] for rank in ranks) / count,
+            "probe/max_abs_diff": max(rank["drift"] for rank in ranks),
+            "time/step_s": step_s,
+            "throughput/tokens_per_s": rolled["rollout/tokens"] * count / step_s,
+            "throughput/sampled_tokens_per_s": (
+                rolled["rollout/trained_tokens"] * count / times["rollout"]
+            ),
+            "memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+    )
+
+
+def evaluation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Accuracy with its interval, form, calls and turns, over the trajectories of all ranks."""
+    own = [
+        (t.scored().accuracy, t.scored().parts["format"], len(t.turns), _num_calls(t))
+        for t in trajectories
+    ]
+    rows = np.array([row for rank in distributed.all_gather_objects(own) for row in rank])
+    accuracy, form, turns, calls = rows.mean(axis=0)
+    interval = accuracy_of(int(rows[:, 0].sum()), len(rows))
+    return {
+        "eval/accuracy": float(accuracy),
+        "eval/accuracy_low": interval.low,
+        "eval/accuracy_high": interval.high,
+        "eval/questions": float(len(rows)),
+        "eval/format": float(form),
+        "eval/turns": float(turns),
+        "eval/calls": float(calls),
+    }
+
+
+def _num_calls(trajectory: Trajectory) -> int:
+    return sum(len(turn.calls) for turn in trajectory.turns)
+
+
+def _means(ranks: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
+    """(sum, count) pairs of all ranks to means."""
+    total: Metrics = {}
+    for rank in ranks:
+        total = merge(total, {n: torch.tensor(v, dtype=torch.float64) for n, v in rank.items()})
+    return finalise(total)
+
+
+def _added(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = {name: None for rank in ranks for name in rank}
+    return {name: sum(rank.get(name, 0.0) for rank in ranks) for name in names}

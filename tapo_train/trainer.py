@@ -1,0 +1,301 @@
+"""The training step on one screen, and the loop around it.
+
+    rollout → reward → advantage → credit → batch → update → sync
+
+Variation is in the parts (`build.py` chooses them), never in an `if` here: no credit
+stage is `NoTransfer`, no importance correction is `uncorrected`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from tapo_train.algos.advantages import informative_rows
+from tapo_train.algos.aggregation import Aggregation
+from tapo_train.algos.metrics import Metrics, merge
+from tapo_train.credit.assigners import CreditAssigner
+from tapo_train.credit.result import CreditResult, token_advantages
+from tapo_train.credit.steps import from_trajectory
+from tapo_train.data.sampler import TaskSampler, shard
+from tapo_train.errors import ProbeError
+from tapo_train.learner import distributed
+from tapo_train.learner.batch import MicroBatch, TrainingRow, pack
+from tapo_train.learner.objective import Objective
+from tapo_train.learner.policy import Policy
+from tapo_train.report.dumps import TrajectoryDump
+from tapo_train.report.sinks import Sink, write_all
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.engine import Engine
+from tapo_train.step_metrics import Stopwatch, evaluation_metrics, step_metrics
+from tapo_train.types import Group, Image, Task, Trajectory
+
+Floats = npt.NDArray[np.float64]
+
+
+class Play(Protocol):
+    """Plays tasks with the engine's present weights."""
+
+    def __call__(
+        self, tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
+    ) -> list[Group]:
+        """One group of `rollouts` trajectories per task, in order."""
+        ...
+
+
+class AdvantageFunction(Protocol):
+    """Rewards of the rows of all ranks to advantages, both [N]."""
+
+    def __call__(self, rewards: Floats, group: Sequence[str], leave_out: Sequence[bool]) -> Floats:
+        """One advantage per row; rows left out get 0."""
+        ...
+
+
+class Checkpoints(Protocol):
+    """Where a run can be taken up again."""
+
+    def save(self, step: int, state: Mapping[str, Any]) -> None:
+        """Keep policy, optimizer, random states and `state` as of the end of `step`."""
+        ...
+
+    def load_latest(self) -> Mapping[str, Any] | None:
+        """Restore the newest checkpoint; its `state`, or None if there is none."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """Numbers of the loop."""
+
+    steps: int
+    questions_per_step: int
+    """Over all ranks."""
+    rollouts_per_question: int
+    updates_per_batch: int
+    epochs: int
+    micro_batch_tokens: int
+    recompute_old_logprobs: bool
+    drop_uniform_groups: bool
+    aggregation: Aggregation
+    norm_length: float
+    save_every: int
+    """[steps] 0: only at the end."""
+    eval_every: int
+    """[steps] 0: never."""
+    probe_tolerance: float
+    """[nat]"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """What a trainer works with; rank 0 alone has sinks that write."""
+
+    tasks: Sequence[Task]
+    validation: Sequence[Task]
+    order: TaskSampler
+    engine: Engine
+    play: Play
+    reward: RewardFunction
+    advantage: AdvantageFunction
+    credit: CreditAssigner
+    policy: Policy
+    objective: Objective
+    checkpoints: Checkpoints
+    dump: TrajectoryDump
+    probe: tuple[npt.NDArray[np.int32], tuple[Image, ...]]
+    """Token ids and pictures that engine and learner both score after each sync."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CreditedBatch:
+    """This rank's trajectories with their advantages before and after the credit stage."""
+
+    trajectories: list[Trajectory]
+    question: list[int]
+    """Position of each trajectory's question in the step's global batch."""
+    advantages: Floats
+    """[N] as the group gave them."""
+    credit: CreditResult
+    trained: list[bool]
+    """Which trajectories take part in the loss."""
+
+
+class Trainer:
+    """Runs the loop on every rank of a process group."""
+
+    def __init__(self, parts: Parts, schedule: Schedule) -> None:
+        self._parts = parts
+        self._schedule = schedule
+
+    def fit(self, open_sinks: Callable[[int], Sequence[Sink]]) -> None:
+        """Resume if there is something to resume, train, validate, save.
+
+        Args:
+            open_sinks: makes the sinks, told the first step that will be done.
+        """
+        schedule, first = self._schedule, self._resume()
+        self._parts.dump.discard_from(first)
+        sinks = open_sinks(first)
+        self._sync(first)
+        for step in range(first, schedule.steps):
+            metrics = self.step(step)
+            if _is_due(step, schedule.eval_every, schedule.steps):
+                metrics |= self.validate(step + 1)
+            write_all(sinks, step, metrics)
+            if _is_due(step, schedule.save_every, schedule.steps):
+                state = {"step": step, "order": self._parts.order.state_dict()}
+                self._parts.checkpoints.save(step, state)
+        for sink in sinks:
+            sink.close()
+
+    def step(self, step: int) -> dict[str, float]:
+        """One batch of questions from rollout to synced weights; its metrics."""
+        watch = Stopwatch()
+        with watch("rollout"):
+            groups, questions = self._rollout(step)
+        with watch("reward"):
+            groups = self._score(groups)
+        with watch("credit"):
+            batch = self._credit(groups, questions)
+        with watch("batch"):
+            updates = self._cut(batch)
+        with watch("update"):
+            learned = self._update(updates)
+        with watch("sync"):
+            drift = self._sync(step + 1)
+        with watch("dump"):
+            self._dump(step, batch)
+        return step_metrics(
+            groups,
+            advantages=batch.advantages,
+            credit_sums=batch.credit.sums,
+            learned=learned,
+            drift=drift,
+            seconds=watch.seconds,
+        )
+
+    def validate(self, policy_version: int) -> dict[str, float]:
+        """Greedy accuracy on the validation questions, shared among the ranks."""
+        parts = self._parts
+        if not parts.validation:
+            return {}
+        mine = shard(parts.validation, distributed.rank(), distributed.world_size())
+        groups = self._score(
+            parts.play(mine, rollouts=1, greedy=True, policy_version=policy_version)
+        )
+        return evaluation_metrics([t for group in groups for t in group.trajectories])
+
+    def _resume(self) -> int:
+        """The first step to do."""
+        state = self._parts.checkpoints.load_latest()
+        if state is None:
+            return 0
+        self._parts.order.load_state_dict(state["order"])
+        return int(state["step"]) + 1
+
+    def _rollout(self, step: int) -> tuple[list[Group], list[int]]:
+        """This rank's groups, and the positions of their questions in the global batch."""
+        schedule = self._schedule
+        batch = list(enumerate(self._parts.order.next_batch(schedule.questions_per_step)))
+        mine = shard(batch, distributed.rank(), distributed.world_size())
+        groups = self._parts.play(
+            [self._parts.tasks[index] for _, index in mine],
+            rollouts=schedule.rollouts_per_question,
+            greedy=False,
+            policy_version=step,
+        )
+        return groups, [position for position, _ in mine]
+
+    def _score(self, groups: Sequence[Group]) -> list[Group]:
+        reward = self._parts.reward
+        return [
+            Group(
+                task=group.task,
+                trajectories=tuple(t.with_reward(reward(t)) for t in group.trajectories),
+            )
+            for group in groups
+        ]
+
+    def _credit(self, groups: Sequence[Group], questions: Sequence[int]) -> CreditedBatch:
+        """Advantages over the rows of all ranks, then credit on this rank's groups."""
+        trajectories = [t for group in groups for t in group.trajectories]
+        question = [
+            q for group, q in zip(groups, questions, strict=True) for _ in group.trajectories
+        ]
+        own = [(t.scored().total, t.task.id, t.failed_outside_policy) for t in trajectories]
+        ranks = distributed.all_gather_objects(own)
+        rewards, group, left_out = zip(*(row for rows in ranks for row in rows), strict=True)
+        everywhere = self._parts.advantage(np.array(rewards), group, left_out)
+        start = sum(len(rows) for rows in ranks[: distributed.rank()])
+        advantages = everywhere[start : start + len(own)]
+        trained = ~np.array(left_out)
+        if self._schedule.drop_uniform_groups:
+            trained = informative_rows(rewards, group, leave_out=left_out)
+        rows = [from_trajectory(t, a) for t, a in zip(trajectories, advantages, strict=True)]
+        return CreditedBatch(
+            trajectories=trajectories,
+            question=question,
+            advantages=advantages,
+            credit=self._parts.credit(rows),
+            trained=trained[start : start + len(own)].tolist(),
+        )
+
+    def _cut(self, batch: CreditedBatch) -> list[list[MicroBatch]]:
+        """Micro-batches of each update: contiguous questions, the same for any number of ranks."""
+        schedule, credit = self._schedule, batch.credit
+        cuts: list[list[TrainingRow]] = [[] for _ in range(schedule.updates_per_batch)]
+        for row, trajectory in enumerate(batch.trajectories):
+            if batch.trained[row]:
+                turns, calls = credit.step_advantages[row], credit.call_advantages[row]
+                advantages = token_advantages(trajectory, turns, calls)
+                share = batch.question[row] * len(cuts) // schedule.questions_per_step
+                cuts[share].append(TrainingRow.from_tokens(trajectory, advantages))
+        packed = [pack(rows, budget_tokens=schedule.micro_batch_tokens) for rows in cuts]
+        if schedule.recompute_old_logprobs:
+            packed = [self._parts.policy.with_old_logprobs(batches) for batches in packed]
+        return packed * schedule.epochs
+
+    def _update(self, updates: Sequence[Sequence[MicroBatch]]) -> Metrics:
+        metrics: Metrics = {}
+        for micro_batches in updates:
+            learned = self._parts.policy.update(
+                micro_batches,
+                self._parts.objective,
+                aggregation=self._schedule.aggregation,
+                norm_length=self._schedule.norm_length,
+            )
+            metrics = merge(metrics, learned)
+        return metrics
+
+    def _sync(self, version: int) -> float:
+        """Hand the weights to the engine; the probe's largest disagreement [nat].
+
+        Raises:
+            ProbeError: engine and learner disagree by more than the tolerance.
+        """
+        parts = self._parts
+        parts.engine.load_weights(parts.policy.named_weights(), version=version)
+        tokens, images = parts.probe
+        ours, theirs = parts.policy.score(tokens, images), parts.engine.score(tokens, images)
+        drift = float(np.abs(ours - theirs).max())
+        if not drift <= self._schedule.probe_tolerance:
+            raise ProbeError(
+                f"probe: after the weight sync of version {version}, engine and learner "
+                f"log-probabilities differ by {drift:.2g} nat at token "
+                f"{int(np.abs(ours - theirs).argmax()) + 1}; wanted at most probe.tolerance = "
+                f"{self._schedule.probe_tolerance}. A stale cache, a weight that was not sent "
+                "(a tied head?) or different image preprocessing would explain it"
+            )
+        return drift
+
+    def _dump(self, step: int, batch: CreditedBatch) -> None:
+        self._parts.dump.write(step, batch.trajectories, batch.advantages.tolist(), batch.credit)
+
+
+def _is_due(step: int, every: int, steps: int) -> bool:
+    """At every `every`-th step; of something that is ever due, also at the last."""
+    return (every > 0 and (step + 1) % every == 0) or step + 1 == steps
