@@ -74,7 +74,7 @@ def pairwise(compare: Callable[[Any, Any], float]) -> Space:
 def _text_key(
     convert: Callable[[str], Key], arguments: Mapping[str, Any], row: CreditRow, step: CreditStep
 ) -> Key | None:
-    """One query: its converted text. A list of queries: the set of them."""
+    """One query: its converted text. A list of queries: the distinct ones, in order."""
     query = arguments.get("query")
     if isinstance(query, str):
         return convert(query) if query.strip() else None
@@ -84,13 +84,14 @@ def _text_key(
         return None
     # Repeated queries ask nothing new, and their order asks nothing either.
     parts = list(dict.fromkeys(convert(part) for part in query))
-    return parts[0] if len(parts) == 1 else _Queries(frozenset(parts))
+    return parts[0] if len(parts) == 1 else _Queries(tuple(sorted(parts, key=sorted)))
 
 
 class _Queries(NamedTuple):
     """A call with several queries."""
 
-    parts: frozenset[Key]
+    parts: tuple[Any, ...]
+    """Distinct and in a fixed order, so that sums over them are reproducible."""
 
 
 def _normalised(text: str) -> str:

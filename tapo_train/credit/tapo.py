@@ -146,7 +146,8 @@ def _strongest(given: Floats, similarity: Floats, start: Indices) -> Indices:
 
 def corrected(base: Floats, transfer: Floats, options: TapoOptions) -> tuple[Floats, Flags]:
     """(A', whether cut at zero), elementwise; without transfer bit for bit the old value."""
-    moved = np.where(transfer != 0.0, base + options.beta * transfer, base)
+    with np.errstate(over="ignore"):  # refused below, with a better message
+        moved = np.where(transfer != 0.0, base + options.beta * transfer, base)
     if not np.isfinite(moved).all():
         worst = int(np.flatnonzero(~np.isfinite(moved))[0])
         raise CreditError(f"{base[worst]} + {options.beta} x {transfer[worst]} is not finite")
