@@ -108,6 +108,11 @@ class Policy:
         counts = [len(batches), *_totals(batches)]
         num_steps = distributed.all_reduce_max(len(batches))
         step_tokens, step_sequences = distributed.all_reduce_sum(counts[1:])
+        if not step_tokens:
+            raise LearnerError(
+                f"the step holds 0 trained tokens in {num_steps} micro-batches per rank; "
+                "wanted at least one"
+            )
         padded = [*batches, *(join([]) for _ in range(num_steps - len(batches)))]
         shares: list[Tensor] = []
         metrics: Metrics = {}
