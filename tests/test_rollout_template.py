@@ -92,7 +92,7 @@ def test_a_template_with_tools_renders_them_itself(render: object) -> None:
         # An earlier assistant turn is shortened once another one follows (as Qwen3 does).
         (
             "render(message.content) + '<|im_end|>\\n' -}}",
-            "(message.content if loop.index0 > 2 else '…') + '<|im_end|>\\n' -}}",
+            "(render(message.content) if loop.index0 > 2 else '…') + '<|im_end|>\\n' -}}",
             "not prefix-stable",
         ),
         (

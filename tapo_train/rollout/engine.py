@@ -42,8 +42,8 @@ class Sampling:
     draws from the engine's shared stream (faster, depends on the order of requests)."""
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"sampling.temperature is {self.temperature}; wanted >= 0")
+        if not 0 <= self.temperature <= 2:
+            raise ConfigError(f"sampling.temperature is {self.temperature}; wanted in [0, 2]")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"sampling.top_p is {self.top_p}; wanted in (0, 1]")
         if self.top_k < 0:
@@ -124,12 +124,14 @@ class Engine(Protocol):
         ...
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Take the learner's named tensors (Hugging Face names) and forget every cache.
+        """Take the learner's tensors and forget every cache.
 
-        A tied language-model head must be sent under its own name as well.
+        Names are those of the Hugging Face module's `named_parameters()`, which for
+        Qwen2.5-VL are not those of the saved file. A tied `lm_head.weight` must be sent
+        under its own name as well.
 
         Raises:
-            EngineError: requests are in flight.
+            EngineError: requests are in flight, or the weights do not fit.
         """
         ...
 

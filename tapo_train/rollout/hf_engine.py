@@ -86,10 +86,14 @@ class HfEngine:
         """See `Engine.load_weights`."""
         if self._queue:
             raise EngineError(f"load_weights needs an idle engine; {len(self._queue)} in flight")
-        try:
-            self._model.load_state_dict(dict(weights), strict=True)
-        except RuntimeError as error:
-            raise EngineError(f"weights do not fit {self._chat.model}: {error}") from error
+        given = dict(weights)
+        differing = sorted(given.keys() ^ self._model.state_dict().keys())
+        if differing:
+            raise EngineError(
+                f"weights do not fit {self._chat.model}: {len(differing)} names are missing "
+                f"or unknown, the first is {differing[0]}"
+            )
+        self._model.load_state_dict(given)
         self.version = version
 
     def close(self) -> None:
