@@ -22,7 +22,9 @@ def region_space(
     With `generalized`, GIoU (arXiv 1902.09630) cut at 0; with `same_index`, 0 also where the
     policy called the pictures by different numbers.
     """
-    corners = np.array([region.box for region in keys], dtype=np.float64)
+    # In thousandths, boxes as policies write them are integers: areas are exact, and so are
+    # ties and inclusive gates.
+    corners = np.array([region.box for region in keys], dtype=np.float64) * 1000.0
     area = (corners[:, 2] - corners[:, 0]) * (corners[:, 3] - corners[:, 1])
     names = [(key.root, key.picture if same_index else 0) for key in keys]
     frames: dict[tuple[str, int], int] = {}
