@@ -50,13 +50,14 @@ def test_batches_hold_no_task_twice_and_epochs_stay_complete(
     assert max(counts) - min(counts) <= 1
 
 
-def test_a_sampler_restored_from_json_goes_on_as_if_never_stopped() -> None:
+@pytest.mark.parametrize("done", [0, 1, 4, 7])
+def test_a_sampler_restored_from_json_goes_on_as_if_never_stopped(done: int) -> None:
     whole, stopped = (TaskSampler(7, seed=5) for _ in range(2))
     expected = [whole.next_batch(3) for _ in range(9)]
-    begun = [stopped.next_batch(3) for _ in range(4)]
+    begun = [stopped.next_batch(3) for _ in range(done)]
     resumed = TaskSampler(7, seed=5)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
-    assert begun + [resumed.next_batch(3) for _ in range(5)] == expected
+    assert begun + [resumed.next_batch(3) for _ in range(9 - done)] == expected
 
 
 def test_epoch_counts_from_zero_and_turns_when_the_last_task_was_taken() -> None:

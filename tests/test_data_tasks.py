@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from tapo_train.data.images import ImageLimits, read_image
+from tapo_train.data.rows import shown
 from tapo_train.data.tasks import fingerprint, load_task_files, load_tasks, write_tasks
 from tapo_train.errors import DataError
 from tapo_train.types import ImageRef, Task
@@ -146,6 +147,11 @@ def test_a_line_that_is_no_json_object_is_refused_with_its_place(tmp_path: Path,
         load_tasks(path)
 
 
+def test_what_was_found_is_shown_up_to_80_characters() -> None:
+    assert shown("x" * 78) == "'" + "x" * 78 + "'"
+    assert shown("x" * 79) == "'" + "x" * 78 + "…"
+
+
 def test_an_id_used_twice_is_refused_with_both_places(tmp_path: Path) -> None:
     path = folder_with(tmp_path, row(), row(id="other"), row())
     with pytest.raises(DataError, match=r"jsonl:3: id 'q1' was used before, at .*jsonl:1"):
@@ -195,6 +201,12 @@ def test_limits_hold_exactly() -> None:
         read_image(data, where="", limits=ImageLimits(max_pixels=99))
     with pytest.raises(DataError, match=f"of {len(data)} bytes"):
         read_image(data, where="", limits=ImageLimits(max_bytes=len(data) - 1))
+
+
+def test_a_damaged_picture_of_exactly_the_largest_size_is_found() -> None:
+    data = encoded(size=(10, 10))[:-20]
+    with pytest.raises(DataError, match="not a readable picture"):
+        read_image(data, where="", limits=ImageLimits(max_pixels=100))
 
 
 def test_a_file_over_the_byte_limit_is_not_read_whole(tmp_path: Path) -> None:
