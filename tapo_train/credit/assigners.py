@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 
@@ -40,6 +42,23 @@ class NoTransfer:
         )
 
 
+@contextmanager
+def _paused_collector() -> Iterator[None]:
+    """No cyclic garbage collection inside.
+
+    The stage makes many small tuples and no cycles. A full collection in the middle of it would
+    walk every object of the process, a model and an engine included, and make the time of the
+    stage grow faster than its input.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
 class Tapo:
     """Tool-aware credit transfer (arXiv 2606.05784); see `tapo_train.credit.tapo`."""
 
@@ -49,8 +68,9 @@ class Tapo:
 
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
         start = time.perf_counter()
-        judgement = judge(rows, self.options, self._reader)
-        sums = tally(rows, judgement, audit=self.options.audit)
+        with _paused_collector():
+            judgement = judge(rows, self.options, self._reader)
+            sums = tally(rows, judgement, audit=self.options.audit)
         metrics = finish(sums)
         metrics["tapo/time_s"] = time.perf_counter() - start
         return CreditResult(
