@@ -11,7 +11,8 @@ from tapo_train.errors import CreditError
 from tapo_train.types import Box, ImageRef
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
-_NUMBERS = {int, float}
+_NUMBERS = frozenset({int, float})
+"""Types of a JSON number; the type of True is neither."""
 _DECIMALS = 9
 """Boxes are rounded to so many decimals of the root, so that the same region reached by two
 chains of crops is the same region; a billionth of a picture is far below a pixel."""
@@ -27,9 +28,10 @@ class Region(NamedTuple):
 
 def picture_index(value: Any, count: int) -> int | None:
     """The index a policy wrote, or None if it names none of `count` pictures."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return None
-    if not 0 <= value < count or value != int(value):
+    if type(value) is int:
+        return value if 0 <= value < count else None
+    # An integral float is an index; True is not. NaN and infinity fail the comparison.
+    if type(value) is not float or not 0 <= value < count or value != int(value):
         return None
     return int(value)
 
@@ -39,10 +41,12 @@ def legal_box(value: Any, width: float, height: float) -> Box | None:
     if not isinstance(value, (list, tuple)) or len(value) != 4:
         return None
     x0, y0, x1, y1 = value
-    kinds = {type(x0), type(y0), type(x1), type(y1)}
-    # bool is a subclass of int, but its type is not int: True is no number. NaN fails every
-    # comparison below.
-    if not kinds <= _NUMBERS or not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+    if not type(x0) is type(y0) is type(x1) is type(y1) is int and not _NUMBERS.issuperset(
+        map(type, value)
+    ):
+        return None
+    # NaN fails every comparison.
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
         return None
     return x0, y0, x1, y1
 

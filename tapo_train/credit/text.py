@@ -52,7 +52,9 @@ def token_set_of(text: str) -> frozenset[str]:
     The stand-in makes the Jaccard index of two such texts 1 if they are equal after trimming
     and case folding and 0 otherwise, without a special case.
     """
-    tokens = frozenset(_tokens(text)) - ARTICLES
+    tokens = frozenset(_tokens(text))
+    if not tokens.isdisjoint(ARTICLES):
+        tokens -= ARTICLES
     return tokens or frozenset({_VERBATIM + text.strip().casefold()})
 
 
