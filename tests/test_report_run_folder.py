@@ -42,6 +42,15 @@ def test_a_new_run_holds_recipe_and_manifest(tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.path.iterdir()) == ["manifest.json", "recipe.yaml"]
 
 
+def test_everything_of_a_run_lies_in_its_folder(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert [folder.metrics, folder.checkpoints, folder.export] == [
+        tmp_path / "metrics.jsonl",
+        tmp_path / "checkpoints",
+        tmp_path / "export",
+    ]
+
+
 def test_resuming_keeps_the_first_description_and_adds_to_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(recipe="steps: 5\n", manifest=manifest(), step=0)
