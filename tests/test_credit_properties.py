@@ -11,6 +11,7 @@ import pytest
 from credit_rows import IMAGE, TEXT, ZOOM, population, row
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_credit import reference_advantages
 
 from tapo_train.credit import CreditCall, CreditResult, CreditRow, NoTransfer, Tapo, TapoOptions
 from tapo_train.credit.similarity import registry
@@ -289,3 +290,40 @@ def test_sums_of_two_batches_give_the_metrics_of_their_union(
     both = numbers(Tapo(o)(rows + other).metrics)
     assert finish(added) == pytest.approx(both)
     assert all(math.isfinite(value) for value in both.values())
+
+
+def random_call(random: Any) -> CreditCall:
+    """A call within the narrower dialect of the plain transcription."""
+    name = random.choice([TEXT, TEXT, ZOOM, ZOOM, IMAGE])
+    status = random.choice(["ok", "ok", "ok", "model_error", "infra_error"])
+    asked: dict[str, Any] = {}
+    if name == TEXT:
+        asked["query"] = " ".join(random.choices([*WORDS[:6], "a", "?"], k=random.randint(0, 4)))
+    if name == ZOOM:
+        asked = {
+            "bbox_2d": [100 * random.randint(0, 10) for _ in range(4)],
+            "img_idx": random.randint(0, 3),
+        }
+    executed = random.random() > 0.1
+    return CreditCall(name=name, arguments=asked, status=status, executed=executed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_default_path_equals_a_plain_transcription_of_the_rules(seed: int) -> None:
+    import random as stdlib_random
+
+    random = stdlib_random.Random(seed)
+    rows = []
+    for group in ("q", "p", "r"):
+        rewards = [1.0, 0.0, *(random.choice([0.0, 0.5, 1.0]) for _ in range(6))]
+        for i, advantage in enumerate(population(rewards)):
+            turns = [[random_call(random) for _ in range(random.randint(1, 2))] for _ in range(6)]
+            correct = rewards[i]
+            rows.append(
+                row(f"{i}", advantage, *turns, correct=correct, group=group, images=PICTURES)
+            )
+    result = Tapo(TapoOptions())(rows)
+    plain = reference_advantages(rows)
+    for found, wanted in zip(result.step_advantages, plain, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-12)
+    assert result.metrics["tapo/n_fail_steps_corrected"] > 5

@@ -11,8 +11,10 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 
+import numpy as np
+
 from tapo_train.credit.actions import Actions, Calls
-from tapo_train.credit.matching import Matches
+from tapo_train.credit.matching import Floats, Matches
 from tapo_train.credit.steps import CreditCall, CreditRow
 from tapo_train.credit.text import jaccard, token_set_of
 from tapo_train.types import ImageRef
@@ -39,7 +41,6 @@ class Audit:
         # Token sets of long texts are large; neighbours in a batch are of the same question.
         self._tokens = lru_cache(maxsize=1024)(token_set_of)
         self._answers: dict[int, Counter[Answer]] = {}
-        self._mean_turns: dict[int, float] = {}
         self._news: dict[int, bool] = {}
 
     def agreement(self, query: int) -> tuple[int, int]:
@@ -51,14 +52,18 @@ class Audit:
         agreeing = sum(n for other, n in members.items() if self.equivalent(answer, other))
         return agreeing, members.total()
 
-    def turn_gap(self, query: int) -> float:
-        """|turn of the failing step - mean turn of the matched members|, in turns."""
-        cluster = int(self._matches.cluster[query])
-        if cluster not in self._mean_turns:
-            members = self._matches.clusters[cluster].members
-            turns = [self._turn(self._actions.library, i) for i in members]
-            self._mean_turns[cluster] = sum(turns) / len(turns)
-        return abs(self._turn(self._actions.queries, query) - self._mean_turns[cluster])
+    def turn_gaps(self, queries: Sequence[int]) -> Floats:
+        """|turn of the failing step - mean turn of the matched members| [turns], per query."""
+        actions = self._actions
+        clusters = self._matches.cluster[queries].tolist()
+        means = {c: self._mean_turn(c) for c in set(clusters)}
+        turns = [self._turn(actions.queries, query) for query in queries]
+        return np.abs(np.array(turns, dtype=np.float64) - [means[c] for c in clusters])
+
+    def recorded(self, queries: Sequence[int]) -> list[int]:
+        """The queries whose observation is known."""
+        calls = self._actions.queries
+        return [query for query in queries if self._call(calls, query).observation is not None]
 
     def is_stale(self, query: int) -> bool:
         """A repeat for the failing trajectory that was news to a successful one."""
@@ -94,6 +99,10 @@ class Audit:
             found = (answer_of(self._call(self._actions.library, i)) for i in members)
             self._answers[cluster] = Counter(answer for answer in found if answer is not None)
         return self._answers[cluster]
+
+    def _mean_turn(self, cluster: int) -> float:
+        members = self._matches.clusters[cluster].members
+        return sum([self._turn(self._actions.library, i) for i in members]) / len(members)
 
     def _call(self, calls: Calls, i: int) -> CreditCall:
         return self._rows[calls.row[i]].steps[calls.step[i]].calls[calls.call[i]]

@@ -21,7 +21,8 @@ from tapo_train.credit.steps import CreditRow
 from tapo_train.credit.tapo import Judgement
 
 GAP_EDGES = (1, 2, 3, 5)
-"""Upper edges of the turn-gap histogram's bins; the last bin is open."""
+GAP_BINS = ("0-1", "1-2", "2-3", "3-5", "5+")
+"""Bins of the turn-gap histogram; the upper edge is not in the bin."""
 
 Sums = defaultdict[str, float]
 
@@ -99,25 +100,18 @@ def _count(sums: Sums, key: str, matched: Flags, corrected: Flags, where: Indice
 def _tally_audit(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
     """Observation agreement, turn gap and novelty gap of every corrected call."""
     audit = Audit(rows, judgement.actions, judgement.matches)
-    for query in np.flatnonzero(judgement.given > 0.0).tolist():
+    corrected = np.flatnonzero(judgement.given > 0.0).tolist()
+    gaps = audit.turn_gaps(corrected)
+    sums["audit/calls"] = len(corrected)
+    sums["audit/turn_gap"] = float(gaps.sum())
+    counts = np.bincount(np.digitize(gaps, GAP_EDGES), minlength=len(GAP_BINS))
+    for name, count in zip(GAP_BINS, counts.tolist(), strict=True):
+        sums[f"audit/turn_gap_hist/{name}"] = count
+    for query in audit.recorded(corrected):
         agreeing, pairs = audit.agreement(query)
-        gap = audit.turn_gap(query)
         sums["audit/agreeing"] += agreeing
         sums["audit/pairs"] += pairs
-        sums["audit/calls"] += 1
         sums["audit/stale"] += audit.is_stale(query)
-        sums["audit/turn_gap"] += gap
-        sums[f"audit/turn_gap_hist/{_gap_bin(gap)}"] += 1
-
-
-def _gap_bin(gap: float) -> str:
-    """Name of the histogram bin: "0-1", "1-2", …, "5+"."""
-    low = 0
-    for high in GAP_EDGES:
-        if gap < high:
-            return f"{low}-{high}"
-        low = high
-    return f"{low}+"
 
 
 def finish(sums: Mapping[str, float]) -> dict[str, float]:
