@@ -215,6 +215,8 @@ def sized(**changes: int) -> Recipe:
         ({}, 2, "at most 8 micro-batches × 2 ranks × 2 updates (32 trajectories"),
         ({"epochs": 3}, 2, "at most 8 micro-batches × 2 ranks × 6 updates (32 trajectories"),
         ({"updates_per_batch": 1}, 16, "at most 2 micro-batches × 16 ranks × 1 updates (8 "),
+        ({"micro_batch_tokens": 3000}, 1, "at most 22 micro-batches × 1 ranks × 2 updates (64 "),
+        ({"updates_per_batch": 64}, 4, "at most 1 micro-batches × 4 ranks × 64 updates (1 "),
         ({"micro_batch_tokens": 999}, 1, "at most 64 micro-batches × 1 ranks × 2 updates (64 "),
     ],
 )
