@@ -62,6 +62,7 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         zero_stage=learner.zero_stage,
         offload_optimizer=learner.offload_optimizer,
         learning_rate=learner.lr,
+        betas=learner.betas,
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,
         schedule=learner.schedule,
@@ -176,9 +177,9 @@ def build_credit(recipe: Recipe) -> CreditAssigner:
     if isinstance(credit, NoCredit):
         return NoTransfer()
     if isinstance(credit, GigpoCredit):
-        from tapo_train.credit.gigpo import Gigpo
+        from tapo_train.credit.gigpo import GiGPO, GiGPOOptions
 
-        return Gigpo(omega=credit.omega, gamma=credit.gamma)
+        return GiGPO(GiGPOOptions(omega=credit.omega, gamma=credit.gamma))
     return Tapo(credit)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from tapo_train.data.tasks import load_tasks
 from tapo_train.errors import DataError
@@ -34,16 +35,28 @@ class Demonstration:
 
 
 class Demonstrator:
-    """Records demonstrations over the tasks of one world."""
+    """Records demonstrations over the tasks of one world.
+
+    Args:
+        observation_weight: loss weight of what the tools answered, beside 1 for the turns.
+    """
 
     def __init__(
-        self, chat: ChatFormat, toolbox: Toolbox, *, system_prompt: str, faults: Faults
+        self,
+        chat: ChatFormat,
+        toolbox: Toolbox,
+        *,
+        system_prompt: str,
+        faults: Faults,
+        observation_weight: float = 0.0,
     ) -> None:
         self._chat = chat
         self._toolbox = toolbox
         self._system_prompt = system_prompt
         self._schemas = toolbox.schemas()
         self._faults = faults
+        self._observation_weight = observation_weight
+        self._controls = np.array([*chat.banned_token_ids, chat.end_token_id])
 
     def record(self, tasks: Sequence[Task], *, seed: int) -> Iterator[Demonstration]:
         """One demonstration per task; the same seed gives the same ones."""
@@ -57,12 +70,14 @@ class Demonstrator:
         parts = [
             self._chat.prompt(task, system_prompt=self._system_prompt, tool_schemas=self._schemas)
         ]
-        images, spans, length = task.images, list[Span](), len(parts[0])
+        images, length = task.images, len(parts[0])
+        spans, weights = list[Span](), list[float]()
         text = next(script)
         while True:
             turn = self._chat.assistant(text)
             parts.append(turn)
             spans.append(Span(start=length, end=length + len(turn)))
+            weights.append(1.0)
             parsed = parse_turn(text)
             if not parsed.calls:
                 break
@@ -71,12 +86,28 @@ class Demonstrator:
             seen = await self._toolbox.execute(call.name, call.arguments, context)
             parts.append(self._chat.observation([seen]))
             images += seen.images
+            if self._observation_weight > 0:
+                for run in self._plain_runs(parts[-1]):
+                    start = length + len(turn)
+                    spans.append(Span(start=start + run.start, end=start + run.end))
+                    weights.append(self._observation_weight)
             length = sum(len(part) for part in parts)
             text = script.send(seen)
         row = TrainingRow.supervised(
-            id=task.id, tokens=np.concatenate(parts), images=images, spans=tuple(spans)
+            id=task.id,
+            tokens=np.concatenate(parts),
+            images=images,
+            spans=tuple(spans),
+            weights=weights,
         )
         return Demonstration(row=row, answer=parsed.answer or "")
+
+    def _plain_runs(self, tokens: npt.NDArray[np.int32]) -> list[Span]:
+        """The stretches of `tokens` without control tokens and image placeholders."""
+        plain = np.isin(tokens, self._controls, invert=True)
+        edges = np.flatnonzero(np.diff(np.concatenate([[False], plain, [False]]).astype(np.int8)))
+        pairs = edges.reshape(-1, 2).tolist()
+        return [Span(start=start, end=end) for start, end in pairs]
 
 
 def load_world_tasks(world: Path, split: str) -> list[Task]:

@@ -281,6 +281,8 @@ class Learner:
     """[updates] of linear rise to lr."""
     schedule: Literal["constant", "cosine"] = "constant"
     """After the warm-up; cosine reaches 0 at the last step."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: NonNegative = 0.0
     """Of AdamW, decoupled."""
     max_grad_norm: NonNegative = 1.0
@@ -321,9 +323,13 @@ class Sft:
     """Keep it away from the seeds of worlds used for training and evaluation."""
     questions_per_world: Count = 2000
     """Each is demonstrated once without and once with faults."""
-    able_updates: CountOrZero = 4000
+    drills: tuple[tuple[Count, Count], ...] = ((1, 150), (2, 600), (4, 500), (6, 300))
+    """Stages of copying drills: [names in the list, updates]; the lists should grow."""
+    drills_per_update: Count = 64
+    """Drills in one update, over all ranks."""
+    able_updates: CountOrZero = 4500
     """Updates on faultless demonstrations, which come first."""
-    habit_updates: CountOrZero = 1000
+    habit_updates: CountOrZero = 700
     """Updates on faulty ones, which set the habits training starts from."""
     trajectories_per_update: Count = 8
     """Demonstrations in one update, over all ranks."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tapo_train import build
 from tapo_train.config import Recipe, recipe_to_dict, to_yaml
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.data.tasks import load_tasks
+from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import ConfigError
 from tapo_train.learner import checkpoint, distributed
 from tapo_train.learner.manifest import latest
@@ -23,7 +24,13 @@ from tapo_train.report.statistics import Accuracy, accuracy_of
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.trainer import Parts, Trainer
 from tapo_train.types import Task
-from tapo_train.warm_start import Progress, WarmStart, record_world, warm_start
+from tapo_train.warm_start import (
+    Progress,
+    WarmStart,
+    copying_drill,
+    record_world,
+    warm_start,
+)
 
 
 def train(recipe: Recipe) -> Path:
@@ -51,7 +58,9 @@ def train(recipe: Recipe) -> Path:
         policy=policy,
         objective=build.build_objective(recipe),
         checkpoints=CheckpointFolder(folder.checkpoints, policy, keep_last=recipe.run.keep_last),
-        dump=TrajectoryDump(folder.path, rank=distributed.rank()),
+        dump=TrajectoryDump(
+            folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
+        ),
         probe=(prompt, tasks[0].images),
     )
     manifest = {
@@ -80,6 +89,8 @@ def sft(recipe: Recipe) -> Path:
     folder = RunFolder(recipe.run.dir)
     chat = ChatFormat(Path(recipe.model.path))
     settings = WarmStart(
+        drills=recipe.sft.drills,
+        drills_per_update=recipe.sft.drills_per_update,
         able_updates=recipe.sft.able_updates,
         habit_updates=recipe.sft.habit_updates,
         trajectories_per_update=recipe.sft.trajectories_per_update,
@@ -100,10 +111,15 @@ def sft(recipe: Recipe) -> Path:
         )
         able += faultless
         habit += faulty
-    updates = settings.able_updates + settings.habit_updates
-    policy = build.build_policy(recipe, chat, updates=updates)
+    policy = build.build_policy(recipe, chat, updates=settings.updates)
     warm_start(
-        policy, able=able, habit=habit, settings=settings, seed=recipe.run.seed, report=_show
+        policy,
+        drill=partial(copying_drill, chat),
+        able=able,
+        habit=habit,
+        settings=settings,
+        seed=recipe.run.seed,
+        report=_show,
     )
     export(recipe, policy, folder.export)
     policy.close()
@@ -182,7 +198,7 @@ def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
 
 def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
     """The tasks of several files, one after the other."""
-    return [task for path in paths for task in load_tasks(path, format=recipe.data.format)]
+    return load_task_files(paths, format=recipe.data.format)
 
 
 def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:

@@ -1,9 +1,15 @@
-"""The supervised warm start: able first, then imperfect.
+"""The supervised warm start: copy, then able, then imperfect.
 
-Phase one trains on faultless demonstrations, which hold the most to learn per
-token; phase two on the demonstrator's real, faulty mixture, which sets the habits
-reinforcement learning starts from. Same learner, same collation, same tokens as
-in training.
+1. Copying drills: lists of invented names, said again in another order. Copying an
+   unseen name from the context is the one skill that demonstrations alone do not
+   teach a policy of this size in reasonable time. The lists grow from one name to
+   several, in stages: a mixture of lengths from the start does not get off the ground.
+2. Faultless demonstrations, which hold the most to learn per token; what the tools
+   answered is learned too, with a smaller weight, as more of the same copying.
+3. The demonstrator's real, faulty mixture, which sets the habits that reinforcement
+   learning starts from.
+
+Same learner, same collation, same tokens as in training.
 """
 
 from __future__ import annotations
@@ -12,7 +18,10 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
+
+import numpy as np
 
 from tapo_train.algos.metrics import finalise
 from tapo_train.data.sampler import shard
@@ -23,16 +32,24 @@ from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.tools.base import Toolbox
+from tapo_train.types import Span
 from tapo_train.world.build import WorldSize, write_world
 from tapo_train.world.demonstrations import FAULTLESS, Faults
+from tapo_train.world.lexicon import draw_name
 
+OBSERVATION_WEIGHT = 0.2
+"""Of a token a tool answered, in faultless demonstrations."""
 _FEW_HELD_OUT = 8
 """Questions the unused splits of a demonstration world get."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WarmStart:
-    """How many updates on which demonstrations."""
+    """How many updates on what."""
+
+    drills: tuple[tuple[int, int], ...]
+    """Stages of (names in a list, updates)."""
+    drills_per_update: int
 
     able_updates: int
     """Updates on faultless demonstrations, first."""
@@ -41,6 +58,12 @@ class WarmStart:
     trajectories_per_update: int
     """Over all ranks."""
     micro_batch_tokens: int
+
+    @property
+    def updates(self) -> int:
+        """Of all phases."""
+        drills = sum(updates for _, updates in self.drills)
+        return drills + self.able_updates + self.habit_updates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,17 +83,25 @@ class Progress:
 def warm_start(
     policy: Policy,
     *,
+    drill: Callable[[int, random.Random], TrainingRow],
     able: Sequence[TrainingRow],
     habit: Sequence[TrainingRow],
     settings: WarmStart,
     seed: int,
     report: Callable[[Progress], None],
 ) -> None:
-    """Run both phases; every rank calls it with the same rows and takes its share."""
-    total = settings.able_updates + settings.habit_updates
-    batches = _batches(able, settings.able_updates, settings.trajectories_per_update, seed)
-    habits = _batches(habit, settings.habit_updates, settings.trajectories_per_update, seed + 1)
-    for update, batch in enumerate([*batches, *habits]):
+    """Run all phases; every rank calls it with the same rows and takes its share.
+
+    Args:
+        drill: makes one drill with that many names.
+    """
+    size = settings.trajectories_per_update
+    batches = chain(
+        _drills(drill, settings, seed),
+        _batches(able, settings.able_updates, size, seed),
+        _batches(habit, settings.habit_updates, size, seed + 1),
+    )
+    for update, batch in enumerate(batches):
         started = time.perf_counter()
         mine = shard(batch, distributed.rank(), distributed.world_size())
         micro_batches = pack(mine, budget_tokens=settings.micro_batch_tokens)
@@ -79,12 +110,34 @@ def warm_start(
         report(
             Progress(
                 update=update + 1,
-                total=total,
+                total=settings.updates,
                 nll=metrics["supervised/nll"],
                 tokens_per_s=sum(len(row.tokens) for row in batch) / seconds,
                 seconds=seconds,
             )
         )
+
+
+def copying_drill(chat: ChatFormat, num_names: int, rng: random.Random) -> TrainingRow:
+    """`num_names` invented names, then the same in another order; the second list is learned."""
+    names = [draw_name(rng, num_syllables=3) for _ in range(num_names)]
+    again = rng.sample(names, num_names)
+    first, second = chat.plain(" ".join(names) + "."), chat.plain(f" {' '.join(again)}.")
+    return TrainingRow.supervised(
+        id=" ".join(names),
+        tokens=np.concatenate([first, second]),
+        images=(),
+        spans=(Span(start=len(first), end=len(first) + len(second)),),
+    )
+
+
+def _drills(
+    drill: Callable[[int, random.Random], TrainingRow], settings: WarmStart, seed: int
+) -> Iterator[list[TrainingRow]]:
+    rng = random.Random(f"drills/{seed}")
+    for num_names, updates in settings.drills:
+        for _ in range(updates):
+            yield [drill(num_names, rng) for _ in range(settings.drills_per_update)]
 
 
 def record_world(
@@ -112,8 +165,10 @@ def record_world(
     write_world(folder, seed, size)
     tasks, tools = load_world_tasks(folder, "train"), toolbox(folder)
     recorded = []
-    for faults in (FAULTLESS, Faults()):
-        demonstrator = Demonstrator(chat, tools, system_prompt=system_prompt, faults=faults)
+    for faults, weight in ((FAULTLESS, OBSERVATION_WEIGHT), (Faults(), 0.0)):
+        demonstrator = Demonstrator(
+            chat, tools, system_prompt=system_prompt, faults=faults, observation_weight=weight
+        )
         recorded.append([found.row for found in demonstrator.record(tasks, seed=seed)])
     return recorded[0], recorded[1]
 

@@ -11,8 +11,9 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 
-from tokenizers import (  # type: ignore[import-untyped]
+from tokenizers import (
     AddedToken,
     Regex,
     Tokenizer,
@@ -100,7 +101,7 @@ def learn_merges(
     while len(learned) < count:
         pairs: Counter[tuple[str, str]] = Counter()
         for word, frequency in words.items():
-            for left, right in zip(word, word[1:], strict=False):
+            for left, right in pairwise(word):
                 if right not in atoms or (left not in atoms and left not in _OPENERS):
                     pairs[left, right] += frequency
         if not pairs:

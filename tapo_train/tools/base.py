@@ -104,7 +104,7 @@ class Toolbox:
             return _failure(Outcome.TIMEOUT, f"{name} gave no answer within {self._deadline_s} s")
         except (ToolError, OSError) as error:
             return _failure(Outcome.TOOL_ERROR, f"{name} failed: {error}")
-        except Exception as error:  # the tool boundary: a bug in a tool is recorded, not fatal
+        except Exception as error:  # noqa: BLE001  # the tool boundary: a bug is recorded, not fatal
             return _failure(Outcome.TOOL_ERROR, f"{name} failed: {type(error).__name__}: {error}")
 
     def _validated(self, name: str, arguments: Mapping[str, Any] | None) -> tuple[Tool, BaseModel]:

@@ -1,1 +1,1 @@
-"""An invented world of houses and emblems: pictures, corpus, image index and questions from one seed."""
+"""An invented world from one seed: pictures, corpus, image index and questions."""
