@@ -21,9 +21,9 @@ from tapo_train.credit import CreditRow, Tapo, TapoOptions, from_trajectory
 from tapo_train.credit.analyze import main
 from tapo_train.credit.overrides import parse_options
 from tapo_train.credit.rollout_file import read_rollouts
-from tapo_train.credit.rollout_lines import rollout_line
 from tapo_train.credit.sweep import Axis, parse_axes
 from tapo_train.errors import ConfigError, DataError, TapoError
+from tapo_train.report.rollout_row import rollout_row
 from tapo_train.types import ImageRef
 
 GOOD = {"id": "t", "group": "q", "correct": False, "advantage": -1.0, "steps": []}
@@ -101,14 +101,14 @@ def test_a_group_has_advantages_in_all_lines_or_in_none(tmp_path: Path) -> None:
 
 
 def test_a_trajectory_survives_being_written_and_read(tmp_path: Path) -> None:
-    line = rollout_line(trajectory(), -0.5)
+    line = rollout_row(trajectory(), -0.5)
     row = read_rollouts(write(tmp_path / "f", line)).rows[0]
     live = from_trajectory(trajectory(), -0.5)
     assert (row.id, row.group, row.correct, row.advantage) == ("t", "q", 1.0, -0.5)
     assert row.images == live.images and row.num_turns == live.num_turns
     # Arguments that could not be read are null in the file, and the call is marked invalid.
     assert row.steps == live.steps
-    assert json.loads(line)["correct"] is True
+    assert row.image_sizes == live.image_sizes
 
 
 BAD_LINES: Mapping[str, tuple[Any, str]] = {

@@ -264,17 +264,14 @@ def test_ties_in_support_go_to_the_higher_advantage() -> None:
 
 def test_matching_by_similarity_times_support_prefers_a_farther_common_cluster() -> None:
     a = population([1, 1, 1, 0])
-    near, far, asked = (
-        text("one two three four"),
-        text("one two three five"),
-        text("one two three four six"),
-    )
-    rows = [row("a", a[0], near), row("b", a[1], far), row("c", a[2], far), row("d", a[3], asked)]
-    fixed = {"cluster_theta": 1.0, "alpha_min": 0.0}
-    by_sim = Tapo(TapoOptions(**fixed))(rows).steps[3][0]
-    by_both = Tapo(TapoOptions(match_by="sim_sup", **fixed))(rows).steps[3][0]
-    assert (by_sim.similarity, by_sim.support) == (0.8, pytest.approx(1 / 3))
-    assert (by_both.similarity, by_both.support) == (0.5, pytest.approx(2 / 3))
+    asked = [f"w{i}" for i in range(10)]
+    near, far = text(" ".join(asked[:9])), text(" ".join(asked[:5]))
+    rows = [row("a", a[0], near), row("b", a[1], far), row("c", a[2], far)]
+    rows.append(row("d", a[3], text(" ".join(asked))))
+    by_sim = Tapo(TapoOptions(cluster_theta=1.0))(rows).steps[3][0]
+    by_both = Tapo(TapoOptions(cluster_theta=1.0, match_by="sim_sup"))(rows).steps[3][0]
+    assert by_sim.similarity == 0.9 and by_sim.support == pytest.approx(1 / 3)
+    assert by_both.similarity == 0.5 and by_both.support == pytest.approx(2 / 3)
 
 
 def test_similarity_leaves_the_transfer_but_not_the_gates_without_its_weight() -> None:
@@ -302,7 +299,7 @@ def test_the_similarity_gate_of_boxes_is_inclusive() -> None:
 
 @pytest.mark.parametrize(
     ("rule", "references", "failing"),
-    [("both", [0], [3]), ("outcome", [0, 1], [3]), ("advantage", [0, 2], [1, 3])],
+    [("both", [0], [3]), ("outcome", [0, 1, 4], [3]), ("advantage", [0, 2], [1, 3])],
 )
 def test_the_success_rule_says_who_teaches_and_who_learns(
     rule: Any, references: list[int], failing: list[int]
@@ -312,6 +309,7 @@ def test_the_success_rule_says_who_teaches_and_who_learns(
         row("right, bad format", -0.2, text("two"), correct=1.0),
         row("wrong, good format", 0.3, text("three"), correct=0.0),
         row("wrong", -1.0, text("four"), correct=0.0),
+        row("right, no better than average", 0.0, text("five"), correct=1.0),
     ]
     result = Tapo(TapoOptions(success_rule=rule))(rows)
     assert result.metrics["tapo/n_clusters"] == len(references)

@@ -175,7 +175,8 @@ def _share(part: float, total: float) -> str:
 
 def _value(label: str, value: float | None) -> str:
     missing = value is None or math.isnan(value)
-    return f"  {label:<33}" + ("        -" if missing else f"{value:>9.4g}")
+    decimals = 0 if value is not None and value >= 1000 else 3
+    return f"  {label:<33}" + ("        -" if missing else f"{value:>9.{decimals}f}")
 
 
 def _counts(metrics: Mapping[str, float], prefix: str, label: str = "") -> list[str]:

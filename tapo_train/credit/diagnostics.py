@@ -114,32 +114,48 @@ def _tally_audit(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) ->
         sums["audit/stale"] += audit.is_stale(query)
 
 
+class _Metrics(dict[str, float]):
+    """Metrics in the making, from additive counts."""
+
+    def __init__(self, sums: Mapping[str, float]) -> None:
+        super().__init__()
+        self._sums = sums
+
+    def ratio(self, name: str, above: str, below: str) -> None:
+        """Add a quotient; left out where the denominator is 0 or was not counted."""
+        if self._sums.get(below, 0.0) > 0.0:
+            self[name] = self._sums.get(above, 0.0) / self._sums[below]
+
+    def count(self, name: str, key: str) -> None:
+        """Add a count, where there is one."""
+        if key in self._sums:
+            self[name] = float(self._sums[key])
+
+
 def finish(sums: Mapping[str, float]) -> dict[str, float]:
-    """Metrics from counts; a ratio whose denominator is 0 is left out."""
-    metrics: dict[str, float] = {}
-
-    def ratio(name: str, above: str, below: str) -> None:
-        if sums.get(below, 0.0) > 0.0:
-            metrics[name] = sums.get(above, 0.0) / sums[below]
-
+    """Metrics from the counts of any assigner; ratios without a denominator are left out."""
+    metrics = _Metrics(sums)
     for mixed in ("", "_mixed"):
         for kind in ("traj", "steps"):
             for gate in ("", "_theta"):
                 part = f"fail_{kind}_corrected{gate}{mixed}"
-                ratio(f"tapo/frac_{part}", part, f"fail_{kind}{mixed}")
-            metrics[f"tapo/n_fail_{kind}{mixed}"] = float(sums.get(f"fail_{kind}{mixed}", 0.0))
+                metrics.ratio(f"tapo/frac_{part}", part, f"fail_{kind}{mixed}")
+            metrics.count(f"tapo/n_fail_{kind}{mixed}", f"fail_{kind}{mixed}")
     for name in ("fail_steps_corrected", "fail_traj_corrected", "clusters"):
-        metrics[f"tapo/n_{name}"] = float(sums.get(name, 0.0))
+        metrics.count(f"tapo/n_{name}", name)
     for name in ("sim", "sup", "F", "delta_adv"):
-        ratio(f"tapo/{name}_mean", name, "fail_steps_corrected")
-    ratio("tapo/clip_frac", "clipped", "fail_steps_corrected")
-    ratio("tapo/cluster_size_mean", "cluster_calls", "clusters")
-    for key, value in sums.items():
+        metrics.ratio(f"tapo/{name}_mean", name, "fail_steps_corrected")
+    metrics.ratio("tapo/clip_frac", "clipped", "fail_steps_corrected")
+    metrics.ratio("tapo/cluster_size_mean", "cluster_calls", "clusters")
+    for key in sums:
         if key.startswith(("by_tool/", "by_turn/", "calls/")):
-            metrics[f"tapo/{key}"] = float(value)
+            metrics.count(f"tapo/{key}", key)
         if key.startswith("audit/turn_gap_hist/"):
-            metrics["credit/" + key.removeprefix("audit/")] = float(value)
-    ratio("credit/observation_agreement", "audit/agreeing", "audit/pairs")
-    ratio("credit/turn_gap", "audit/turn_gap", "audit/calls")
-    ratio("credit/novelty_gap", "audit/stale", "audit/calls")
-    return metrics
+            metrics.count("credit/" + key.removeprefix("audit/"), key)
+    metrics.ratio("credit/observation_agreement", "audit/agreeing", "audit/pairs")
+    metrics.ratio("credit/turn_gap", "audit/turn_gap", "audit/calls")
+    metrics.ratio("credit/novelty_gap", "audit/stale", "audit/calls")
+    metrics.count("gigpo/n_step_groups", "gigpo/step_groups")
+    metrics.ratio("gigpo/frac_steps_grouped", "gigpo/grouped", "gigpo/steps")
+    metrics.ratio("gigpo/step_adv_abs_mean", "gigpo/step_adv_abs", "gigpo/steps")
+    return dict(metrics)

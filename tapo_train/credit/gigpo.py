@@ -23,6 +23,7 @@ from difflib import SequenceMatcher
 import numpy as np
 
 from tapo_train.credit.audit import answer_of
+from tapo_train.credit.diagnostics import finish
 from tapo_train.credit.options import check_choices, check_range
 from tapo_train.credit.result import CreditResult, Floats, StepRecord, unchanged
 from tapo_train.credit.steps import CreditRow
@@ -69,10 +70,11 @@ class GiGPO:
             for (i, t), value in zip(places, step.tolist(), strict=True):
                 turns[i][t] += self.options.omega * value
         size = np.bincount(labels, minlength=1)
-        metrics = {
-            "gigpo/n_step_groups": float(len(np.unique(labels))),
-            "gigpo/frac_steps_grouped": float((size[labels] > 1).mean()) if places else 0.0,
-            "gigpo/step_adv_abs_mean": float(np.abs(step).mean()) if places else 0.0,
+        sums = {
+            "gigpo/steps": len(places),
+            "gigpo/step_groups": len(np.unique(labels)),
+            "gigpo/grouped": int((size[labels] > 1).sum()),
+            "gigpo/step_adv_abs": float(np.abs(step).sum()),
         }
         return CreditResult(
             step_advantages=turns,
@@ -80,7 +82,8 @@ class GiGPO:
             records=lambda: [
                 _records(row, values) for row, values in zip(rows, turns, strict=True)
             ],
-            metrics=metrics,
+            metrics=finish(sums),
+            sums=sums,
         )
 
 
