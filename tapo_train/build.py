@@ -69,6 +69,7 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         warmup_updates=learner.warmup_updates,
         total_updates=updates,
         gradient_checkpointing=learner.gradient_checkpointing,
+        freeze_vision=recipe.model.freeze_vision,
     )
 
 

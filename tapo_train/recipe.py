@@ -58,14 +58,10 @@ class Model:
     """The policy that is trained."""
 
     path: str
-    """Hugging Face folder or name of a Qwen2.5-VL or Qwen3-VL model."""
+    """Hugging Face folder of a Qwen2.5-VL or Qwen3-VL model. Pictures are resized as its
+    preprocessor_config.json says (`size`, in pixels of area), in training and ever after."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of learner and engine. bfloat16 keeps float32 master weights in the optimizer."""
-    min_pixels: Count = 65_536
-    """[px] smaller pictures are enlarged to about this area."""
-    max_pixels: Count = 1_048_576
-    """[px] larger pictures are shrunk to about this area; an image token covers 28×28
-    (Qwen2.5-VL) or 32×32 (Qwen3-VL) pixels."""
     freeze_vision: bool = True
     """Leave the vision tower as it is. (SenseNova-MARS trains so.)"""
 

@@ -144,7 +144,6 @@ def test_a_wrong_override_is_refused_with_path_found_and_wanted(
     ("overrides", "message"),
     [
         (["rollout.max_turn_tokens=2000"], "wanted at most rollout.max_tokens (1024)"),
-        (["model.min_pixels=70000"], "wanted at most model.max_pixels (65536)"),
         (["data.validation=[]"], "data.validation: found no file, wanted one because"),
         (["rollout.rollouts_per_question=1"], "wanted at least 2 because"),
         (["learner.old_logprobs=engine"], "algo.importance.mode: found 'truncate', wanted 'off'"),
@@ -162,7 +161,6 @@ def test_fields_that_do_not_fit_together_are_refused(overrides: list[str], messa
     "overrides",
     [
         ["rollout.max_turn_tokens=1024"],
-        ["model.min_pixels=65536"],
         ["data.validation=[]", "run.eval_every=0"],
         ["rollout.rollouts_per_question=2"],
         ["rollout.rollouts_per_question=1", "algo/advantage=reinforce_pp"],

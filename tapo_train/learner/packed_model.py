@@ -73,6 +73,8 @@ def load(folder: Path, *, settings: LearnerSettings) -> Any:
     projection = model.model.visual.patch_embed.proj
     if projection.kernel_size == projection.stride:
         projection.__class__ = PatchProjection
+    if settings.freeze_vision:
+        model.model.visual.requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -40,6 +40,8 @@ class LearnerSettings:
     """Learning rate at the end of the cosine, as a share of learning_rate."""
     gradient_checkpointing: bool = False
     """Recompute activations of each layer in the backward pass."""
+    freeze_vision: bool = False
+    """Leave the vision tower as it is; only the language model is trained."""
     head_chunk_tokens: int = 2048
     """Rows of logits in memory at a time; vocabulary x 4 bytes each."""
 
