@@ -72,7 +72,8 @@ def some_rows(chat: ChatFormat, layout: ModelLayout) -> list[TrainingRow]:
 
 def make_policy(folder: Path, chat: ChatFormat, **changes: Any) -> Policy:
     """A float32 policy without clipping; `changes` go to the settings or the policy."""
-    own = {k: changes.pop(k) for k in ("temperature", "banned_token_ids") if k in changes}
+    names = ("temperature", "banned_token_ids", "measure_entropy")
+    own = {name: changes.pop(name) for name in names if name in changes}
     settings = LearnerSettings(**(SETTINGS | {"max_grad_norm": 0.0} | changes))
     return Policy(folder, settings=settings, pixels=chat.pixels, **own)
 

@@ -11,7 +11,7 @@ import torch
 from learner_rows import make_policy, make_row, some_rows, weights_of
 from transformers import AutoModelForImageTextToText
 
-from tapo_train.algos.losses import grpo
+from tapo_train.algos.losses import LossOutput, grpo
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import LearnerError
 from tapo_train.learner.batch import join, pack
@@ -167,12 +167,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(policy, r
     torch.testing.assert_close(weights_of(policy), before, atol=0, rtol=0)
 
 
-def test_a_step_without_trained_tokens_is_refused(policy, rows):
+def test_without_a_trained_token_no_step_is_taken(policy, rows):
+    before = weights_of(policy)
     untrained = replace(
         rows[1], spans=(), advantages=np.zeros(0), sampler_logprobs=np.zeros(0, dtype=np.float32)
     )
-    with pytest.raises(LearnerError, match="0 trained tokens"):
-        policy.update([join([untrained])], supervised)
+    assert policy.update([join([untrained])], supervised) == {}
+    assert policy.update([], supervised) == {}
+    torch.testing.assert_close(weights_of(policy), before, atol=0, rtol=0)
 
 
 def test_clipping_scales_the_whole_gradient_to_the_limit(folder, chat):
@@ -235,3 +237,22 @@ def test_a_reference_policy_is_asked_for_only_with_a_kl_penalty(policy, rows):
         policy.update(batches, penalised())
     anchored = replace(batches[0], reference_logprobs=batches[0].old_logprobs)
     assert finalise(policy.update([anchored], penalised()))["policy/ref_kl"] == pytest.approx(0.0)
+
+
+def test_an_entropy_bonus_spreads_the_policy_and_wants_entropies_measured(folder, chat):
+    policy = make_policy(folder, chat)
+    batches = policy.with_old_logprobs([join(some_rows(chat, policy.layout))])
+    bonus = policy_gradient(no_surrogate, entropy_coefficient=1.0)
+    entropies = [finalise(policy.update(batches, bonus))["policy/entropy"] for _ in range(2)]
+    policy.close()
+    assert entropies[1] > entropies[0] > 6
+    blind = make_policy(folder, chat, measure_entropy=False)
+    with pytest.raises(LearnerError, match="does not measure"):
+        blind.update(batches, bonus)
+    assert "policy/entropy" not in blind.update(batches, policy_gradient(grpo))
+    blind.close()
+
+
+def no_surrogate(batch):
+    """A loss of 0, so that only penalties and bonuses are left."""
+    return LossOutput(per_token=batch.logprobs * 0, metrics={})

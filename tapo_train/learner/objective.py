@@ -18,8 +18,8 @@ from tapo_train.algos.metrics import pair
 from tapo_train.errors import LearnerError
 from tapo_train.learner.batch import MicroBatch
 
-Objective = Callable[[MicroBatch, Tensor, Tensor], LossOutput]
-"""(micro-batch, log-probabilities [K], entropies [K]) -> per-token loss and metrics."""
+Objective = Callable[[MicroBatch, Tensor, Tensor | None], LossOutput]
+"""(micro-batch, log-probabilities [K], entropies [K] if measured) -> per-token loss, metrics."""
 
 
 def policy_gradient(
@@ -38,16 +38,23 @@ def policy_gradient(
     Args:
         kl_coefficient: 0 leaves the reference policy out; above 0 the micro-batches must
             hold `reference_logprobs`.
+        entropy_coefficient: above 0 the policy must measure entropies.
     """
 
-    def objective(batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> LossOutput:
+    def objective(batch: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
         weights = correction(_sampled(batch))
         surrogate = loss(_tokens(batch, logprobs))
         per_token = surrogate.per_token * weights.per_token
-        bonus = entropy_bonus(entropy, coefficient=entropy_coefficient)
-        metrics = surrogate.metrics | weights.metrics | bonus.metrics
-        if entropy_coefficient > 0:
+        metrics = surrogate.metrics | weights.metrics
+        if entropy is not None:
+            bonus = entropy_bonus(entropy, coefficient=entropy_coefficient)
             per_token = per_token + bonus.per_token
+            metrics |= bonus.metrics
+        elif entropy_coefficient > 0:
+            raise LearnerError(
+                f"entropy_coefficient is {entropy_coefficient} but the policy does not measure "
+                "entropies; wanted Policy(measure_entropy=True)"
+            )
         if kl_coefficient > 0:
             penalty = kl_penalty(
                 logprobs, _reference(batch), kind=kl_kind, coefficient=kl_coefficient
@@ -59,18 +66,15 @@ def policy_gradient(
     return objective
 
 
-def supervised(batch: MicroBatch, logprobs: Tensor, entropy: Tensor) -> LossOutput:
+def supervised(batch: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
     """Weighted negative log-likelihood: -weight log p(token).
 
     `advantages` of the rows are the weights. Metrics are unweighted.
     """
-    return LossOutput(
-        per_token=-logprobs * batch.advantages,
-        metrics={
-            "supervised/nll": pair(-logprobs),
-            "supervised/entropy": pair(entropy),
-        },
-    )
+    metrics = {"supervised/nll": pair(-logprobs)}
+    if entropy is not None:
+        metrics["supervised/entropy"] = pair(entropy)
+    return LossOutput(per_token=-logprobs * batch.advantages, metrics=metrics)
 
 
 def _tokens(batch: MicroBatch, logprobs: Tensor) -> TokenBatch:

@@ -38,7 +38,8 @@ class Policy:
         pixels: pictures -> patches, e.g. `ChatFormat.pixels`.
         temperature, banned_token_ids: the distribution the sampler draws from; all
             log-probabilities are of it, except in `score`.
-        measure_entropy: entropies cost a softmax per trained token; they are 0 without.
+        measure_entropy: entropies cost a softmax per trained token; objectives get None
+            without.
     """
 
     def __init__(
@@ -95,24 +96,21 @@ class Policy:
         """One optimizer step on all ranks' micro-batches together.
 
         The loss is the mean over the step, whatever its cut into micro-batches and ranks.
-        Ranks with fewer micro-batches take part with empty ones.
+        Ranks with fewer micro-batches take part with empty ones. Without a trained token on
+        any rank no step is taken, and the answer is empty.
 
         Returns:
             This rank's (sum, count) pairs: of the objective, and `loss`, `grad_norm`,
             `learning_rate`, which are the same on all ranks. Add them over ranks.
 
         Raises:
-            LearnerError: nothing to train on, or the loss or its gradient is not finite;
-                the weights are untouched then.
+            LearnerError: the loss or its gradient is not finite; the weights are untouched.
         """
         counts = [len(batches), *_totals(batches)]
         num_steps = distributed.all_reduce_max(len(batches))
         step_tokens, step_sequences = distributed.all_reduce_sum(counts[1:])
         if not step_tokens:
-            raise LearnerError(
-                f"the step holds 0 trained tokens in {num_steps} micro-batches per rank; "
-                "wanted at least one"
-            )
+            return {}
         padded = [*batches, *(join([]) for _ in range(num_steps - len(batches)))]
         shares: list[Tensor] = []
         metrics: Metrics = {}
@@ -121,7 +119,7 @@ class Policy:
             moved = batch.to(self._device)
             logprobs, entropy = self._forward(moved, with_entropy=self._measure_entropy)
             if moved.num_trained:
-                output = objective(moved, logprobs, entropy)
+                output = objective(moved, logprobs, entropy if self._measure_entropy else None)
                 share = aggregate(
                     output.per_token,
                     moved.trajectory,
