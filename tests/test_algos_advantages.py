@@ -134,6 +134,11 @@ def test_dynamic_sampling_keeps_groups_whose_scores_differ() -> None:
     found = informative_rows(scores, group, leave_out=leave_out)
     assert found.tolist() == [True, True] + [False] * 8
     assert informative_rows(scores, group)[7:].tolist() == [True, True, True]
+    assert informative_rows([1.0, 0.0, 0.5], [0] * 3, leave_out=[False, False, True]).tolist() == [
+        True,
+        True,
+        False,
+    ]
 
 
 def test_an_empty_batch_gives_no_advantages() -> None:

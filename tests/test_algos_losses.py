@@ -267,7 +267,13 @@ def test_metrics_count_tokens_and_carry_no_gradient() -> None:
     means = finalise(metrics)
     assert means["policy/ratio_minus_one"] == pytest.approx(sum(ratios) / 4 - 1)
     assert means["policy/kl"] == pytest.approx((sum(ratios) - 4 - 2.0) / 4)
-    assert finalise(sapo(batch).metrics)["policy/gate_weight"] < 1.0
+
+
+def test_sapo_takes_the_negative_temperature_for_an_advantage_of_zero() -> None:
+    ratio_two = one_trajectory([0.6931471806], [0.0])
+    assert finalise(sapo(ratio_two).metrics)["policy/gate_weight"] == pytest.approx(
+        0.7681, abs=5e-5
+    )
 
 
 @pytest.mark.parametrize(

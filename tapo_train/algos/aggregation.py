@@ -59,10 +59,9 @@ def aggregate(
     if mode == "token-mean":
         return per_token.sum() / step_tokens
     if mode == "seq-mean-token-mean":
-        # The bound keeps 1/0 away from trajectories without trained tokens, which no token
-        # refers to. Weighing tokens sums more accurately in float32 than adding up each
-        # trajectory in turn, and several times faster.
-        weights = lengths.clamp(min=1).to(per_token.dtype).reciprocal()
+        # Weighing tokens sums more accurately in float32 than adding up each trajectory in
+        # turn, and several times faster. No token selects the 1/0 of an empty trajectory.
+        weights = lengths.to(per_token.dtype).reciprocal()
         return (per_token * weights.index_select(0, trajectory)).sum() / step_sequences
     if mode == "seq-mean-token-sum":
         return per_token.sum() / step_sequences

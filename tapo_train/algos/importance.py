@@ -109,7 +109,7 @@ def mask(
 
 def _ratio(tokens: SampledTokens, level: Level) -> Tensor:
     """[K] pi_old / mu at the level asked for; logarithms are held within ±20."""
-    log_ratio = tokens.learner_logprobs.detach() - tokens.sampler_logprobs
+    log_ratio = tokens.learner_logprobs - tokens.sampler_logprobs
     if level == "sequence":
         sums = log_ratio.new_zeros(tokens.num_trajectories)
         log_ratio = sums.index_add_(0, tokens.trajectory, log_ratio)[tokens.trajectory]
@@ -132,7 +132,7 @@ def _mismatch_metrics(tokens: SampledTokens) -> Metrics:
 
     `k1` and `k3` estimate KL(mu || pi_old) from tokens drawn from mu.
     """
-    log_ratio = tokens.learner_logprobs.detach() - tokens.sampler_logprobs
+    log_ratio = tokens.learner_logprobs - tokens.sampler_logprobs
     log_ratio.clamp_(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
     return {
         "mismatch/k1": pair(-log_ratio),
