@@ -365,6 +365,10 @@ def test_nested_crops_are_compared_in_the_frame_of_their_root() -> None:
     nested = row("g", UP, zoom(500, 500, 1000, 1000, img_idx=1), images=[photo, crop])
     direct = row("b", DOWN, zoom(300, 300, 500, 500))
     assert assign([nested, direct]).steps[1][0].similarity == 1.0
+    flat = ImageRef(root="photo", box=(0.1, 0.2, 0.5, 0.4))
+    inner = row("g", UP, zoom(500, 500, 1000, 1000, img_idx=1), images=[photo, flat])
+    found = row("b", DOWN, zoom(300, 300, 500, 400))
+    assert assign([inner, found]).steps[1][0].similarity == 1.0
     thumbnail = row(
         "b", DOWN, zoom(300, 300, 500, 500, img_idx=1), images=[photo, ImageRef(root="t")]
     )

@@ -14,9 +14,10 @@ from tapo_train.credit.gigpo import GiGPO, GiGPOOptions, relative, step_return
 from tapo_train.credit.library import cluster
 from tapo_train.credit.regions import iou
 from tapo_train.credit.result import CallAdvantage
+from tapo_train.credit.setsim import set_space
 from tapo_train.credit.similarity import Similarity, load, registry
 from tapo_train.credit.steps import CreditStep, from_trajectory
-from tapo_train.credit.text import token_set, words
+from tapo_train.credit.text import jaccard, token_set, words
 from tapo_train.errors import ConfigError, CreditError, TapoError
 from tapo_train.types import (
     Image,
@@ -86,6 +87,16 @@ def test_lists_of_queries_have_the_symmetric_mean_of_their_best_matches() -> Non
     assert compare("text_jaccard", left, right) == (0.25 + 0.5) / 2
     assert compare("text_jaccard", {"query": ["tower", "Tower?"]}, right) == 1.0
     assert compare("text_jaccard", {"query": ["a b", "c"]}, {"query": ["c", "b"]}) == 1.0
+
+
+def test_set_similarities_are_exact_for_large_vocabularies() -> None:
+    generator = np.random.default_rng(0)
+    sets = [frozenset(str(i) for i in generator.integers(0, 300, size=40)) for _ in range(20)]
+    found = set_space(sets, 20, measure="jaccard")(0, 20)
+    assert len(frozenset().union(*sets)) > 128
+    for i, left in enumerate(sets):
+        for j, right in enumerate(sets):
+            assert found[i, j] == jaccard(left, right)
 
 
 def test_box_similarities_have_their_textbook_values() -> None:

@@ -43,7 +43,7 @@ class NoTransfer:
 
 
 @contextmanager
-def _paused_collector() -> Iterator[None]:
+def paused_collector() -> Iterator[None]:
     """No cyclic garbage collection inside.
 
     The stage makes many small tuples and no cycles. A full collection in the middle of it would
@@ -68,7 +68,7 @@ class Tapo:
 
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
         start = time.perf_counter()
-        with _paused_collector():
+        with paused_collector():
             judgement = judge(rows, self.options, self._reader)
             sums = tally(rows, judgement, audit=self.options.audit)
         metrics = finish(sums)

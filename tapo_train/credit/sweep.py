@@ -9,14 +9,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from tapo_train.credit.assigners import Tapo
+from tapo_train.credit.actions import Reader, gather
+from tapo_train.credit.assigners import paused_collector
+from tapo_train.credit.diagnostics import finish, tally
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.overrides import parse_number
 from tapo_train.credit.steps import CreditRow
+from tapo_train.credit.tapo import decide
 from tapo_train.errors import ConfigError
 
-AXES = ("theta", "alpha_min", "cluster_theta", "beta", "success_threshold")
-"""Options that can be swept."""
+AXES = ("theta", "alpha_min", "cluster_theta", "beta")
+"""Options that can be swept: those that leave the eligible calls as they are."""
 SHARES = {
     "trajectories, theta only": "tapo/frac_fail_traj_corrected_theta",
     "trajectories, both gates": "tapo/frac_fail_traj_corrected",
@@ -80,14 +83,17 @@ def _axis(spec: str) -> Axis:
 
 def sweep(rows: Sequence[CreditRow], options: TapoOptions, axes: Sequence[Axis]) -> list[Point]:
     """The shares at every combination. A swept theta holds for every tool."""
+    reader = Reader(options)
     points = []
-    for at in itertools.product(*(axis.values for axis in axes)):
-        changed = replace(options, audit=False)
-        for axis, value in zip(axes, at, strict=True):
-            changed = _with(changed, axis.name, value)
-        metrics = Tapo(changed)(rows).metrics
-        shares = {name: metrics.get(key, math.nan) for name, key in SHARES.items()}
-        points.append(Point(at=at, shares=shares))
+    with paused_collector():
+        actions = gather(rows, options, reader)
+        for at in itertools.product(*(axis.values for axis in axes)):
+            changed = options
+            for axis, value in zip(axes, at, strict=True):
+                changed = _with(changed, axis.name, value)
+            metrics = finish(tally(rows, decide(rows, actions, changed, reader), audit=False))
+            shares = {name: metrics.get(key, math.nan) for name, key in SHARES.items()}
+            points.append(Point(at=at, shares=shares))
     return points
 
 

@@ -63,7 +63,13 @@ class Judgement:
 
 def judge(rows: Sequence[CreditRow], options: TapoOptions, reader: Reader) -> Judgement:
     """Match every eligible call of the failing rows and decide what its step is worth."""
-    actions = gather(rows, options, reader)
+    return decide(rows, gather(rows, options, reader), options, reader)
+
+
+def decide(
+    rows: Sequence[CreditRow], actions: Actions, options: TapoOptions, reader: Reader
+) -> Judgement:
+    """`judge`, with the eligible calls already gathered."""
     matches = match(actions, rows, options, reader)
     given = _restrict(matches, actions, rows, options)
     row, position = np.array(actions.queries.row, int), np.array(actions.queries.step, int)
