@@ -95,6 +95,9 @@ def test_the_worked_batch_has_the_published_metrics() -> None:
     assert metrics["tapo/frac_fail_steps_corrected"] == 6 / 8
     assert metrics["tapo/n_clusters"] == 3
     assert metrics["tapo/cluster_size_mean"] == pytest.approx(7 / 3)
+    # Five steps move by 0.8 * 0.860663, the one with a parallel stranger by half of that.
+    assert metrics["tapo/F_mean"] == pytest.approx(0.860663 * 5.5 / 6, abs=1e-6)
+    assert metrics["tapo/delta_adv_mean"] == pytest.approx(0.8 * 0.860663 * 5.5 / 6, abs=1e-6)
     assert metrics["tapo/sup_mean"] == pytest.approx(2 / 3)
     assert metrics["tapo/by_tool/text_search_tool/total"] == 3
     assert metrics["tapo/by_tool/text_search_tool/corrected"] == 1

@@ -238,6 +238,8 @@ def test_complete_linkage_joins_the_closest_pair_first() -> None:
     values = np.array([[1, 0.7, 0.0], [0.7, 1, 0.9], [0.0, 0.9, 1]])
     found = cluster(lambda a, b: values[a:b], 3, threshold=0.7, linkage="complete")
     assert found == [0, 1, 1]
+    inclusive = cluster(lambda a, b: values[a:b], 3, threshold=0.9, linkage="complete")
+    assert inclusive == [0, 1, 1]
 
 
 def test_a_library_larger_than_one_chunk_gives_the_same_result(
@@ -325,6 +327,13 @@ def test_the_success_rule_says_who_teaches_and_who_learns(
     result = Tapo(TapoOptions(success_rule=rule))(rows)
     assert result.metrics["tapo/n_clusters"] == len(references)
     assert [i for i, steps in enumerate(result.steps) if steps[0].eligible] == failing
+
+
+def test_repeats_keep_their_advantage_also_where_each_call_has_its_own() -> None:
+    rows = [row("g", UP, text("one")), row("b", DOWN, [text("one"), text("one")])]
+    options = TapoOptions(turn_reduce="span", correct_repeats="first")
+    calls = Tapo(options)(rows).call_advantages[1]
+    assert [call.advantage for call in calls] == [DOWN + 0.8, DOWN]
 
 
 def test_with_span_call_only_the_calls_tokens_move() -> None:
