@@ -20,6 +20,8 @@ from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
 from tapo_train.types import Trajectory
 
+pytestmark = pytest.mark.slow
+
 AGREEMENT = 1e-4
 """Largest difference of log-probabilities in float32 between the two engines."""
 CACHE_BLOCK = 128
