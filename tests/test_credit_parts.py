@@ -520,6 +520,12 @@ def test_gigpo_keeps_steps_of_unknown_state_and_discarded_rows_apart() -> None:
     assert GiGPO(GiGPOOptions())(silent).metrics["gigpo/n_step_groups"] == 3
 
 
+def test_gigpo_takes_a_trajectory_that_ends_with_a_call() -> None:
+    whole = row("a", 1.0, text("one", observation="x"))
+    cut = replace(whole, num_turns=1)
+    assert [len(turns) for turns in GiGPO(GiGPOOptions())([whole, cut]).step_advantages] == [2, 1]
+
+
 def test_gigpo_can_group_nearly_equal_states() -> None:
     long = "a long page of text " * 5
     rows = [
