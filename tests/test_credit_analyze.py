@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from credit_rows import golden_rows, unbiased
+from credit_rows import golden_rows, population, row, text, unbiased
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_credit_parts import trajectory
@@ -21,7 +21,7 @@ from tapo_train.credit import CreditRow, Tapo, TapoOptions, from_trajectory
 from tapo_train.credit.analyze import main
 from tapo_train.credit.overrides import parse_options
 from tapo_train.credit.rollout_file import read_rollouts
-from tapo_train.credit.sweep import Axis, parse_axes
+from tapo_train.credit.sweep import Axis, parse_axes, sweep
 from tapo_train.errors import ConfigError, DataError, TapoError
 from tapo_train.report.rollout_row import rollout_row
 from tapo_train.types import ImageRef
@@ -312,6 +312,13 @@ def test_a_sweep_over_one_option_is_drawn_as_lines(tmp_path: Path) -> None:
         main([str(golden_file(tmp_path)), "--sweep", "theta=0.5", "--sweep-out", str(folder)]) == 0
     )
     assert (folder / "sweep.png").stat().st_size > 0
+
+
+def test_a_swept_theta_holds_for_every_tool() -> None:
+    up, down = population([1, 0])
+    rows = [row("g", up, text("one two three")), row("b", down, text("one two three four five"))]
+    points = sweep(rows, TapoOptions(), [Axis(name="theta", values=(0.55, 0.65))])
+    assert [point.shares["steps, theta only"] for point in points] == [1.0, 0.0]
 
 
 def test_axes_include_both_ends_and_are_round_numbers() -> None:
