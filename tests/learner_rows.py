@@ -19,6 +19,8 @@ from tapo_train.learner.settings import LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.types import Image, ImageRef, Span
 
+torch.set_num_threads(1)  # these matrices are small, and idle threads wait by spinning
+
 SETTINGS = {"precision": "fp32", "zero_stage": 0, "optimizer": "sgd", "learning_rate": 1.0}
 """SGD at rate 1 without clipping: the change of the weights IS the gradient."""
 

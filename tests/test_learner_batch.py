@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -153,6 +155,25 @@ def test_a_batch_with_a_picture_gets_no_other():
     assert inputs.input_ids.tolist() == [[7, 8, 1, START, IMAGE, IMAGE, END, 3]]
     assert inputs.boundaries == (0, 2, 8)
     assert inputs.grids.tolist() == [[1, 2, 4]]
+
+
+def test_a_picture_that_rows_share_is_processed_once():
+    pad = [START, IMAGE, IMAGE, END]
+    other = replace(PICTURE, sha256="1")
+    asked = []
+
+    def pixels(images):
+        asked.append([image.sha256 for image in images])
+        return two_features(images)
+
+    rows = [
+        row("a", [1, *pad, 3], [(5, 6)], images=(PICTURE,)),
+        row("b", [1, *pad, *pad, 3], [(9, 10)], images=(other, PICTURE)),
+    ]
+    inputs = model_inputs(join(rows), layout=LAYOUT, pixels=pixels, device=torch.device("cpu"))
+    assert asked == [["0", "1"]]
+    assert inputs.pictures == (0, 1, 0)
+    assert inputs.grids.shape == (2, 3)
 
 
 def test_an_empty_batch_is_the_smallest_picture_alone():

@@ -11,6 +11,7 @@ import torch
 from learner_rows import make_policy, make_row, some_rows, weights_of
 from transformers import AutoModelForImageTextToText
 
+from tapo_train.algos.importance import truncate
 from tapo_train.algos.losses import LossOutput, grpo
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import LearnerError
@@ -127,6 +128,32 @@ def test_an_update_raises_tokens_of_positive_and_lowers_those_of_negative_advant
     change = policy.logprobs(batches[0]) - batches[0].old_logprobs
     policy.close()
     assert change[: good.num_trained].mean() > 0 > change[good.num_trained :].mean()
+
+
+def test_attempts_that_share_pictures_have_the_gradient_of_separate_passes(folder, chat):
+    weights = []
+    for budget in (1, 10_000):
+        policy = make_policy(folder, chat)
+        row = some_rows(chat, policy.layout)[2]
+        rows = [replace(row, id=str(i), advantages=row.advantages + i) for i in range(3)]
+        policy.update(pack(rows, budget_tokens=budget), supervised)
+        weights.append(weights_of(policy))
+        policy.close()
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-6, rtol=0)
+
+
+def test_a_single_update_needs_no_old_logprobs(folder, chat):
+    weights = []
+    for is_only_update in (False, True):
+        policy = make_policy(folder, chat)
+        batches = pack(some_rows(chat, policy.layout), budget_tokens=60)
+        if not is_only_update:
+            batches = policy.with_old_logprobs(batches)
+        objective = policy_gradient(grpo, correction=truncate, is_only_update=is_only_update)
+        policy.update(batches, objective)
+        weights.append(weights_of(policy))
+        policy.close()
+    torch.testing.assert_close(weights[1], weights[0], atol=1e-7, rtol=0)
 
 
 def test_score_is_of_all_tokens_at_temperature_one_with_nothing_banned(folder, chat, policy, rows):

@@ -5,12 +5,14 @@ smallest possible one is appended to the last row, untrained and, as attention i
 causal, seen by no other token. Without it a rank without pictures hangs or crashes
 sharded training, and adding a zero-weighted vision output to the loss instead gives
 wrong gradients under ZeRO-2.
+
+A picture that several rows share (the attempts at one task) goes through the tower once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -30,9 +32,11 @@ class ModelInputs:
     positions: Tensor
     """[3, 1, S] M-RoPE positions, each row's starting at 0."""
     pixel_values: Tensor
-    """[patches, width]"""
+    """[patches, width] of the distinct pictures."""
     grids: Tensor
-    """[pictures, 3]"""
+    """[distinct, 3]"""
+    pictures: tuple[int, ...]
+    """Which of the distinct pictures stands at each place, in the order of the tokens."""
     boundaries: tuple[int, ...]
     """[n + 1]"""
 
@@ -46,45 +50,39 @@ def model_inputs(
         AlignmentError: image tokens and pictures of a row disagree.
     """
     rows = [batch.input_ids[start:end] for start, end in pairwise(batch.boundaries)]
-    grids, pixel_values = _pictures(batch, layout, pixels)
-    for name, row, row_grids in zip(batch.row_ids, rows, grids, strict=True):
-        layout.check_alignment(row, row_grids, where=f"row {name}")
-    if pixel_values is None:
-        pixel_values, dummy_grid = layout.dummy_picture()
-        rows, grids = _with_dummy(rows, grids, layout, dummy_grid)
+    distinct = {image.sha256: image for row in batch.images for image in row}
+    place = {sha256: i for i, sha256 in enumerate(distinct)}
+    shown = [[place[image.sha256] for image in row] for row in batch.images]
+    if distinct:
+        made = pixels(list(distinct.values()))
+        pixel_values, grids = made["pixel_values"], made["image_grid_thw"]
+    else:
+        pixel_values, grids = layout.dummy_picture()
+    for name, row, pictures in zip(batch.row_ids, rows, shown, strict=True):
+        layout.check_alignment(row, grids[pictures], where=f"row {name}")
+    if not distinct:
+        rows, shown = _with_dummy(rows, shown, layout)
     types = [(row == layout.image_token_id).long() for row in rows]
     positions = [
-        layout.positions(row, kind, grid)
-        for row, kind, grid in zip(rows, types, grids, strict=True)
+        layout.positions(row, kind, grids[pictures])
+        for row, kind, pictures in zip(rows, types, shown, strict=True)
     ]
-    lengths = torch.tensor([0, *(len(row) for row in rows)])
     return ModelInputs(
         input_ids=torch.cat(rows)[None].to(device),
         token_types=torch.cat(types)[None].to(device),
         positions=torch.cat(positions, dim=1)[:, None].to(device),
         pixel_values=pixel_values.to(device),
-        grids=torch.cat(grids).to(device),
-        boundaries=tuple(lengths.cumsum(0).tolist()),
+        grids=grids.to(device),
+        pictures=tuple(i for row in shown for i in row),
+        boundaries=(0, *accumulate(len(row) for row in rows)),
     )
 
 
-def _pictures(
-    batch: MicroBatch, layout: ModelLayout, pixels: PixelSource
-) -> tuple[list[Tensor], Tensor | None]:
-    """Grids [pictures, 3] of each row, and the patches of all; None without a picture."""
-    flat = [image for row in batch.images for image in row]
-    if not flat:
-        return [torch.zeros(0, 3, dtype=torch.int64) for _ in batch.images], None
-    made = pixels(flat)
-    grids = made["image_grid_thw"].split([len(row) for row in batch.images])
-    return list(grids), made["pixel_values"]
-
-
 def _with_dummy(
-    rows: list[Tensor], grids: list[Tensor], layout: ModelLayout, grid: Tensor
-) -> tuple[list[Tensor], list[Tensor]]:
+    rows: list[Tensor], shown: list[list[int]], layout: ModelLayout
+) -> tuple[list[Tensor], list[list[int]]]:
     """The last row with the smallest picture appended; without rows, a row of it alone."""
     dummy = torch.tensor(layout.dummy_tokens)
     if not rows:
-        return [dummy], [grid]
-    return [*rows[:-1], torch.cat((rows[-1], dummy))], [*grids[:-1], grid]
+        return [dummy], [[0]]
+    return [*rows[:-1], torch.cat((rows[-1], dummy))], [*shown[:-1], [0]]

@@ -26,6 +26,7 @@ def policy_gradient(
     loss: PolicyLoss,
     *,
     correction: Correction = uncorrected,
+    is_only_update: bool = False,
     kl_kind: KlKind = "k3+",
     kl_coefficient: float = 0.0,
     entropy_coefficient: float = 0.0,
@@ -36,14 +37,18 @@ def policy_gradient(
     carry no gradient; the two other terms are not weighted.
 
     Args:
+        is_only_update: every row is used in one update only, so the policy's log-probabilities
+            at the start of the step are the ones of that very pass: `old_logprobs` are not
+            read, and the forward pass that would compute them is saved.
         kl_coefficient: 0 leaves the reference policy out; above 0 the micro-batches must
             hold `reference_logprobs`.
         entropy_coefficient: above 0 the policy must measure entropies.
     """
 
     def objective(batch: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
-        weights = correction(_sampled(batch))
-        surrogate = loss(_tokens(batch, logprobs))
+        old = logprobs.detach() if is_only_update else batch.old_logprobs
+        weights = correction(_sampled(batch, old))
+        surrogate = loss(_tokens(batch, logprobs, old))
         per_token = surrogate.per_token * weights.per_token
         metrics = surrogate.metrics | weights.metrics
         if entropy is not None:
@@ -77,19 +82,19 @@ def supervised(batch: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> L
     return LossOutput(per_token=-logprobs * batch.advantages, metrics=metrics)
 
 
-def _tokens(batch: MicroBatch, logprobs: Tensor) -> TokenBatch:
+def _tokens(batch: MicroBatch, logprobs: Tensor, old: Tensor) -> TokenBatch:
     return TokenBatch(
         logprobs=logprobs,
-        old_logprobs=batch.old_logprobs,
+        old_logprobs=old,
         advantages=batch.advantages,
         trajectory=batch.trajectory,
         lengths=batch.lengths,
     )
 
 
-def _sampled(batch: MicroBatch) -> SampledTokens:
+def _sampled(batch: MicroBatch, old: Tensor) -> SampledTokens:
     return SampledTokens(
-        learner_logprobs=batch.old_logprobs,
+        learner_logprobs=old,
         sampler_logprobs=batch.sampler_logprobs,
         trajectory=batch.trajectory,
         num_trajectories=len(batch.row_ids),

@@ -28,12 +28,18 @@ class PackedModel(nn.Module):
         self, inputs: ModelInputs, trained_index: Tensor, targets: Tensor, **head: Any
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies [K]; see `LogprobHead` for the keywords."""
-        hidden = self.model.model(
+        body = self.model.model
+        seen = body.get_image_features(inputs.pixel_values, inputs.grids, return_dict=True)
+        seen.pooler_output = [seen.pooler_output[i] for i in inputs.pictures]
+        if hasattr(seen, "deepstack_features"):
+            seen.deepstack_features = [
+                [layer[i] for i in inputs.pictures] for layer in seen.deepstack_features
+            ]
+        hidden = body(
             input_ids=inputs.input_ids,
             position_ids=inputs.positions,
             mm_token_type_ids=inputs.token_types,
-            pixel_values=inputs.pixel_values,
-            image_grid_thw=inputs.grids,
+            mm_encoder_outputs={"image": seen},
             use_cache=False,
             boundaries=inputs.boundaries,
         )[0]
