@@ -38,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
     from tapo_train import runs  # loads torch and vllm
 
     out = Path(arguments.out) if arguments.out else None
-    print(runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out))
+    accuracy = runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out)
+    print(f"accuracy: {accuracy}")
 
 
 def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[str]:
