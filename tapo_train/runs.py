@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from tapo_train import build
 from tapo_train.config import Recipe, recipe_to_dict, to_yaml
 from tapo_train.data.sampler import TaskSampler
@@ -31,6 +33,8 @@ from tapo_train.warm_start import (
     record_world,
     warm_start,
 )
+
+transformers_logging.disable_progress_bar()
 
 
 def train(recipe: Recipe) -> Path:

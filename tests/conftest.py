@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# pytest's hypothesis plugin imports it at the end of a session if no test did; in a
+# process that ran torch that late import can fail in CPython 3.11's parser.
+import hypothesis  # noqa: F401
 import pytest
 
 

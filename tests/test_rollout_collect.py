@@ -63,7 +63,7 @@ def test_groups_and_rollouts_come_in_order_whoever_finishes_first(chat: ChatForm
     groups = run(ScriptedEngine(chat, script), chat, tasks, rollouts=2)
     assert [group.task.id for group in groups] == ["a", "b", "a"]
     ids = [trajectory.id for group in groups for trajectory in group.trajectories]
-    assert ids == ["a/0.0.0", "a/0.0.1", "b/0.1.0", "b/0.1.1", "a/0.2.0", "a/0.2.1"]
+    assert ids == ["a/0.0.0", "a/0.0.1", "b/0.0.0", "b/0.0.1", "a/0.1.0", "a/0.1.1"]
     assert [len(trajectory.turns) for trajectory in groups[0].trajectories] == [2, 1]
 
 

@@ -31,7 +31,11 @@ def test_a_name_has_the_same_tokens_wherever_it_stands(tiny_qwen3_vl: Path) -> N
     for _ in range(50):
         name = draw_name(rng, num_syllables=3)
         wanted = [name[:2], name[2:4], name[4:]]
-        for text in (f'"query": "{name} seat"', f"the seat of {name} is", f"<answer>{name}</answer>"):
+        for text in (
+            f'"query": "{name} seat"',
+            f"the seat of {name} is",
+            f"<answer>{name}</answer>",
+        ):
             pieces = tokenizer.tokenize(text)
             start = pieces.index(wanted[0])
             assert pieces[start : start + 3] == wanted
@@ -39,7 +43,9 @@ def test_a_name_has_the_same_tokens_wherever_it_stands(tiny_qwen3_vl: Path) -> N
 
 def test_a_tool_call_is_short_and_every_text_survives_the_round_trip(tiny_qwen3_vl: Path) -> None:
     tokenizer = AutoProcessor.from_pretrained(tiny_qwen3_vl).tokenizer
-    call = '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 50, 500, 1000], "img_idx": 0}}'
+    call = (
+        '{"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [0, 50, 500, 1000], "img_idx": 0}}'
+    )
     assert len(tokenizer(call).input_ids) <= 11
     for text in (call, "Grüße, 東京! 12345 \n\n\t {x}", "the seat of Tavore is Miko."):
         assert tokenizer.decode(tokenizer(text).input_ids) == text

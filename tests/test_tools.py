@@ -34,7 +34,9 @@ def context(*images: Image) -> ToolContext:
     return ToolContext(images=images, task=task)
 
 
-def run(box: Toolbox, name: str, arguments: Mapping[str, Any] | None, *images: Image) -> Observation:
+def run(
+    box: Toolbox, name: str, arguments: Mapping[str, Any] | None, *images: Image
+) -> Observation:
     return asyncio.run(box.execute(name, arguments, context(*images)))
 
 
@@ -157,7 +159,7 @@ def test_an_index_entry_outside_its_folder_is_refused(tmp_path: Path) -> None:
 def test_a_malformed_corpus_line_is_named(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text('{"id": "0", "title": "a", "text": "good words"}\n{"id": "1"}\n')
-    with pytest.raises(DataError, match="corpus.jsonl:2"):
+    with pytest.raises(DataError, match=r"corpus\.jsonl:2"):
         CorpusIndex.load(corpus)
     with pytest.raises(DataError, match="no passages"):
         CorpusIndex([])

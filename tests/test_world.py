@@ -150,7 +150,7 @@ def test_a_faultless_demonstration_starts_with_a_zoom_into_the_right_panel() -> 
     question = make_world(0).questions["train"][0]
     first = next(demonstrate(question, random.Random(0), faults=FAULTLESS))
     x, y = 500 * (question.target % 2), 500 * (question.target // 2)
-    box = json.loads(first.partition("bbox_2d\": ")[2].partition(", \"img_idx")[0])
+    box = json.loads(first.partition('bbox_2d": ')[2].partition(', "img_idx')[0])
     assert x <= box[0] < box[2] <= x + 500 and y <= box[1] < box[3] <= y + 500
 
 

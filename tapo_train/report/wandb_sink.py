@@ -13,6 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
+# Read when wandb is imported; advertisements for other products are not progress.
+os.environ.setdefault("WANDB_SILENT", "true")
+
 import wandb
 
 from tapo_train.report.files import write_atomically

@@ -9,6 +9,7 @@ between turns or between tasks.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Sequence
 
 from tapo_train.errors import DataError, EngineError
@@ -90,6 +91,9 @@ def collect(
     ]
     for task, prompt in zip(tasks, prompts, strict=True):
         _require_room(task, prompt, limits)
+    # Ids, and so the seeds of requests, depend on the task and not on its place in the
+    # list: ranks that share a batch sample what one rank alone would have sampled.
+    occurrence = _occurrences([task.id for task in tasks])
 
     async def play() -> list[Trajectory]:
         driver = EngineDriver(engine, end_token_id=chat.end_token_id)
@@ -99,7 +103,7 @@ def collect(
             task = tasks[position]
             async with seats:
                 episode = Episode(
-                    id=f"{task.id}/{policy_version}.{position}.{rollout}",
+                    id=f"{task.id}/{policy_version}.{occurrence[position]}.{rollout}",
                     task=task,
                     prompt=prompts[position],
                     generate=driver.generate,
@@ -131,6 +135,16 @@ def collect(
         )
         for position, task in enumerate(tasks)
     ]
+
+
+def _occurrences(ids: Sequence[str]) -> list[int]:
+    """How often each id stood in the list before."""
+    seen: Counter[str] = Counter()
+    before = []
+    for id in ids:
+        before.append(seen[id])
+        seen[id] += 1
+    return before
 
 
 def _require_room(task: Task, prompt: Tokens, limits: Limits) -> None:

@@ -1,0 +1,142 @@
+"""Whole runs in processes of their own, with the warm-started policy and a small world."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPE = "recipes/demo_cpu.yaml"
+TIMEOUT_S = 240
+SMALL = (
+    "run.wandb=disabled",
+    "run.eval_every=0",
+    "data.questions_per_step=4",
+    "rollout.rollouts_per_question=4",
+)
+LOSS_TOLERANCE = 1e-5
+NOT_REPRODUCIBLE = ("time", "throughput/", "memory/", "time/", "rollout/tool_latency_s")
+"""Metrics that depend on the clock or the machine."""
+
+
+def command(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[str]:
+    """The command line of a run over `world` into `out`."""
+    train = ["-m", "tapo_train", "train", RECIPE, f"run.dir={out}", *SMALL]
+    data = [
+        f"data.train=[{world}/train.jsonl]",
+        f"data.validation=[{world}/validation.jsonl]",
+        f"tools.corpus={world}/corpus.jsonl",
+        f"tools.image_index={world}/image_index.jsonl",
+    ]
+    if ranks == 1:
+        return [sys.executable, *train, *data, *overrides]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, f"--nproc-per-node={ranks}", *train, *data, *overrides]
+
+
+def environment() -> dict[str, str]:
+    """One thread per process: two ranks share two cores."""
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
+    """Run to the end; the rows of metrics.jsonl."""
+    done = subprocess.run(
+        command(world, out, *overrides, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return read_rows(out)
+
+
+def read_rows(out: Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl holds, without what depends on the clock."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {name: value for name, value in row.items() if not name.startswith(NOT_REPRODUCIBLE)}
+        for row in rows
+    ]
+
+
+def digest_of_weights(folder: Path) -> str:
+    """sha256 of an exported policy's weights."""
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
+    small_world: Path, tmp_path: Path
+) -> None:
+    engine = ("rollout/engine=hf", "run.steps=2")
+    without = train(small_world, tmp_path / "none", *engine, "credit=none")
+    idle = train(small_world, tmp_path / "idle", *engine, "credit=tapo", "credit.beta=0")
+    acting = train(small_world, tmp_path / "acting", *engine, "credit=tapo", "credit.beta=0.8")
+    for ours, theirs in zip(without, idle, strict=True):
+        assert ours == {name: theirs[name] for name in ours}
+    weights = {name: digest_of_weights(tmp_path / name / "export") for name in ("none", "idle")}
+    assert weights["none"] == weights["idle"]
+    assert sum(row["tapo/n_fail_steps_corrected"] for row in acting) > 0, "nothing to correct"
+    assert digest_of_weights(tmp_path / "acting" / "export") != weights["none"]
+
+
+def test_two_ranks_compute_the_loss_of_one_on_the_same_batch(
+    small_world: Path, tmp_path: Path
+) -> None:
+    engine = ("rollout/engine=hf", "run.steps=1")
+    alone = train(small_world, tmp_path / "one", *engine)
+    together = train(small_world, tmp_path / "two", *engine, ranks=2)
+    for name in ("reward/mean", "rollout/tokens", "tapo/n_fail_steps_corrected"):
+        assert alone[0][name] == together[0][name]
+    for name in ("update/loss", "update/grad_norm"):
+        assert alone[0][name] == pytest.approx(together[0][name], abs=LOSS_TOLERANCE)
+    assert alone[0]["update/grad_norm"] > 0.01
+
+
+def test_stopping_and_resuming_gives_the_run_that_was_never_stopped(
+    small_world: Path, tmp_path: Path
+) -> None:
+    engine = ("rollout/engine=hf", "run.save_every=1", "learner.schedule=constant")
+    whole = train(small_world, tmp_path / "whole", *engine, "run.steps=3")
+    train(small_world, tmp_path / "parts", *engine, "run.steps=1")
+    parts = train(small_world, tmp_path / "parts", *engine, "run.steps=3")
+    assert parts == whole
+    ours, theirs = (digest_of_weights(tmp_path / name / "export") for name in ("parts", "whole"))
+    assert ours == theirs
+
+
+def test_a_killed_run_resumes_and_logs_nothing_twice(small_world: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    overrides = ("run.steps=4", "run.save_every=2")
+    process = subprocess.Popen(
+        command(small_world, out, *overrides),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (out / "metrics.jsonl").exists() or len(read_rows(out)) < 3:
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    rows = train(small_world, out, *overrides)
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    dumps = sorted(path.name for path in (out / "rollouts").iterdir())
+    assert dumps == [f"step_{step:06d}.jsonl" for step in range(4)]
+    assert (out / "export" / "model.safetensors").exists()
+    assert all(row["probe/max_abs_diff"] < 1e-3 for row in rows)
+    assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
