@@ -202,7 +202,19 @@ def build_objective(recipe: Recipe) -> Objective:
         kl_kind=algo.kl.estimator,
         kl_coefficient=algo.kl.coef,
         entropy_coefficient=algo.entropy_coef,
+        is_only_update=is_recomputed_in_passing(recipe),
     )
+
+
+def is_recomputed_in_passing(recipe: Recipe) -> bool:
+    """Whether old log-probabilities are those of the update's own forward pass.
+
+    With one update per batch the policy has not moved yet, so a pass of its own would
+    compute the same numbers again.
+    """
+    learner = recipe.learner
+    is_single = learner.updates_per_batch * learner.epochs == 1
+    return is_single and learner.old_logprobs == "recompute"
 
 
 def build_correction(recipe: Recipe) -> importance.Correction:
@@ -225,7 +237,9 @@ def build_schedule(recipe: Recipe) -> Schedule:
         updates_per_batch=recipe.learner.updates_per_batch,
         epochs=recipe.learner.epochs,
         micro_batch_tokens=recipe.learner.micro_batch_tokens,
-        recompute_old_logprobs=recipe.learner.old_logprobs == "recompute",
+        recompute_old_logprobs=(
+            recipe.learner.old_logprobs == "recompute" and not is_recomputed_in_passing(recipe)
+        ),
         drop_uniform_groups=recipe.algo.advantage.drop_uniform_groups,
         aggregation=recipe.algo.aggregation,
         norm_length=float(recipe.rollout.max_tokens),
