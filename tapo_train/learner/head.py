@@ -41,8 +41,12 @@ class LogprobHead(nn.Linear):
         banned: Tensor | None,
         chunk: int,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities [K] (float32) of `targets`, and entropies [K] in nats.
+    ) -> Tensor:
+        """Log-probabilities of `targets` and entropies [nat] as one [2, K] float32 tensor.
+
+        One tensor and not two: sharded training follows the gradient through every output
+        of a module, and one that an objective leaves unused would take another path on
+        the rank that does use it.
 
         The distribution is the sampler's: softmax(logits / temperature) over the ids that
         are not banned.
@@ -53,7 +57,7 @@ class LogprobHead(nn.Linear):
             chunk: rows of logits held at a time.
             with_entropy: False leaves the entropies at 0 and saves their cost.
         """
-        answer: tuple[Tensor, Tensor] = _ChunkedLogprobs.apply(
+        answer: Tensor = _ChunkedLogprobs.apply(
             hidden, self.weight, targets, banned, 1.0 / temperature, chunk, with_entropy
         )
         return answer
@@ -82,7 +86,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         scale: float,
         chunk: int,
         with_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor:
         num_rows = hidden.shape[0]
         picked = torch.empty(num_rows, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty_like(picked)
@@ -95,17 +99,14 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if with_entropy:
                 entropy[rows] = _entropy(logits, normaliser[rows])
         ctx.save_for_backward(hidden, weight, targets, normaliser, entropy)
-        ctx.banned, ctx.scale, ctx.chunk = banned, scale, chunk
-        ctx.set_materialize_grads(False)
-        return picked - normaliser, entropy
+        ctx.banned, ctx.scale, ctx.chunk, ctx.with_entropy = banned, scale, chunk, with_entropy
+        return torch.stack((picked - normaliser, entropy))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, normaliser, entropy = ctx.saved_tensors
-        slope, entropy_slope = grads
-        if slope is None:
-            slope = torch.zeros_like(normaliser)
+        slope, entropy_slope = grads[0]
         grad_hidden = torch.empty_like(hidden)
         # Sums over chunks stay in float32: bf16 would lose the small ones.
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -114,7 +115,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
             logprobs = _logits(hidden[rows], weight, ctx.banned, ctx.scale)
             logprobs.sub_(normaliser[rows, None])
             factor = -slope[rows, None]
-            if entropy_slope is not None:
+            if ctx.with_entropy:
                 # dH / dlogit_v = -p_v (log p_v + H)
                 excess = _finite(logprobs) + entropy[rows, None]
                 factor = factor - entropy_slope[rows, None] * excess

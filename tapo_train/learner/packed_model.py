@@ -26,8 +26,8 @@ class PackedModel(nn.Module):
 
     def forward(
         self, inputs: ModelInputs, trained_index: Tensor, targets: Tensor, **head: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [K]; see `LogprobHead` for the keywords."""
+    ) -> Tensor:
+        """Log-probabilities and entropies [2, K]; see `LogprobHead` for the keywords."""
         body = self.model.model
         seen = body.get_image_features(inputs.pixel_values, inputs.grids, return_dict=True)
         seen.pooler_output = [seen.pooler_output[i] for i in inputs.pictures]
@@ -43,9 +43,7 @@ class PackedModel(nn.Module):
             use_cache=False,
             boundaries=inputs.boundaries,
         )[0]
-        answer: tuple[Tensor, Tensor] = self.model.lm_head(
-            hidden[0, trained_index], targets, **head
-        )
+        answer: Tensor = self.model.lm_head(hidden[0, trained_index], targets, **head)
         return answer
 
 

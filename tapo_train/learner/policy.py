@@ -192,7 +192,7 @@ class Policy:
         """Log-probabilities and entropies [K] of the trained tokens, on the device."""
         inputs = model_inputs(batch, layout=self.layout, pixels=self._pixels, device=self._device)
         banned = self._banned.to(self._device) if len(self._banned) and not raw else None
-        answer: tuple[Tensor, Tensor] = self._engine(
+        logprobs, entropy = self._engine(
             inputs,
             batch.trained_index.to(self._device),
             batch.targets.to(self._device),
@@ -201,7 +201,7 @@ class Policy:
             chunk=self.settings.head_chunk_tokens,
             with_entropy=with_entropy,
         )
-        return answer
+        return logprobs, entropy
 
 
 def _totals(batches: Sequence[MicroBatch]) -> tuple[int, int]:
