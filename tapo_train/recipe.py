@@ -329,6 +329,8 @@ class Sft:
     """Updates on faulty ones, which set the habits training starts from."""
     trajectories_per_update: Count = 8
     """Demonstrations in one update, over all ranks."""
+    export_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights that are written at the end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)

@@ -15,6 +15,7 @@ from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import ConfigError
 from tapo_train.learner import checkpoint, distributed
+from tapo_train.learner.convert import convert_weights
 from tapo_train.learner.manifest import latest
 from tapo_train.learner.policy import Policy
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
@@ -126,6 +127,8 @@ def sft(recipe: Recipe) -> Path:
         report=_show,
     )
     export(recipe, policy, folder.export)
+    if distributed.rank() == 0 and recipe.sft.export_dtype != recipe.model.dtype:
+        convert_weights(folder.export, dtype=recipe.sft.export_dtype)
     policy.close()
     return folder.export
 

@@ -140,3 +140,34 @@ def test_a_killed_run_resumes_and_logs_nothing_twice(small_world: Path, tmp_path
     assert (out / "export" / "model.safetensors").exists()
     assert all(row["probe/max_abs_diff"] < 1e-3 for row in rows)
     assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
+
+
+def test_a_warm_start_writes_a_policy_that_a_run_can_start_from(
+    tiny_qwen3_vl: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "sft"
+    overrides = (
+        f"model.path={tiny_qwen3_vl}",
+        "sft.worlds=1",
+        "sft.questions_per_world=6",
+        "sft.drills=[[1,2]]",
+        "sft.drills_per_update=4",
+        "sft.able_updates=2",
+        "sft.habit_updates=2",
+        "learner.warmup_updates=1",
+    )
+    recipe = ["-m", "tapo_train", "sft", "recipes/warm_start.yaml", f"run.dir={out}"]
+    done = subprocess.run(
+        [sys.executable, *recipe, *overrides],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "update 6/6" in done.stdout
+    start = tiny_qwen3_vl / "model.safetensors"
+    trained = out / "export" / "model.safetensors"
+    assert trained.stat().st_size < 0.6 * start.stat().st_size, "not stored as bfloat16"
+    assert (out / "export" / "recipe.yaml").exists()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from transformers import (
@@ -150,7 +152,18 @@ def _processor(family: Family, tokenizer: object) -> Qwen3VLProcessor | Qwen2_5_
     )
 
 
-def read_family(model_dir: Path) -> str:
-    """`model_type` of a model folder's config.json."""
-    model_type: str = json.loads((model_dir / "config.json").read_text())["model_type"]
-    return model_type
+def main(argv: Sequence[str]) -> None:
+    """`python -m tapo_train.tiny.model --out DIR`."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tapo_train.tiny.model",
+        description="Write a random policy of about 1.6 M parameters as a Hugging Face folder.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--family", choices=get_args(Family), default="qwen3_vl")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights")
+    arguments = parser.parse_args(argv)
+    build_tiny_policy(arguments.out, family=arguments.family, seed=arguments.seed)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
