@@ -45,9 +45,7 @@ def pair(
 ) -> Iterator[Pair]:
     folder = tmp_path_factory.mktemp(request.param)
     chat = ChatFormat(teach_calls(request.getfixturevalue(request.param), folder))
-    options = VllmOptions(
-        dtype="float32", max_model_len=1024, max_num_seqs=32, enforce_eager=True, seeded=True
-    )
+    options = VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=32, seeded=True)
     fast = VllmEngine(chat, options)
     yield Pair(chat=chat, fast=fast, slow=HfEngine(chat))
     fast.close()

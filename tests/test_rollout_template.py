@@ -100,6 +100,8 @@ def test_a_template_with_tools_renders_them_itself(render: object) -> None:
             "+ loop.index0|string + '</tool_response>'",
             "two tool answers",
         ),
+        # Only the second round of tools is rendered differently.
+        ("'\\n</tool_response>'", "'\\n</tool_response>' + '!' * (loop.index0 // 5)", "'!"),
         ("'\\n<tool_response>\\n' + render(message.content)", "'<tool_response>'", "0 times"),
         ("'<|vision_start|><|image_pad|><|vision_end|>'", "'<image>'", "wanted one <|image_pad|>"),
         ("'<|im_end|>\\n' -}}\n{%- endif", "'</s>\\n' -}}\n{%- endif", "closed by '</s>"),

@@ -95,37 +95,54 @@ def collect(
     # list: ranks that share a batch sample what one rank alone would have sampled.
     occurrence = _occurrences([task.id for task in tasks])
 
+    def episode(driver: EngineDriver, position: int, rollout: int) -> Episode:
+        task = tasks[position]
+        return Episode(
+            id=f"{task.id}/{policy_version}.{occurrence[position]}.{rollout}",
+            task=task,
+            prompt=prompts[position],
+            generate=driver.generate,
+            chat=chat,
+            toolbox=toolbox,
+            limits=limits,
+            sampling=sampling,
+        )
+
     async def play() -> list[Trajectory]:
         driver = EngineDriver(engine, end_token_id=chat.end_token_id)
-        seats = asyncio.Semaphore(max_in_flight)
-
-        async def attempt(position: int, rollout: int) -> Trajectory:
-            task = tasks[position]
-            async with seats:
-                episode = Episode(
-                    id=f"{task.id}/{policy_version}.{occurrence[position]}.{rollout}",
-                    task=task,
-                    prompt=prompts[position],
-                    generate=driver.generate,
-                    chat=chat,
-                    toolbox=toolbox,
-                    limits=limits,
-                    sampling=sampling,
-                )
-                return await episode.run(policy_version=policy_version)
-
-        attempts = [
-            asyncio.ensure_future(attempt(position, rollout))
+        episodes = [
+            episode(driver, position, rollout)
             for position in range(len(tasks))
             for rollout in range(rollouts_per_task)
         ]
-        try:
-            return await driver.drive(asyncio.gather(*attempts))
-        finally:
-            for unfinished in attempts:
-                unfinished.cancel()
+        seats = asyncio.Semaphore(max_in_flight)
+        return await _run_all(driver, episodes, seats, policy_version)
 
     played = asyncio.run(play()) if tasks else []
+    return _grouped(tasks, played, rollouts_per_task)
+
+
+async def _run_all(
+    driver: EngineDriver, episodes: Sequence[Episode], seats: asyncio.Semaphore, version: int
+) -> list[Trajectory]:
+    """Run all episodes, as many at a time as there are seats; the first error ends them all."""
+
+    async def attempt(episode: Episode) -> Trajectory:
+        async with seats:
+            return await episode.run(policy_version=version)
+
+    together = asyncio.gather(*(attempt(episode) for episode in episodes))
+    try:
+        return await driver.drive(together)
+    finally:
+        together.cancel()
+        await asyncio.gather(together, return_exceptions=True)
+
+
+def _grouped(
+    tasks: Sequence[Task], played: Sequence[Trajectory], rollouts_per_task: int
+) -> list[Group]:
+    """Trajectories in the order of their tasks, as groups."""
     return [
         Group(
             task=task,
