@@ -17,6 +17,7 @@ from tapo_train.learner import distributed
 from tapo_train.learner.objective import Objective, policy_gradient
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.settings import LearnerSettings
+from tapo_train.parts import AdvantageFunction, Floats, Play, Schedule
 from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.agent import Limits
@@ -28,7 +29,6 @@ from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder
 from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
-from tapo_train.trainer import AdvantageFunction, Floats, Play, Schedule
 from tapo_train.types import Group, Task
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,9 +15,11 @@ from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import ConfigError
 from tapo_train.learner import checkpoint, distributed
+from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
 from tapo_train.learner.manifest import latest
 from tapo_train.learner.policy import Policy
+from tapo_train.parts import Parts
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
 from tapo_train.report.manifest import describe_data, describe_model, describe_process
 from tapo_train.report.metrics_file import MetricsFile
@@ -25,7 +27,7 @@ from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
 from tapo_train.report.statistics import Accuracy, accuracy_of
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.trainer import Parts, Trainer
+from tapo_train.trainer import Trainer
 from tapo_train.types import Task
 from tapo_train.warm_start import (
     Progress,
@@ -43,15 +45,39 @@ def train(recipe: Recipe) -> Path:
     distributed.init(device=build.DEVICE)
     folder = RunFolder(recipe.run.dir)
     check_resumption(recipe, folder)
-    tasks = read_tasks(recipe.data.train, recipe)
-    validation = read_tasks(recipe.data.validation, recipe)[: recipe.run.eval_questions or None]
+    tasks, validation = read_tasks(recipe.data.train, recipe), validation_tasks(recipe)
+    parts = make_parts(recipe, folder, tasks, validation)
+    manifest = {
+        **describe_process(),
+        "model": describe_model(recipe.model.path),
+        "data": describe_data({"train": tasks, "validation": validation}),
+        "seed": recipe.run.seed,
+    }
+
+    def open_sinks(step: int) -> list[Sink]:
+        if distributed.rank() != 0:
+            return []
+        folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
+        return make_sinks(recipe, folder, step)
+
+    Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
+    export(recipe, parts.policy, folder.export)
+    parts.policy.close()
+    parts.engine.close()
+    return folder.export
+
+
+def make_parts(
+    recipe: Recipe, folder: RunFolder, tasks: Sequence[Task], validation: Sequence[Task]
+) -> Parts:
+    """Everything the trainer works with. The probe is the first task's prompt."""
     chat = ChatFormat(Path(recipe.model.path))
     policy = build.build_policy(recipe, chat)
     engine = build.build_engine(recipe, chat)
     toolbox = build.build_toolbox(recipe)
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
-    parts = Parts(
+    return Parts(
         tasks=tasks,
         validation=validation,
         order=TaskSampler(len(tasks), seed=recipe.run.seed),
@@ -68,24 +94,6 @@ def train(recipe: Recipe) -> Path:
         ),
         probe=(prompt, tasks[0].images),
     )
-    manifest = {
-        **describe_process(),
-        "model": describe_model(recipe.model.path),
-        "data": describe_data({"train": tasks, "validation": validation}),
-        "seed": recipe.run.seed,
-    }
-
-    def open_sinks(step: int) -> list[Sink]:
-        if distributed.rank() != 0:
-            return []
-        folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
-        return make_sinks(recipe, folder, step)
-
-    Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
-    export(recipe, policy, folder.export)
-    policy.close()
-    engine.close()
-    return folder.export
 
 
 def sft(recipe: Recipe) -> Path:
@@ -101,21 +109,7 @@ def sft(recipe: Recipe) -> Path:
         trajectories_per_update=recipe.sft.trajectories_per_update,
         micro_batch_tokens=recipe.learner.micro_batch_tokens,
     )
-    able, habit = [], []
-    for number in range(recipe.sft.worlds):
-        seed = recipe.sft.first_world_seed + number
-        if distributed.rank() == 0:
-            print(f"demonstrating in world {seed} ({number + 1}/{recipe.sft.worlds})", flush=True)
-        faultless, faulty = record_world(
-            folder.path / "worlds" / f"{seed}.rank{distributed.rank()}",
-            seed=seed,
-            questions=recipe.sft.questions_per_world,
-            chat=chat,
-            toolbox=lambda world: build.build_toolbox(recipe, world=world),
-            system_prompt=recipe.data.system_prompt,
-        )
-        able += faultless
-        habit += faulty
+    able, habit = record_demonstrations(recipe, chat, folder)
     policy = build.build_policy(recipe, chat, updates=settings.updates)
     warm_start(
         policy,
@@ -131,6 +125,29 @@ def sft(recipe: Recipe) -> Path:
         convert_weights(folder.export, dtype=recipe.sft.export_dtype)
     policy.close()
     return folder.export
+
+
+def record_demonstrations(
+    recipe: Recipe, chat: ChatFormat, folder: RunFolder
+) -> tuple[list[TrainingRow], list[TrainingRow]]:
+    """(faultless, faulty) demonstrations in the worlds of `sft`."""
+    able: list[TrainingRow] = []
+    habit: list[TrainingRow] = []
+    for number in range(recipe.sft.worlds):
+        seed = recipe.sft.first_world_seed + number
+        if distributed.rank() == 0:
+            print(f"demonstrating in world {seed} ({number + 1}/{recipe.sft.worlds})", flush=True)
+        faultless, faulty = record_world(
+            folder.path / "worlds" / f"{seed}.rank{distributed.rank()}",
+            seed=seed,
+            questions=recipe.sft.questions_per_world,
+            chat=chat,
+            toolbox=lambda world: build.build_toolbox(recipe, world=world),
+            system_prompt=recipe.data.system_prompt,
+        )
+        able += faultless
+        habit += faulty
+    return able, habit
 
 
 def evaluate(
@@ -201,6 +218,13 @@ def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
     if distributed.rank() == 0:
         (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
     distributed.barrier()
+
+
+def validation_tasks(recipe: Recipe) -> list[Task]:
+    """The questions a validation asks; none if the recipe has no validation files."""
+    if not recipe.data.validation:
+        return []
+    return read_tasks(recipe.data.validation, recipe)[: recipe.run.eval_questions or None]
 
 
 def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:

@@ -8,106 +8,23 @@ stage is `NoTransfer`, no importance correction is `uncorrected`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from tapo_train.algos.advantages import informative_rows
-from tapo_train.algos.aggregation import Aggregation
 from tapo_train.algos.metrics import Metrics, merge
-from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.credit.result import CreditResult, token_advantages
 from tapo_train.credit.steps import from_trajectory
-from tapo_train.data.sampler import TaskSampler, shard
+from tapo_train.data.sampler import shard
 from tapo_train.errors import ProbeError
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import MicroBatch, TrainingRow, pack
-from tapo_train.learner.objective import Objective
-from tapo_train.learner.policy import Policy
-from tapo_train.report.dumps import TrajectoryDump
+from tapo_train.parts import Floats, Parts, Schedule
 from tapo_train.report.sinks import Sink, write_all
-from tapo_train.rewards.reward import RewardFunction
-from tapo_train.rollout.engine import Engine
 from tapo_train.step_metrics import Stopwatch, evaluation_metrics, step_metrics
-from tapo_train.types import Group, Image, Task, Trajectory
-
-Floats = npt.NDArray[np.float64]
-
-
-class Play(Protocol):
-    """Plays tasks with the engine's present weights."""
-
-    def __call__(
-        self, tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
-    ) -> list[Group]:
-        """One group of `rollouts` trajectories per task, in order."""
-        ...
-
-
-class AdvantageFunction(Protocol):
-    """Rewards of the rows of all ranks to advantages, both [N]."""
-
-    def __call__(self, rewards: Floats, group: Sequence[str], leave_out: Sequence[bool]) -> Floats:
-        """One advantage per row; rows left out get 0."""
-        ...
-
-
-class Checkpoints(Protocol):
-    """Where a run can be taken up again."""
-
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Keep policy, optimizer, random states and `state` as of the end of `step`."""
-        ...
-
-    def load_latest(self) -> Mapping[str, Any] | None:
-        """Restore the newest checkpoint; its `state`, or None if there is none."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule:
-    """Numbers of the loop."""
-
-    steps: int
-    questions_per_step: int
-    """Over all ranks."""
-    rollouts_per_question: int
-    updates_per_batch: int
-    epochs: int
-    micro_batch_tokens: int
-    recompute_old_logprobs: bool
-    drop_uniform_groups: bool
-    aggregation: Aggregation
-    norm_length: float
-    save_every: int
-    """[steps] 0: only at the end."""
-    eval_every: int
-    """[steps] 0: never."""
-    probe_tolerance: float
-    """[nat]"""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Parts:
-    """What a trainer works with; rank 0 alone has sinks that write."""
-
-    tasks: Sequence[Task]
-    validation: Sequence[Task]
-    order: TaskSampler
-    engine: Engine
-    play: Play
-    reward: RewardFunction
-    advantage: AdvantageFunction
-    credit: CreditAssigner
-    policy: Policy
-    objective: Objective
-    checkpoints: Checkpoints
-    dump: TrajectoryDump
-    probe: tuple[npt.NDArray[np.int32], tuple[Image, ...]]
-    """Token ids and pictures that engine and learner both score after each sync."""
+from tapo_train.types import Group, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
