@@ -12,6 +12,9 @@ START=assets/warm_start
 WORLD=runs/world
 RUN=runs/demo
 SEED=1
+# One rank per core, two at most; the rest is the same for any number.
+RANKS=$(($(nproc) > 1 ? 2 : 1))
+export OMP_NUM_THREADS=1
 
 # Prints the evaluation while it runs and leaves its figures in `accuracy` and `questions`.
 measure() {
@@ -31,7 +34,8 @@ echo "== the warm-started agent on the test split"
 measure $START
 before=$accuracy
 echo "== training ($RECIPE; every field: docs/recipe.md)"
-$PY -m tapo_train train $RECIPE "run.dir=$RUN"
+$PY -m torch.distributed.run --standalone --nproc-per-node "$RANKS" \
+  -m tapo_train train $RECIPE "run.dir=$RUN"
 echo "== the trained agent on the test split"
 measure $RUN/export
 
