@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from rollout_world import HOSTILE, SYSTEM_PROMPT, DrawTool, draw_image, picture_task
 from scripted_engine import ScriptedEngine, turn_of
 
-from tapo_train.errors import ConfigError
+from tapo_train.errors import ConfigError, ToolArgumentError
 from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
@@ -246,6 +246,28 @@ def test_an_infrastructure_failure_ends_the_trajectory_outside_the_policy(
     call = trajectory.turns[1].calls[0]
     assert call.observation is not None and call.observation.text == "connection refused"
     assert trajectory.turns[1].observation_span is None
+
+
+class PickyTool(DrawTool):
+    """Finds fault with arguments that only the conversation shows to be wrong."""
+
+    name = "picky"
+
+    async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
+        raise ToolArgumentError(f"img_idx must be below {len(context.images)}")
+
+
+def test_a_call_that_the_tool_itself_finds_wrong_was_run_and_is_not_valid(
+    chat: ChatFormat,
+) -> None:
+    call = '<tool_call>{"name": "picky", "arguments": {}}</tool_call>'
+    trajectory = play(chat, [call, "<answer>x</answer>"], tools=(PickyTool(),))
+    (recorded,) = trajectory.turns[0].calls
+    assert recorded.executed and not recorded.valid
+    assert recorded.outcome is Outcome.MODEL_ERROR
+    assert "img_idx must be below 1" in text_of(
+        chat, trajectory, trajectory.turns[0].observation_span
+    )
 
 
 class ThreadTool(DrawTool):
