@@ -92,6 +92,7 @@ def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
             max_num_seqs=recipe.rollout.max_in_flight,
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
+            seeded=_samples_by_seed(recipe),
             seed=seed,
         ),
     )
@@ -129,9 +130,7 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
         max_turn_tokens=rollout.max_turn_tokens,
         max_tokens=rollout.max_tokens,
     )
-    # The reference engine can seed each request, which makes a run independent of the
-    # order and the number of ranks; vLLM on CPU would have to give up chunked prefill.
-    seed = recipe.run.seed if rollout.engine.name == "hf" else None
+    seed = recipe.run.seed if _samples_by_seed(recipe) else None
 
     def play(
         tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
@@ -151,6 +150,16 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
         )
 
     return play
+
+
+def _samples_by_seed(recipe: Recipe) -> bool:
+    """Whether each request draws from a stream of its own, derived from seed and request id.
+
+    Then a run does not depend on the order of requests or the number of ranks, and a
+    resumed one samples what an uninterrupted one would have. On GPUs one generator per
+    request costs more than that is worth.
+    """
+    return recipe.rollout.engine.name == "hf" or DEVICE == "cpu"
 
 
 def build_reward(recipe: Recipe) -> RewardFunction:

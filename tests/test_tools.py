@@ -233,3 +233,9 @@ def test_the_schema_is_an_openai_function_without_generated_titles() -> None:
     assert function["parameters"]["required"] == ["bbox_2d"]
     box = function["parameters"]["properties"]["bbox_2d"]
     assert box["type"] == "array" and box["items"] == {"type": "number"} and "title" not in box
+
+
+def test_transparent_pixels_are_white_for_a_tool() -> None:
+    clear = PilImage.new("RGBA", (40, 40), (0, 0, 0, 0))
+    image = image_from_bytes(encode_png(clear), width=40, height=40)
+    assert ImageDecoder().decode(image).getpixel((0, 0)) == (255, 255, 255)

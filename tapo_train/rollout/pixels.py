@@ -16,6 +16,7 @@ import PIL.Image
 import torch
 
 from tapo_train.errors import AlignmentError, DataError
+from tapo_train.tools.images import on_white
 from tapo_train.types import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP")
@@ -109,7 +110,7 @@ def _decode(image: Image) -> tuple[PIL.Image.Image, int]:
     name = f"image {image.sha256[:12]}"
     try:
         with PIL.Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
-            rgb = _on_white(opened)
+            rgb = on_white(opened)
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise DataError(f"{name} cannot be decoded: {error}") from error
     if rgb.size != (image.width, image.height):
@@ -118,11 +119,3 @@ def _decode(image: Image) -> tuple[PIL.Image.Image, int]:
             f"its record says {image.width}x{image.height}"
         )
     return rgb, rgb.width * rgb.height * 3
-
-
-def _on_white(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    layer = picture.convert("RGBA")
-    white = PIL.Image.new("RGBA", layer.size, "white")
-    return PIL.Image.alpha_composite(white, layer).convert("RGB")

@@ -39,7 +39,7 @@ class ImageDecoder:
                 return self._cached[image.sha256]
         try:
             with PilImage.open(io.BytesIO(image.data), formats=FORMATS) as encoded:
-                pixels = encoded.convert("RGB")
+                pixels = on_white(encoded)
         except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
             raise ToolError(f"picture {image.sha256[:12]} cannot be decoded: {error}") from error
         with self._lock:
@@ -50,6 +50,15 @@ class ImageDecoder:
 
     def _pixels(self) -> int:
         return sum(image.width * image.height for image in self._cached.values())
+
+
+def on_white(picture: PilImage.Image) -> PilImage.Image:
+    """RGB pixels; transparency becomes white, for tools and policy alike."""
+    if not picture.has_transparency_data:
+        return picture.convert("RGB")
+    layer = picture.convert("RGBA")
+    white = PilImage.new("RGBA", layer.size, "white")
+    return PilImage.alpha_composite(white, layer).convert("RGB")
 
 
 def encode_png(pixels: PilImage.Image) -> bytes:
