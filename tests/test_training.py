@@ -24,6 +24,8 @@ SMALL = (
     "rollout.rollouts_per_question=4",
 )
 LOSS_TOLERANCE = 1e-5
+REAL_ROWS = ROOT.parent / "shared" / "data"
+"""A few rows of FVQA and LiveVQA; they are not part of the repository."""
 NOT_REPRODUCIBLE = ("time", "throughput/", "memory/", "time/", "rollout/tool_latency_s")
 """Metrics that depend on the clock or the machine."""
 
@@ -139,6 +141,23 @@ def test_a_killed_run_resumes_and_logs_nothing_twice(small_world: Path, tmp_path
     assert dumps == [f"step_{step:06d}.jsonl" for step in range(4)]
     assert (out / "export" / "model.safetensors").exists()
     assert all(row["probe/max_abs_diff"] < 1e-3 for row in rows)
+    assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
+
+
+@pytest.mark.skipif(not REAL_ROWS.is_dir(), reason=f"no real rows at {REAL_ROWS}")
+def test_two_steps_on_real_rows_and_photographs(tmp_path: Path) -> None:
+    recipe = ["-m", "tapo_train", "train", "recipes/real_smoke.yaml", f"run.dir={tmp_path}/run"]
+    done = subprocess.run(
+        [sys.executable, *recipe],
+        cwd=ROOT,
+        env=environment() | {"TAPO_DATA": str(REAL_ROWS)},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [0, 1]
     assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
 
 
