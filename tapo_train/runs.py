@@ -23,6 +23,7 @@ from tapo_train.parts import Parts
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
 from tapo_train.report.manifest import describe_data, describe_model, describe_process
 from tapo_train.report.metrics_file import MetricsFile
+from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
 from tapo_train.report.statistics import Accuracy, accuracy_of
@@ -62,6 +63,8 @@ def train(recipe: Recipe) -> Path:
 
     Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
     export(recipe, parts.policy, folder.export)
+    if distributed.rank() == 0:
+        plot_metrics(folder.metrics, folder.curves)
     parts.policy.close()
     parts.engine.close()
     return folder.export

@@ -4,6 +4,7 @@ RUN/
   recipe.yaml            the resolved recipe; running it again is the same run
   manifest.json          code, versions, model and data hashes, seed; every resumption
   metrics.jsonl          one row per step
+  curves.png             reward, accuracy and others over the steps
   wandb/, wandb_id       the dashboard's files
   rollouts/step_000012.jsonl   trajectories as the offline analyser reads them
   tokens/step_000012.jsonl     the same with tokens, spans, log-probs, advantages
@@ -49,6 +50,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON row per step."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def curves(self) -> Path:
+        """A picture of the metrics."""
+        return self.path / "curves.png"
 
     @property
     def checkpoints(self) -> Path:
