@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,8 +80,10 @@ class VllmEngine:
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(options.cache_gib))
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         _give_llvmlite_a_namespace()
-        _calm_llvmlite()
-        self._llm: Any = vllm.LLM(**_arguments(chat, options))
+        with warnings.catch_warnings():
+            # Its start-up touches deprecated names of torch; nobody here can mend that.
+            warnings.simplefilter("ignore", FutureWarning)
+            self._llm: Any = vllm.LLM(**_arguments(chat, options))
         self._engine: Any = self._llm.llm_engine
         self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
         self._in_flight: dict[str, GenerationRequest] = {}
@@ -199,18 +202,6 @@ class VllmEngine:
             raise EngineError(f"{what} needs an idle engine; {len(self._in_flight)} in flight")
 
 
-def _calm_llvmlite() -> None:
-    """Let vLLM read `vars()` of llvmlite's library object, if that is loaded.
-
-    On CPU vLLM looks for kernels in the `__dict__` of everything every module holds.
-    llvmlite's object answers to any name with a foreign function, `__dict__` included,
-    which ends the scan in an AttributeError. (bm25s loads llvmlite through numba.)
-    """
-    ffi = sys.modules.get("llvmlite.binding.ffi")
-    if ffi is not None:
-        ffi.lib._fntab.setdefault("__dict__", {})
-
-
 def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
     """Arguments of `vllm.LLM`."""
     arguments: dict[str, Any] = {
@@ -227,6 +218,7 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "enable_prefix_caching": True,
         # The folder's generation_config must not change the sampled distribution.
         "generation_config": "vllm",
+        "use_tqdm_on_load": False,
     }
     if options.seeded:
         arguments["enable_chunked_prefill"] = False
