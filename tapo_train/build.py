@@ -66,6 +66,7 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,
         schedule=learner.schedule,
+        final_ratio=learner.min_lr_ratio,
         warmup_updates=learner.warmup_updates,
         total_updates=updates,
         gradient_checkpointing=learner.gradient_checkpointing,

@@ -276,7 +276,9 @@ class Learner:
     warmup_updates: CountOrZero = 0
     """[updates] of linear rise to lr."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; cosine reaches 0 at the last step."""
+    """After the warm-up; cosine falls to min_lr_ratio · lr at the last step."""
+    min_lr_ratio: Fraction = 0.0
+    """Where a cosine ends, as a share of lr."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: NonNegative = 0.0
@@ -321,8 +323,6 @@ class Sft:
     """Each is demonstrated once without and once with faults."""
     drills: tuple[tuple[Count, Count], ...] = ((1, 150), (2, 600), (4, 500), (6, 300))
     """Stages of copying drills: [names in the list, updates]; the lists should grow."""
-    drills_per_update: Count = 64
-    """Drills in one update, over all ranks."""
     able_updates: CountOrZero = 4500
     """Updates on faultless demonstrations, which come first."""
     habit_updates: CountOrZero = 700

@@ -106,7 +106,6 @@ def sft(recipe: Recipe) -> Path:
     chat = ChatFormat(Path(recipe.model.path))
     settings = WarmStart(
         drills=recipe.sft.drills,
-        drills_per_update=recipe.sft.drills_per_update,
         able_updates=recipe.sft.able_updates,
         habit_updates=recipe.sft.habit_updates,
         trajectories_per_update=recipe.sft.trajectories_per_update,

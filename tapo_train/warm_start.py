@@ -37,6 +37,8 @@ from tapo_train.world.build import WorldSize, write_world
 from tapo_train.world.demonstrations import FAULTLESS, Faults
 from tapo_train.world.lexicon import draw_name
 
+DRILLS_PER_UPDATE = 64
+"""Over all ranks; they are short."""
 OBSERVATION_WEIGHT = 0.2
 """Of a token a tool answered, in faultless demonstrations."""
 _FEW_HELD_OUT = 8
@@ -49,7 +51,6 @@ class WarmStart:
 
     drills: tuple[tuple[int, int], ...]
     """Stages of (names in a list, updates)."""
-    drills_per_update: int
 
     able_updates: int
     """Updates on faultless demonstrations, first."""
@@ -137,7 +138,7 @@ def _drills(
     rng = random.Random(f"drills/{seed}")
     for num_names, updates in settings.drills:
         for _ in range(updates):
-            yield [drill(num_names, rng) for _ in range(settings.drills_per_update)]
+            yield [drill(num_names, rng) for _ in range(DRILLS_PER_UPDATE)]
 
 
 def record_world(

@@ -173,7 +173,6 @@ def test_a_warm_start_writes_a_policy_that_a_run_can_start_from(
         "sft.worlds=1",
         "sft.questions_per_world=6",
         "sft.drills=[[1,2]]",
-        "sft.drills_per_update=4",
         "sft.able_updates=2",
         "sft.habit_updates=2",
         "learner.warmup_updates=1",
