@@ -12,8 +12,9 @@ START=assets/warm_start
 WORLD=runs/world
 RUN=runs/demo
 SEED=1
-# One rank per core, two at most; the rest is the same for any number.
-RANKS=$(($(nproc) > 1 ? 2 : 1))
+# One rank per core, two at most; the rest is the same for any number. (Not nproc: it answers
+# OMP_NUM_THREADS where that is set.)
+RANKS=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 export OMP_NUM_THREADS=1
 
 # Prints the evaluation while it runs and leaves its figures in `accuracy` and `questions`.

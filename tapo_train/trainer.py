@@ -28,15 +28,14 @@ from tapo_train.types import Group, Trajectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CreditedBatch:
-    """This rank's trajectories with their advantages before and after the credit stage."""
+class Batch:
+    """This rank's scored trajectories with their advantages."""
 
     trajectories: list[Trajectory]
     question: list[int]
     """Position of each trajectory's question in the step's global batch."""
     advantages: Floats
     """[N] as the group gave them."""
-    credit: CreditResult
     trained: list[bool]
     """Which trajectories take part in the loss."""
 
@@ -58,16 +57,23 @@ class Trainer:
         self._parts.dump.discard_from(first)
         sinks = open_sinks(first)
         self._sync(first)
-        for step in range(first, schedule.steps):
-            metrics = self.step(step)
-            if _is_due(step, schedule.eval_every, schedule.steps):
-                metrics |= self.validate(step + 1)
-            write_all(sinks, step, metrics)
-            if _is_due(step, schedule.save_every, schedule.steps):
-                state = {"step": step, "order": self._parts.order.state_dict()}
-                self._parts.checkpoints.save(step, state)
-        for sink in sinks:
-            sink.close()
+        try:
+            for step in range(first, schedule.steps):
+                self._one(step, sinks)
+        finally:
+            for sink in sinks:
+                sink.close()
+
+    def _one(self, step: int, sinks: Sequence[Sink]) -> None:
+        """A step with what belongs to it: validation, log, checkpoint."""
+        schedule = self._schedule
+        metrics = self.step(step)
+        if schedule.eval_every and _is_due(step, schedule.eval_every, schedule.steps):
+            metrics |= self.validate(step + 1)
+        write_all(sinks, step, metrics)
+        if _is_due(step, schedule.save_every, schedule.steps):
+            state = {"step": step, "order": self._parts.order.state_dict()}
+            self._parts.checkpoints.save(step, state)
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
@@ -76,20 +82,22 @@ class Trainer:
             groups, questions = self._rollout(step)
         with watch("reward"):
             groups = self._score(groups)
+        with watch("advantage"):
+            batch = self._advantages(groups, questions)
         with watch("credit"):
-            batch = self._credit(groups, questions)
+            credit = self._credit(batch)
         with watch("batch"):
-            updates = self._cut(batch)
+            updates = self._cut(batch, credit)
         with watch("update"):
             learned = self._update(updates)
         with watch("sync"):
             drift = self._sync(step + 1)
         with watch("dump"):
-            self._dump(step, batch)
+            self._dump(step, batch, credit)
         return step_metrics(
             groups,
             advantages=batch.advantages,
-            credit_sums=batch.credit.sums,
+            credit_sums=credit.sums,
             learned=learned,
             drift=drift,
             seconds=watch.seconds,
@@ -137,8 +145,8 @@ class Trainer:
             for group in groups
         ]
 
-    def _credit(self, groups: Sequence[Group], questions: Sequence[int]) -> CreditedBatch:
-        """Advantages over the rows of all ranks, then credit on this rank's groups."""
+    def _advantages(self, groups: Sequence[Group], questions: Sequence[int]) -> Batch:
+        """Advantages over the rows of all ranks; ranks wait for the slowest rollout here."""
         trajectories = [t for group in groups for t in group.trajectories]
         question = [
             q for group, q in zip(groups, questions, strict=True) for _ in group.trajectories
@@ -148,22 +156,24 @@ class Trainer:
         rewards, group, left_out = zip(*(row for rows in ranks for row in rows), strict=True)
         everywhere = self._parts.advantage(np.array(rewards), group, left_out)
         start = sum(len(rows) for rows in ranks[: distributed.rank()])
-        advantages = everywhere[start : start + len(own)]
         trained = ~np.array(left_out)
         if self._schedule.drop_uniform_groups:
             trained = informative_rows(rewards, group, leave_out=left_out)
-        rows = [from_trajectory(t, a) for t, a in zip(trajectories, advantages, strict=True)]
-        return CreditedBatch(
+        return Batch(
             trajectories=trajectories,
             question=question,
-            advantages=advantages,
-            credit=self._parts.credit(rows),
+            advantages=everywhere[start : start + len(own)],
             trained=trained[start : start + len(own)].tolist(),
         )
 
-    def _cut(self, batch: CreditedBatch) -> list[list[MicroBatch]]:
+    def _credit(self, batch: Batch) -> CreditResult:
+        """Per-turn advantages; groups are whole on a rank, so nothing is communicated."""
+        pairs = zip(batch.trajectories, batch.advantages, strict=True)
+        return self._parts.credit([from_trajectory(t, float(a)) for t, a in pairs])
+
+    def _cut(self, batch: Batch, credit: CreditResult) -> list[list[MicroBatch]]:
         """Micro-batches of each update: contiguous questions, the same for any number of ranks."""
-        schedule, credit = self._schedule, batch.credit
+        schedule = self._schedule
         cuts: list[list[TrainingRow]] = [[] for _ in range(schedule.updates_per_batch)]
         for row, trajectory in enumerate(batch.trajectories):
             if batch.trained[row]:
@@ -209,10 +219,10 @@ class Trainer:
             )
         return drift
 
-    def _dump(self, step: int, batch: CreditedBatch) -> None:
-        self._parts.dump.write(step, batch.trajectories, batch.advantages.tolist(), batch.credit)
+    def _dump(self, step: int, batch: Batch, credit: CreditResult) -> None:
+        self._parts.dump.write(step, batch.trajectories, batch.advantages.tolist(), credit)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
-    """At every `every`-th step; of something that is ever due, also at the last."""
+    """At every `every`-th step, and at the last."""
     return (every > 0 and (step + 1) % every == 0) or step + 1 == steps
