@@ -16,6 +16,8 @@ import pytest
 
 from tapo_train.report.catalogue import require_known
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/demo_cpu.yaml"
 TIMEOUT_S = 240
