@@ -1,6 +1,6 @@
 # The menu. Every target sets up .venv first when it is missing or out of date.
 PY := .venv/bin/python
-EXTRAS ?= cpu,dev
+# EXTRAS=gpu,dev for CUDA builds; remembered in .venv, cpu,dev at first.
 # Two spinning threads on a busy box are far slower than one; ranks use the cores.
 export OMP_NUM_THREADS ?= 1
 
@@ -11,7 +11,7 @@ help:  ## this menu
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 venv:  ## make .venv (EXTRAS=gpu,dev for CUDA builds); instant when up to date
-	@EXTRAS=$(EXTRAS) scripts/setup_env.sh
+	@scripts/setup_env.sh
 
 demo: venv  ## train a small search agent on this machine, CPU only, and measure it before and after
 	@scripts/demo.sh

@@ -9,9 +9,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-EXTRAS=${EXTRAS:-cpu,dev}
 PYTHON=${PYTHON:-python3}
 VENV=.venv
+CHOICE=$VENV/.tapo_extras
+EXTRAS=${EXTRAS:-$(cat $CHOICE 2>/dev/null || echo cpu,dev)}
 STAMP=$VENV/.tapo_setup
 CPU_INDEX=https://download.pytorch.org/whl/cpu
 # Where a CUDA build of these meets a CPU torch, transformers and vllm cannot be imported.
@@ -31,6 +32,7 @@ site_packages() { "$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_p
 make_venv() {
   "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
     { say "$PYTHON is $("$PYTHON" --version); Python 3.11 or newer is needed (set PYTHON=…)"; exit 1; }
+  "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || rm -rf $VENV # half made
   [ -x $VENV/bin/python ] || { say "making $VENV with $("$PYTHON" --version)"; "$PYTHON" -m venv $VENV; }
 }
 
@@ -66,11 +68,18 @@ mend_imports() {
   done
 }
 
+kind() { [[ ",$1," == *,gpu,* ]] && echo gpu || echo cpu; }
+
+if [ -f $CHOICE ] && [ "$(kind "$EXTRAS")" != "$(kind "$(cat $CHOICE)")" ]; then
+  say "$VENV holds [$(cat $CHOICE)]; CPU and CUDA builds do not mix: rm -rf $VENV, then again"
+  exit 1
+fi
 wanted=$(fingerprint)
 if [ -x $VENV/bin/python ] && [ "$(cat $STAMP 2>/dev/null)" = "$wanted" ]; then
   exit 0
 fi
 make_venv
+echo "$EXTRAS" >$CHOICE
 install_packages
 mend_imports
 echo "$wanted" >$STAMP

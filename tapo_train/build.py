@@ -12,6 +12,7 @@ from tapo_train.algos import importance, losses
 from tapo_train.algos.advantages import batch_renorm, group_advantages
 from tapo_train.config import Recipe
 from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
+from tapo_train.credit.gigpo import GiGPO
 from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
 from tapo_train.learner.objective import Objective, policy_gradient
@@ -93,6 +94,7 @@ def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
             max_num_seqs=recipe.rollout.max_in_flight,
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
+            max_images=16 + recipe.rollout.max_turns * max(1, recipe.tools.image_top_k),
             seeded=_samples_by_seed(recipe),
             seed=seed,
         ),
@@ -188,9 +190,7 @@ def build_credit(recipe: Recipe) -> CreditAssigner:
     if isinstance(credit, NoCredit):
         return NoTransfer()
     if isinstance(credit, GigpoCredit):
-        from tapo_train.credit.gigpo import GiGPO, GiGPOOptions
-
-        return GiGPO(GiGPOOptions(omega=credit.omega, gamma=credit.gamma))
+        return GiGPO(credit)
     return Tapo(credit)
 
 

@@ -160,11 +160,15 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
     if recipe.learner.offload_optimizer and recipe.learner.zero_stage == 0:
         yield "learner.zero_stage: found 0, wanted 1 to 3 because learner.offload_optimizer=true"
     updates = recipe.learner.updates_per_batch
-    trajectories = recipe.data.questions_per_step * group
-    if trajectories % updates:
+    questions = recipe.data.questions_per_step
+    if questions % updates:
         yield (
-            f"learner.updates_per_batch: found {updates}, wanted a divisor of the "
-            f"{trajectories} trajectories of a step"
+            f"learner.updates_per_batch: found {updates}, wanted a divisor of "
+            f"data.questions_per_step ({questions}): a question's group is not divided"
+        )
+    if algo.kl.coef > 0:
+        yield (
+            f"algo.kl.coef: found {algo.kl.coef}, wanted 0: runs do not load a reference policy yet"
         )
 
 

@@ -24,6 +24,7 @@ CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+InnerFraction = Annotated[float, Field(gt=0, lt=1)]
 OpenFraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -113,7 +114,7 @@ class Rollout:
     """[tokens] sampled in one turn at most."""
     max_tokens: Count = 16_384
     """[tokens] of a whole trajectory: prompt, turns, observations and image tokens."""
-    temperature: NonNegative = 1.0
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     """Of training rollouts; 0 is greedy and leaves a group without differences. Evaluation is
     greedy whatever stands here."""
     max_in_flight: Count = 64
@@ -177,9 +178,9 @@ class GrpoLoss:
     """Clipped surrogate; DAPO is clip_high 0.28 with token-mean."""
 
     name: Literal["grpo"] = "grpo"
-    clip_low: Fraction = 0.2
-    """Ratios below 1 − clip_low get no gradient where A < 0; 1: never cut."""
-    clip_high: NonNegative = 0.2
+    clip_low: InnerFraction = 0.2
+    """Ratios below 1 − clip_low get no gradient where A < 0."""
+    clip_high: Positive = 0.2
     """Ratios above 1 + clip_high get no gradient where A > 0."""
     dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
     """Ratio at which the loss is bounded where A < 0; null: never."""
@@ -190,9 +191,9 @@ class GspoLoss:
     """Sequence ratio in the token form, so that per-step advantages stay with their step."""
 
     name: Literal["gspo"] = "gspo"
-    clip_low: Fraction = 3e-4
+    clip_low: InnerFraction = 3e-4
     """As for GRPO, of the length-normalised sequence ratio, which is far closer to 1."""
-    clip_high: NonNegative = 4e-4
+    clip_high: Positive = 4e-4
     """As for GRPO, of the sequence ratio."""
 
 
@@ -212,7 +213,7 @@ class Kl:
     """Penalty for leaving the policy the run started from."""
 
     coef: NonNegative = 0.0
-    """0: no reference policy is loaded."""
+    """Only 0 so far: the losses have the penalty, runs do not load a reference policy yet."""
     estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
     """A plus: value of that estimator with the gradient of k2 (straight-through)."""
 

@@ -13,7 +13,7 @@ from tapo_train import build
 from tapo_train.config import Recipe, recipe_to_dict, to_yaml
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
-from tapo_train.errors import ConfigError
+from tapo_train.errors import AlignmentError, ConfigError, DataError
 from tapo_train.learner import checkpoint, distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
@@ -70,11 +70,29 @@ def train(recipe: Recipe) -> Path:
     return folder.export
 
 
+def require_playable(tasks: Sequence[Task], chat: ChatFormat) -> None:
+    """Check every task's pictures against the model's processor before anything is played.
+
+    Raises:
+        DataError: naming the tasks whose pictures it cannot take.
+    """
+    problems = []
+    for task in tasks:
+        try:
+            for image in task.images:
+                chat.image_tokens(image)
+        except AlignmentError as error:
+            problems.append(f"task {task.id}: {error}")
+    if problems:
+        raise DataError("\n  ".join(["tasks the model cannot take:", *problems]))
+
+
 def make_parts(
     recipe: Recipe, folder: RunFolder, tasks: Sequence[Task], validation: Sequence[Task]
 ) -> Parts:
     """Everything the trainer works with. The probe is the first task's prompt."""
     chat = ChatFormat(Path(recipe.model.path))
+    require_playable([*tasks, *validation], chat)
     policy = build.build_policy(recipe, chat)
     engine = build.build_engine(recipe, chat)
     toolbox = build.build_toolbox(recipe)
@@ -163,6 +181,7 @@ def evaluate(
     """
     questions = read_tasks([str(tasks)], recipe)[: num_questions or None]
     chat = ChatFormat(Path(recipe.model.path))
+    require_playable(questions, chat)
     engine = build.build_engine(recipe, chat)
     play = build.build_play(recipe, engine, chat, build.build_toolbox(recipe))
     reward = build.build_reward(recipe)

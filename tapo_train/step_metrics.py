@@ -57,7 +57,6 @@ def step_metrics(
     own = {
         "trajectories": trajectory_sums(groups),
         "credit": dict(credit_sums),
-        "learned": {name: value.tolist() for name, value in learned.items()},
         "abs_advantage": float(np.abs(advantages).sum()),
         "drift": drift,
         "seconds": dict(seconds),
@@ -68,11 +67,13 @@ def step_metrics(
     if count == 0:
         raise RolloutError("the step has no trajectory on any rank")
     step_s = sum(times.values())
+    slowest_s = max(rank["seconds"]["rollout"] for rank in ranks)
     sums = _added([rank["credit"] for rank in ranks])
     return (
         rolled
-        | _means([rank["learned"] for rank in ranks])
+        | means_over_ranks(learned)
         | (finish(sums) if sums else {})
+        | {"credit/time_frac": times["credit"] / step_s}
         | {f"time/{stage}_s": duration for stage, duration in times.items()}
         | {
             "advantage/abs": sum(rank["abs_advantage"] for rank in ranks) / count,
@@ -80,7 +81,7 @@ def step_metrics(
             "time/step_s": step_s,
             "throughput/tokens_per_s": rolled["rollout/tokens"] * count / step_s,
             "throughput/sampled_tokens_per_s": (
-                rolled["rollout/trained_tokens"] * count / times["rollout"]
+                rolled["rollout/trained_tokens"] * count / slowest_s
             ),
             "memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
@@ -111,8 +112,9 @@ def _num_calls(trajectory: Trajectory) -> int:
     return sum(len(turn.calls) for turn in trajectory.turns)
 
 
-def _means(ranks: Sequence[Mapping[str, Sequence[float]]]) -> dict[str, float]:
-    """(sum, count) pairs of all ranks to means."""
+def means_over_ranks(own: Metrics) -> dict[str, float]:
+    """(sum, count) pairs of all ranks to means; every rank calls it."""
+    ranks = distributed.all_gather_objects({name: value.tolist() for name, value in own.items()})
     total: Metrics = {}
     for rank in ranks:
         total = merge(total, {n: torch.tensor(v, dtype=torch.float64) for n, v in rank.items()})

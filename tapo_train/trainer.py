@@ -54,8 +54,10 @@ class Trainer:
             open_sinks: makes the sinks, told the first step that will be done.
         """
         schedule, first = self._schedule, self._resume()
-        self._parts.dump.discard_from(first)
+        # Opening the sinks checks that the folder holds this very run, so before deleting.
         sinks = open_sinks(first)
+        distributed.barrier()
+        self._parts.dump.discard_from(first)
         self._sync(first)
         try:
             for step in range(first, schedule.steps):

@@ -23,7 +23,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tapo_train.algos.metrics import finalise
 from tapo_train.data.sampler import shard
 from tapo_train.demonstrate import Demonstrator, load_world_tasks
 from tapo_train.learner import distributed
@@ -31,6 +30,7 @@ from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.step_metrics import means_over_ranks
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Span
 from tapo_train.world.build import WorldSize, write_world
@@ -106,7 +106,7 @@ def warm_start(
         started = time.perf_counter()
         mine = shard(batch, distributed.rank(), distributed.world_size())
         micro_batches = pack(mine, budget_tokens=settings.micro_batch_tokens)
-        metrics = finalise(policy.update(micro_batches, supervised))
+        metrics = means_over_ranks(policy.update(micro_batches, supervised))
         seconds = time.perf_counter() - started
         report(
             Progress(

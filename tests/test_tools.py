@@ -194,8 +194,8 @@ class MisbehavingTool:
         (None, Outcome.TIMEOUT),
         (ToolError("down"), Outcome.TOOL_ERROR),
         (ToolRefusedError("no"), Outcome.REFUSED),
-        (OSError("disk"), Outcome.TOOL_ERROR),
-        (ZeroDivisionError("bug"), Outcome.TOOL_ERROR),
+        (OSError("disk"), Outcome.INFRA_ERROR),
+        (ZeroDivisionError("bug"), Outcome.INFRA_ERROR),
     ],
 )
 def test_every_way_a_tool_can_fail_has_its_outcome(
@@ -239,3 +239,36 @@ def test_transparent_pixels_are_white_for_a_tool() -> None:
     clear = PilImage.new("RGBA", (40, 40), (0, 0, 0, 0))
     image = image_from_bytes(encode_png(clear), width=40, height=40)
     assert ImageDecoder().decode(image).getpixel((0, 0)) == (255, 255, 255)
+
+
+class InstantTool(MisbehavingTool):
+    """Answers at once, from a thread."""
+
+    async def run(self, arguments: Nothing, context: ToolContext) -> Observation:
+        return await asyncio.to_thread(Observation, text="done")
+
+
+def test_a_tool_that_finished_while_the_loop_was_held_is_not_late() -> None:
+    async def held() -> Observation:
+        box = Toolbox([InstantTool(None)], deadline_s=0.2)
+        call = asyncio.ensure_future(box.execute("bad", {}, context()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        time.sleep(0.5)  # an engine step that takes longer than the deadline
+        return await call
+
+    assert asyncio.run(held()).text == "done"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"bbox_2d": [0, 0, 500, 500], "img_idx": "0"},
+        {"bbox_2d": [0, 0, 500, 500], "img_idx": False},
+        {"bbox_2d": ["0", "0", "500", "500"]},
+        {"bbox_2d": [False, 0, True, 500]},
+    ],
+)
+def test_text_and_truth_values_are_not_numbers(arguments: dict[str, Any]) -> None:
+    seen = run(zoom_box(), "image_zoom_in_tool", arguments, picture())
+    assert seen.outcome is Outcome.MODEL_ERROR and "must be a number" in seen.text

@@ -84,11 +84,11 @@ METRICS: dict[str, str] = {
     "tapo/calls/<count>": "eligible failing calls: total, matched (theta gate), corrected",
     "tapo/by_tool/<tool>/<count>": "the same for calls of this tool",
     "tapo/by_turn/<turn>/<count>": "the same for steps in this turn",
-    "tapo/time_s": "[s] in the credit stage",
     "credit/observation_agreement": "share of matched pairs whose observations are equivalent",
     "credit/turn_gap": "mean |turn of the failing call - mean turn of its cluster|",
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",
     "credit/novelty_gap": "share of corrected calls that repeat an observation",
+    "credit/time_frac": "share of the step's time spent in the credit stage",
     # evaluation
     "eval/accuracy": "share of validation questions answered correctly, greedy",
     "eval/accuracy_low": "lower end of its 95 % Wilson interval",

@@ -12,7 +12,8 @@ Rules, in order:
 4. The first `max_parallel_calls` calls of a turn are run, further ones are recorded.
 5. A call that cannot be read, names no tool or has wrong arguments gets an error
    observation the policy reads, and the episode goes on.
-6. An infrastructure failure of a tool ends the trajectory (INFRA).
+6. A tool that broke or gave no answer in time ends the trajectory (INFRA): nobody can say
+   how the attempt would have gone on, so it leaves loss and baseline.
 7. An observation that would not fit is left out and ends it at the border (MAX_TOKENS).
 
 The work of a turn is proportional to its new tokens: nothing is rendered, tokenised,
@@ -45,6 +46,9 @@ from tapo_train.types import (
     Trajectory,
     Turn,
 )
+
+OUTSIDE_POLICY = frozenset({Outcome.INFRA_ERROR, Outcome.TIMEOUT})
+"""Outcomes that end a trajectory without judging it."""
 
 Generate = Callable[[GenerationRequest], Awaitable[Completion]]
 
@@ -257,7 +261,7 @@ class Episode:
     def _observe(self, calls: tuple[ToolCall, ...]) -> tuple[StopReason | None, Span | None]:
         """Append what the tools answered, if that is possible."""
         observations = [call.observation for call in calls if call.observation is not None]
-        if any(observation.outcome is Outcome.INFRA_ERROR for observation in observations):
+        if any(observation.outcome in OUTSIDE_POLICY for observation in observations):
             return StopReason.INFRA, None
         tokens = self._chat.observation(observations)
         # One token must be left: a turn without tokens cannot be sampled.

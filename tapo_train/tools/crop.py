@@ -5,11 +5,24 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+)
 
 from tapo_train.errors import ToolArgumentError
 from tapo_train.tools.base import ToolContext
-from tapo_train.tools.images import ImageDecoder, encode_png, image_from_bytes, indexed_image
+from tapo_train.tools.images import (
+    ImageDecoder,
+    encode_png,
+    image_from_bytes,
+    indexed_image,
+    number,
+)
 from tapo_train.types import Box, Image, ImageRef, Observation
 
 MAX_ASPECT = 100.0
@@ -22,7 +35,7 @@ class ZoomArguments(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     bbox_2d: Annotated[
-        list[float],
+        list[Annotated[float, BeforeValidator(number)]],
         Field(
             description="[x1, y1, x2, y2], 0 to 1000 of that image",
             validation_alias=AliasChoices("bbox_2d", "bbox"),
@@ -32,6 +45,7 @@ class ZoomArguments(BaseModel):
     ]
     img_idx: Annotated[
         int,
+        BeforeValidator(number),
         Field(
             description="image number, from 0",
             validation_alias=AliasChoices("img_idx", "image_index"),

@@ -12,7 +12,7 @@ from typing import Annotated
 import numpy as np
 import numpy.typing as npt
 from PIL import Image as PilImage
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tapo_train.errors import DataError
 from tapo_train.tools.base import ToolContext
@@ -22,7 +22,9 @@ from tapo_train.tools.images import (
     encode_png,
     image_from_bytes,
     indexed_image,
+    number,
 )
+from tapo_train.tools.index_file import open_index
 from tapo_train.tools.picture_hash import index_hash, lookup_hashes
 from tapo_train.types import Image, Observation
 
@@ -49,7 +51,7 @@ class ImageIndex:
         """Read `image_index.jsonl`: one {"title", "image"} per line, paths beside the file."""
         entries = []
         root = path.parent.resolve()
-        with path.open(encoding="utf-8") as lines:
+        with open_index(path, "image index") as lines:
             for number, line in enumerate(lines, start=1):
                 entries.append(_entry(line, root, thumbnail_side_px, where=f"{path}:{number}"))
         return cls(entries)
@@ -78,6 +80,7 @@ class ImageSearchArguments(BaseModel):
 
     img_idx: Annotated[
         int,
+        BeforeValidator(number),
         Field(
             description="image number, from 0",
             validation_alias=AliasChoices("img_idx", "image_index"),

@@ -75,6 +75,16 @@ def image_from_bytes(data: bytes, *, width: int, height: int, ref: ImageRef | No
     return Image(sha256=digest, data=data, width=width, height=height, ref=ref)
 
 
+def number(value: object) -> object:
+    """Refuse what is not a JSON number; pydantic would turn "1" and true into 1.
+
+    The credit stage reads the same arguments and knows only numbers.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("must be a number")
+    return value
+
+
 def indexed_image(context: ToolContext, img_idx: int, *, tool: str) -> Image:
     """The picture `img_idx` of the conversation.
 

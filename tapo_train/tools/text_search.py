@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tapo_train.errors import DataError
 from tapo_train.tools.base import ToolContext
+from tapo_train.tools.index_file import open_index
 from tapo_train.types import Observation
 
 
@@ -48,7 +50,7 @@ class CorpusIndex:
     def load(cls, path: Path) -> CorpusIndex:
         """Read `corpus.jsonl`: one {"id", "title", "text"} per line."""
         passages = []
-        with path.open(encoding="utf-8") as lines:
+        with open_index(path, "text corpus") as lines:
             for number, line in enumerate(lines, start=1):
                 passages.append(_passage(line, where=f"{path}:{number}"))
         return cls(passages)
@@ -92,7 +94,8 @@ class TextSearchTool:
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
-        passages = self._index.search(arguments.query, top_k=self._top_k)
+        # In a thread: on a large corpus the engine would wait for it otherwise.
+        passages = await asyncio.to_thread(self._index.search, arguments.query, top_k=self._top_k)
         if not passages:
             return Observation(text="No results were found.")
         lines = [f"{rank}. {passage.shown()}" for rank, passage in enumerate(passages, start=1)]
