@@ -21,6 +21,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/demo_cpu.yaml"
 TIMEOUT_S = 240
+GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What a learner in this process leaves in the environment."""
 SMALL = (
     "run.wandb=disabled",
     "run.eval_every=0",
@@ -50,8 +52,9 @@ def command(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[str
 
 
 def environment() -> dict[str, str]:
-    """One thread per process: two ranks share two cores."""
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    """One thread per process, as two ranks share two cores; no process group of this process."""
+    outer = {name: value for name, value in os.environ.items() if name not in GROUP_VARIABLES}
+    return outer | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:

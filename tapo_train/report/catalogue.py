@@ -88,6 +88,7 @@ METRICS: dict[str, str] = {
     "credit/turn_gap": "mean |turn of the failing call - mean turn of its cluster|",
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",
     "credit/novelty_gap": "share of corrected calls that repeat an observation",
+    "tapo/time_s": "[s] in the credit stage",
     "credit/time_frac": "share of the step's time spent in the credit stage",
     # evaluation
     "eval/accuracy": "share of validation questions answered correctly, greedy",
