@@ -32,7 +32,14 @@ SMALL = (
 LOSS_TOLERANCE = 1e-5
 REAL_ROWS = ROOT.parent / "shared" / "data"
 """A few rows of FVQA and LiveVQA; they are not part of the repository."""
-NOT_REPRODUCIBLE = ("time", "throughput/", "memory/", "time/", "rollout/tool_latency_s")
+NOT_REPRODUCIBLE = (
+    "time",
+    "throughput/",
+    "memory/",
+    "time/",
+    "rollout/tool_latency_s",
+    "credit/time_frac",
+)
 """Metrics that depend on the clock or the machine."""
 
 
