@@ -28,14 +28,14 @@ _declared: list[Any] = []  # keeps the library object alive: dropping it undoes 
 
 
 def _declare_operators() -> None:
-    import torch
+    from torch import library
 
     if _declared:
         return
-    library = torch.library.Library("torchvision", "DEF")
+    operators = library.Library("torchvision", "DEF")
     for schema in _SCHEMAS:
-        library.define(schema)
-    _declared.append(library)
+        operators.define(schema)
+    _declared.append(operators)
 
 
 class TorchvisionOpsFinder:

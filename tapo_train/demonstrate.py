@@ -10,12 +10,10 @@ import asyncio
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from tapo_train.data.tasks import load_tasks
 from tapo_train.errors import DataError
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.rollout.chat import ChatFormat
@@ -108,11 +106,6 @@ class Demonstrator:
         edges = np.flatnonzero(np.diff(np.concatenate([[False], plain, [False]]).astype(np.int8)))
         pairs = edges.reshape(-1, 2).tolist()
         return [Span(start=start, end=end) for start, end in pairs]
-
-
-def load_world_tasks(world: Path, split: str) -> list[Task]:
-    """Tasks of one split of a world folder."""
-    return load_tasks(world / f"{split}.jsonl")
 
 
 def question_of(task: Task) -> Question:

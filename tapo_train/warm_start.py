@@ -24,7 +24,8 @@ from pathlib import Path
 import numpy as np
 
 from tapo_train.data.sampler import shard
-from tapo_train.demonstrate import Demonstrator, load_world_tasks
+from tapo_train.data.tasks import load_tasks
+from tapo_train.demonstrate import Demonstrator
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
@@ -164,7 +165,7 @@ def record_world(
         test_questions=1,
     )
     write_world(folder, seed, size)
-    tasks, tools = load_world_tasks(folder, "train"), toolbox(folder)
+    tasks, tools = load_tasks(folder / "train.jsonl"), toolbox(folder)
     recorded = []
     for faults, weight in ((FAULTLESS, OBSERVATION_WEIGHT), (Faults(), 0.0)):
         demonstrator = Demonstrator(

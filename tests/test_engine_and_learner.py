@@ -6,17 +6,15 @@ tied heads, stale caches.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from process_environment import environment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
-GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a learner in this process leaves in the environment."""
 WORKER = Path(__file__).with_name("engine_and_learner_worker.py")
 
 
@@ -26,8 +24,7 @@ def test_engine_and_learner_agree_before_and_after_three_updates_and_syncs(
 ) -> None:
     done = subprocess.run(
         [sys.executable, str(WORKER), str(request.getfixturevalue(family)), str(tmp_path)],
-        env={name: value for name, value in os.environ.items() if name not in GROUP_VARIABLES}
-        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)},
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=300,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,16 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from process_environment import ROOT, environment
 
 from tapo_train.report.catalogue import require_known
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPE = "recipes/demo_cpu.yaml"
 TIMEOUT_S = 240
-GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What a learner in this process leaves in the environment."""
 SMALL = (
     "run.wandb=disabled",
     "run.eval_every=0",
@@ -56,12 +53,6 @@ def command(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[str
         return [sys.executable, *train, *data, *overrides]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, f"--nproc-per-node={ranks}", *train, *data, *overrides]
-
-
-def environment() -> dict[str, str]:
-    """One thread per process, as two ranks share two cores; no process group of this process."""
-    outer = {name: value for name, value in os.environ.items() if name not in GROUP_VARIABLES}
-    return outer | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:

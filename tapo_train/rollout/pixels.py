@@ -15,11 +15,11 @@ from typing import Any, Generic, TypeVar
 import PIL.Image
 import torch
 
+from tapo_train.data.images import FORMATS
 from tapo_train.errors import AlignmentError, DataError
 from tapo_train.tools.images import on_white
 from tapo_train.types import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP")
 Value = TypeVar("Value")
 
 

@@ -82,6 +82,19 @@ def _text_config(ids: dict[str, int]) -> dict[str, object]:
     }
 
 
+def _vision_config(*, patch_size: int) -> dict[str, object]:
+    return {
+        "depth": 2,
+        "hidden_size": VISION_HIDDEN,
+        "intermediate_size": 2 * VISION_HIDDEN,
+        "num_heads": 4,
+        "out_hidden_size": HIDDEN,
+        "patch_size": patch_size,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+    }
+
+
 def _qwen3_vl(ids: dict[str, int]) -> PreTrainedModel:
     text = _text_config(ids) | {
         "head_dim": HIDDEN // HEADS,
@@ -92,15 +105,7 @@ def _qwen3_vl(ids: dict[str, int]) -> PreTrainedModel:
             "mrope_interleaved": True,
         },
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": VISION_HIDDEN,
-        "intermediate_size": 2 * VISION_HIDDEN,
-        "num_heads": 4,
-        "out_hidden_size": HIDDEN,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
+    vision = _vision_config(patch_size=16) | {
         "num_position_embeddings": 64,
         "deepstack_visual_indexes": [0],
     }
@@ -114,15 +119,7 @@ def _qwen2_5_vl(ids: dict[str, int]) -> PreTrainedModel:
     text = _text_config(ids) | {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
     }
-    vision = {
-        "depth": 2,
-        "hidden_size": VISION_HIDDEN,
-        "intermediate_size": 2 * VISION_HIDDEN,
-        "num_heads": 4,
-        "out_hidden_size": HIDDEN,
-        "patch_size": 14,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
+    vision = _vision_config(patch_size=14) | {
         "window_size": 56,
         "fullatt_block_indexes": [1],
     }

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from PIL import Image as PilImage
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
+from tapo_train.data.images import FORMATS
 from tapo_train.errors import DataError
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.images import (
-    FORMATS,
     ImageDecoder,
     encode_png,
     image_from_bytes,

@@ -9,12 +9,11 @@ from collections import OrderedDict
 
 from PIL import Image as PilImage
 
+from tapo_train.data.images import FORMATS
 from tapo_train.errors import ToolArgumentError, ToolError
 from tapo_train.tools.base import ToolContext
 from tapo_train.types import Image, ImageRef
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-"""The only decoders that may be tried."""
 _CACHE_PIXELS = 32_000_000
 """Decoded pixels kept for the next crop of the same picture (about 100 MB)."""
 

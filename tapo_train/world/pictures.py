@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import random
 
 from PIL import Image as PilImage
@@ -85,10 +84,3 @@ def draw_scene(rng: random.Random, panels: list[tuple[str, PilImage.Image]]) -> 
         y = top + rng.randint(margin, half - margin - side)
         scene.paste(emblem.resize((side, side), PilImage.Resampling.LANCZOS), (x, y))
     return scene
-
-
-def encode_png(image: PilImage.Image) -> bytes:
-    """PNG bytes; the same pixels always give the same bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
