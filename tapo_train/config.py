@@ -2,7 +2,7 @@
 
 A recipe is a YAML file. Its `defaults` list names the file it differs from and its choice of
 each group (`algo/loss: gspo`); hydra composes them and applies the overrides of the command
-line. The result is checked against `recipe.py` before anything heavy starts, and every problem
+line. The result is checked against `recipe/` before anything heavy starts, and every problem
 is reported with its dotted path, the value found and the value wanted.
 
 `to_yaml` writes a recipe with every field said, which is a recipe file too: loading it gives

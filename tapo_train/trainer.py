@@ -2,7 +2,7 @@
 
     rollout → reward → advantage → credit → batch → update → sync
 
-Variation is in the parts (`build.py` chooses them), never in an `if` here: no credit
+Variation is in the parts (`build/` chooses them), never in an `if` here: no credit
 stage is `NoTransfer`, no importance correction is `uncorrected`.
 """
 

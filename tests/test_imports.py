@@ -36,7 +36,7 @@ DOORS = {
 }
 
 FILE_LINES = 300
-LONGER_FILES = {"recipe.py": 400}
+LONGER_FILES: dict[str, int] = {}
 
 FUNCTION_LINES = 40
 LONGER_FUNCTIONS: dict[str, int] = {}

@@ -1,0 +1,33 @@
+"""From a recipe to the parts of a run: the only package that knows both fields and classes."""
+
+from __future__ import annotations
+
+from tapo_train.build.algo import (
+    build_advantage,
+    build_correction,
+    build_credit,
+    build_objective,
+    build_reward,
+    is_recomputed_in_passing,
+)
+from tapo_train.build.device import DEVICE
+from tapo_train.build.learner import build_policy, learner_settings
+from tapo_train.build.rollout import build_engine, build_play
+from tapo_train.build.schedule import build_schedule
+from tapo_train.build.tools import build_toolbox
+
+__all__ = [
+    "DEVICE",
+    "build_advantage",
+    "build_correction",
+    "build_credit",
+    "build_engine",
+    "build_objective",
+    "build_play",
+    "build_policy",
+    "build_reward",
+    "build_schedule",
+    "build_toolbox",
+    "is_recomputed_in_passing",
+    "learner_settings",
+]

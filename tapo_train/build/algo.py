@@ -1,0 +1,105 @@
+"""From a recipe to the parts of a run: reward, advantage, credit and loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+
+from tapo_train.algos import importance, losses
+from tapo_train.algos.advantages import batch_renorm, group_advantages
+from tapo_train.config import Recipe
+from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
+from tapo_train.credit.gigpo import GiGPO
+from tapo_train.errors import ConfigError
+from tapo_train.learner import distributed
+from tapo_train.learner.objective import Objective, policy_gradient
+from tapo_train.learner.policy import Policy
+from tapo_train.learner.settings import LearnerSettings
+from tapo_train.parts import AdvantageFunction, Floats, Play, Schedule
+from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.agent import Limits
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.tools.base import Tool, Toolbox
+from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
+from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.types import Group, Task
+
+
+def build_reward(recipe: Recipe) -> RewardFunction:
+    """Correctness and form with the recipe's weights."""
+    return RewardFunction(
+        accuracy_weight=recipe.reward.accuracy_weight, format_weight=recipe.reward.format_weight
+    )
+
+
+def build_advantage(settings: Advantage) -> AdvantageFunction:
+    """Rewards to advantages as the recipe says."""
+
+    def advantage(rewards: Floats, group: Sequence[str], leave_out: Sequence[bool]) -> Floats:
+        values = group_advantages(
+            rewards, group, kind=settings.kind, std=settings.std, leave_out=leave_out
+        )
+        return batch_renorm(values, leave_out=leave_out) if settings.batch_renorm else values
+
+    return advantage
+
+
+def build_credit(recipe: Recipe) -> CreditAssigner:
+    """The credit stage."""
+    credit = recipe.credit
+    if isinstance(credit, NoCredit):
+        return NoTransfer()
+    if isinstance(credit, GigpoCredit):
+        return GiGPO(credit)
+    return Tapo(credit)
+
+
+def build_objective(recipe: Recipe) -> Objective:
+    """Surrogate, importance correction, KL penalty and entropy bonus."""
+    algo, loss = recipe.algo, recipe.algo.loss
+    surrogate: losses.PolicyLoss
+    if isinstance(loss, GrpoLoss):
+        surrogate = partial(
+            losses.grpo, clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip
+        )
+    elif isinstance(loss, GspoLoss):
+        surrogate = partial(losses.gspo, clip_low=loss.clip_low, clip_high=loss.clip_high)
+    else:
+        surrogate = partial(losses.sapo, tau_pos=loss.tau_pos, tau_neg=loss.tau_neg)
+    return policy_gradient(
+        surrogate,
+        correction=build_correction(recipe),
+        kl_kind=algo.kl.estimator,
+        kl_coefficient=algo.kl.coef,
+        entropy_coefficient=algo.entropy_coef,
+        is_only_update=is_recomputed_in_passing(recipe),
+    )
+
+
+def is_recomputed_in_passing(recipe: Recipe) -> bool:
+    """Whether old log-probabilities are those of the update's own forward pass.
+
+    With one update per batch the policy has not moved yet, so a pass of its own would
+    compute the same numbers again.
+    """
+    learner = recipe.learner
+    is_single = learner.updates_per_batch * learner.epochs == 1
+    return is_single and learner.old_logprobs == "recompute"
+
+
+def build_correction(recipe: Recipe) -> importance.Correction:
+    """The importance correction between sampler and learner."""
+    settings = recipe.algo.importance
+    if settings.mode == "off":
+        return importance.uncorrected
+    if settings.mode == "truncate":
+        return partial(importance.truncate, level=settings.level, high=settings.threshold)
+    low, high = 1 / settings.threshold, settings.threshold
+    return partial(importance.mask, level=settings.level, low=low, high=high)

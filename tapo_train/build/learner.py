@@ -1,0 +1,74 @@
+"""From a recipe to the parts of a run: the learner and its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+
+from tapo_train.algos import importance, losses
+from tapo_train.algos.advantages import batch_renorm, group_advantages
+from tapo_train.config import Recipe
+from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
+from tapo_train.credit.gigpo import GiGPO
+from tapo_train.errors import ConfigError
+from tapo_train.learner import distributed
+from tapo_train.learner.objective import Objective, policy_gradient
+from tapo_train.learner.policy import Policy
+from tapo_train.learner.settings import LearnerSettings
+from tapo_train.build.device import DEVICE
+from tapo_train.build.algo import is_recomputed_in_passing
+from tapo_train.parts import AdvantageFunction, Floats, Play, Schedule
+from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.agent import Limits
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.tools.base import Tool, Toolbox
+from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
+from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.types import Group, Task
+
+
+def build_policy(recipe: Recipe, chat: ChatFormat, *, updates: int | None = None) -> Policy:
+    """The learner, scoring the distribution the sampler draws from.
+
+    Args:
+        updates: optimizer updates of the run; default those of a training run.
+    """
+    if updates is None:
+        per_step = recipe.learner.updates_per_batch * recipe.learner.epochs
+        updates = recipe.run.steps * per_step
+    return Policy(
+        Path(recipe.model.path),
+        settings=learner_settings(recipe, updates),
+        pixels=chat.pixels,
+        device=DEVICE,
+        temperature=recipe.rollout.temperature or 1.0,
+        banned_token_ids=chat.banned_token_ids,
+        measure_entropy=recipe.algo.entropy_coef > 0,
+    )
+
+
+def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
+    """Optimizer and engine numbers of a run of `updates` updates."""
+    learner = recipe.learner
+    return LearnerSettings(
+        precision="bf16" if recipe.model.dtype == "bfloat16" else "fp32",
+        zero_stage=learner.zero_stage,
+        offload_optimizer=learner.offload_optimizer,
+        learning_rate=learner.lr,
+        betas=learner.betas,
+        weight_decay=learner.weight_decay,
+        max_grad_norm=learner.max_grad_norm,
+        schedule=learner.schedule,
+        final_ratio=learner.min_lr_ratio,
+        warmup_updates=learner.warmup_updates,
+        total_updates=updates,
+        gradient_checkpointing=learner.gradient_checkpointing,
+        freeze_vision=recipe.model.freeze_vision,
+    )

@@ -1,0 +1,102 @@
+"""From a recipe to the parts of a run: the sampler and how it plays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+
+import torch
+
+from tapo_train.algos import importance, losses
+from tapo_train.algos.advantages import batch_renorm, group_advantages
+from tapo_train.config import Recipe
+from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
+from tapo_train.credit.gigpo import GiGPO
+from tapo_train.errors import ConfigError
+from tapo_train.learner import distributed
+from tapo_train.learner.objective import Objective, policy_gradient
+from tapo_train.learner.policy import Policy
+from tapo_train.learner.settings import LearnerSettings
+from tapo_train.build.device import DEVICE
+from tapo_train.build.algo import is_recomputed_in_passing
+from tapo_train.parts import AdvantageFunction, Floats, Play, Schedule
+from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.agent import Limits
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.tools.base import Tool, Toolbox
+from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
+from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.types import Group, Task
+
+
+def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
+    """The sampler of this rank."""
+    seed = recipe.run.seed * 1000 + distributed.rank()
+    engine = recipe.rollout.engine
+    if engine.name == "hf":
+        from tapo_train.rollout.hf_engine import HfEngine
+
+        dtype = torch.bfloat16 if recipe.model.dtype == "bfloat16" else torch.float32
+        return HfEngine(chat, dtype=dtype, device=DEVICE, seed=seed)
+    from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
+
+    return VllmEngine(
+        chat,
+        VllmOptions(
+            dtype=recipe.model.dtype,
+            max_model_len=recipe.rollout.max_tokens,
+            max_num_seqs=recipe.rollout.max_in_flight,
+            memory_fraction=engine.gpu_memory_utilization,
+            cache_gib=engine.kv_cache_gib,
+            max_images=16 + recipe.rollout.max_turns * max(1, recipe.tools.image_top_k),
+            seeded=_samples_by_seed(recipe),
+            seed=seed,
+        ),
+    )
+
+
+def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbox) -> Play:
+    """Rollouts with the recipe's prompt, tools and limits."""
+    rollout = recipe.rollout
+    limits = Limits(
+        max_turns=rollout.max_turns,
+        max_turn_tokens=rollout.max_turn_tokens,
+        max_tokens=rollout.max_tokens,
+    )
+    seed = recipe.run.seed if _samples_by_seed(recipe) else None
+
+    def play(
+        tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
+    ) -> list[Group]:
+        temperature = 0.0 if greedy else rollout.temperature
+        return collect(
+            tasks,
+            engine=engine,
+            chat=chat,
+            toolbox=toolbox,
+            system_prompt=recipe.data.system_prompt,
+            rollouts_per_task=rollouts,
+            limits=limits,
+            sampling=Sampling(temperature=temperature, seed=seed),
+            policy_version=policy_version,
+            max_in_flight=rollout.max_in_flight,
+        )
+
+    return play
+
+
+def _samples_by_seed(recipe: Recipe) -> bool:
+    """Whether each request draws from a stream of its own, derived from seed and request id.
+
+    Then a run does not depend on the order of requests or the number of ranks, and a
+    resumed one samples what an uninterrupted one would have. On GPUs one generator per
+    request costs more than that is worth.
+    """
+    return recipe.rollout.engine.name == "hf" or DEVICE == "cpu"

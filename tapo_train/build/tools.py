@@ -1,0 +1,62 @@
+"""From a recipe to the parts of a run: the tools a recipe names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+
+from tapo_train.algos import importance, losses
+from tapo_train.algos.advantages import batch_renorm, group_advantages
+from tapo_train.config import Recipe
+from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
+from tapo_train.credit.gigpo import GiGPO
+from tapo_train.errors import ConfigError
+from tapo_train.learner import distributed
+from tapo_train.learner.objective import Objective, policy_gradient
+from tapo_train.learner.policy import Policy
+from tapo_train.learner.settings import LearnerSettings
+from tapo_train.parts import AdvantageFunction, Floats, Play, Schedule
+from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.agent import Limits
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.tools.base import Tool, Toolbox
+from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
+from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.types import Group, Task
+
+
+def build_toolbox(recipe: Recipe, *, world: Path | None = None) -> Toolbox:
+    """The tools the recipe names, in its order.
+
+    Args:
+        world: a world's folder, whose indexes take the place of the recipe's.
+    """
+    tools, decoder = recipe.tools, ImageDecoder()
+    image_index, corpus = tools.image_index, tools.corpus
+    if world is not None:
+        image_index, corpus = str(world / "image_index.jsonl"), str(world / "corpus.jsonl")
+    made: list[Tool] = []
+    for name in tools.names:
+        if name == "image_zoom_in_tool":
+            made.append(ZoomTool(decoder, min_side_px=tools.min_crop_side))
+        elif name == "image_search_tool":
+            path = _needed(image_index, "tools.image_index", name)
+            made.append(ImageSearchTool(ImageIndex.load(path), decoder, top_k=tools.image_top_k))
+        else:
+            path = _needed(corpus, "tools.corpus", name)
+            index, chars = CorpusIndex.load(path), tools.max_observation_chars
+            made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
+    return Toolbox(made, deadline_s=tools.deadline_s)
+
+
+def _needed(path: str | None, field: str, tool: str) -> Path:
+    if path is None:
+        raise ConfigError(f"{field}: found nothing; {tool} wants a file")
+    return Path(path)

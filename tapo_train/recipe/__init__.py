@@ -1,0 +1,66 @@
+"""Every field a recipe can set: its unit, its range, and what the extremes mean.
+
+The YAML files under `recipes/` are checked against these dataclasses before anything heavy
+starts; `config.py` reads the files. Only plain values here: no torch, no hydra.
+A field name is a promise to users: a field nobody needs is deleted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import field
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from tapo_train.recipe.algo import Advantage, Algo, GrpoLoss, GspoLoss, Importance, Kl, SapoLoss
+from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
+from tapo_train.recipe.learner import Learner
+from tapo_train.recipe.rollout import HfEngine, Rollout, VllmEngine
+from tapo_train.recipe.run import Data, Model, Probe, RewardWeights, Run
+from tapo_train.recipe.sft import Sft
+from tapo_train.recipe.tools import Tools
+from tapo_train.recipe.values import STRICT
+
+__all__ = [
+    "Advantage",
+    "Algo",
+    "Data",
+    "GigpoCredit",
+    "GrpoLoss",
+    "GspoLoss",
+    "HfEngine",
+    "Importance",
+    "Kl",
+    "Learner",
+    "Model",
+    "NoCredit",
+    "Probe",
+    "Recipe",
+    "RewardWeights",
+    "Rollout",
+    "Run",
+    "SapoLoss",
+    "Sft",
+    "TapoCredit",
+    "Tools",
+    "VllmEngine",
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Recipe:
+    """A whole experiment."""
+
+    run: Run
+    model: Model
+    data: Data
+    rollout: Rollout = field(default_factory=Rollout)
+    tools: Tools = field(default_factory=Tools)
+    reward: RewardWeights = field(default_factory=RewardWeights)
+    algo: Algo = field(default_factory=Algo)
+    credit: TapoCredit | NoCredit | GigpoCredit = Field(
+        default_factory=TapoCredit, discriminator="name"
+    )
+    learner: Learner = field(default_factory=Learner)
+    probe: Probe = field(default_factory=Probe)
+    sft: Sft = field(default_factory=Sft)

@@ -1,0 +1,102 @@
+"""From rewards to a loss."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from tapo_train.algos.advantages import AdvantageKind, StdKind
+from tapo_train.recipe.values import STRICT, InnerFraction, NonNegative, Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Advantage:
+    """From rewards to one advantage per trajectory."""
+
+    kind: AdvantageKind = "grpo"
+    """grpo: (r − mean)/std of the group; mean_only: r − mean (Dr. GRPO); leave_one_out: minus
+    the mean of the others (RLOO); reinforce_pp: (r − mean)/std of the whole batch;
+    reinforce_pp_baseline: mean_only, then the same."""
+    std: StdKind = "unbiased"
+    """Unbiased divides by G − 1 (verl, TRL); population by G."""
+    batch_renorm: bool = False
+    """z-score over the batch afterwards (BN of SenseNova-MARS)."""
+    drop_uniform_groups: bool = False
+    """Leave groups whose rewards are all equal out of every token and sequence count."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class GrpoLoss:
+    """Clipped surrogate; DAPO is clip_high 0.28 with token-mean."""
+
+    name: Literal["grpo"] = "grpo"
+    clip_low: InnerFraction = 0.2
+    """Ratios below 1 − clip_low get no gradient where A < 0."""
+    clip_high: Positive = 0.2
+    """Ratios above 1 + clip_high get no gradient where A > 0."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Ratio at which the loss is bounded where A < 0; null: never."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class GspoLoss:
+    """Sequence ratio in the token form, so that per-step advantages stay with their step."""
+
+    name: Literal["gspo"] = "gspo"
+    clip_low: InnerFraction = 3e-4
+    """As for GRPO, of the length-normalised sequence ratio, which is far closer to 1."""
+    clip_high: Positive = 4e-4
+    """As for GRPO, of the sequence ratio."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class SapoLoss:
+    """Soft gate instead of a clip."""
+
+    name: Literal["sapo"] = "sapo"
+    tau_pos: Positive = 1.0
+    """Steepness of the gate where A > 0; larger forgets off-policy tokens sooner."""
+    tau_neg: Positive = 1.05
+    """The same where A ≤ 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Kl:
+    """Penalty for leaving the policy the run started from."""
+
+    coef: NonNegative = 0.0
+    """Only 0 so far: the losses have the penalty, runs do not load a reference policy yet."""
+    estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
+    """A plus: value of that estimator with the gradient of k2 (straight-through)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Importance:
+    """Correction between sampler (engine) and learner log-probabilities."""
+
+    level: Literal["token", "sequence"] = "token"
+    """One weight per token, or the product over the trajectory."""
+    mode: Literal["truncate", "mask", "off"] = "truncate"
+    """truncate: weights are capped at the threshold; mask: beyond it the weight is 0."""
+    threshold: Annotated[float, Field(gt=1)] = 2.0
+    """Largest weight; mask also drops those below its inverse."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Algo:
+    """From advantages to a loss."""
+
+    advantage: Advantage = field(default_factory=Advantage)
+    loss: GrpoLoss | GspoLoss | SapoLoss = Field(default_factory=GrpoLoss, discriminator="name")
+    aggregation: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = "token-mean"
+    """How per-token losses become one number, with the counts of the whole update; the last
+    divides by rollout.max_tokens (Dr. GRPO)."""
+    kl: Kl = field(default_factory=Kl)
+    entropy_coef: NonNegative = 0.0
+    """Weight of the entropy bonus; 0: entropy is not computed."""
+    importance: Importance = field(default_factory=Importance)

@@ -1,0 +1,45 @@
+"""The optimizer, and how a batch becomes updates."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from tapo_train.recipe.values import STRICT, Count, CountOrZero, Fraction, NonNegative, Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Learner:
+    """The optimizer, and how a batch becomes updates."""
+
+    lr: Positive = 1e-6
+    """Peak learning rate of AdamW."""
+    warmup_updates: CountOrZero = 0
+    """[updates] of linear rise to lr."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up; cosine falls to min_lr_ratio · lr at the last step."""
+    min_lr_ratio: Fraction = 0.0
+    """Where a cosine ends, as a share of lr."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of AdamW's running means of the gradient and of its square."""
+    weight_decay: NonNegative = 0.0
+    """Of AdamW, decoupled."""
+    max_grad_norm: NonNegative = 1.0
+    """The gradient is scaled down to this 2-norm; 0: never."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """DeepSpeed: 0 shards nothing, 1 the optimizer, 2 gradients too, 3 parameters too."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in the host's memory; needs zero_stage 1 or more."""
+    micro_batch_tokens: Count = 16_384
+    """[tokens] in one forward pass; a longer trajectory goes alone."""
+    updates_per_batch: Count = 1
+    """Optimizer updates a step's trajectories are dealt out to; 1: on-policy."""
+    epochs: Count = 1
+    """Passes over a step's trajectories."""
+    gradient_checkpointing: bool = True
+    """Compute activations twice and keep few: slower, far less memory."""
+    old_logprobs: Literal["recompute", "engine"] = "recompute"
+    """Where the ratio's denominator comes from; engine saves a forward pass and needs
+    algo.importance.mode=off."""

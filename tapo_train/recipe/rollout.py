@@ -1,0 +1,48 @@
+"""How trajectories are sampled."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from tapo_train.recipe.values import STRICT, Count, OpenFraction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class VllmEngine:
+    """Sampling by vLLM inside the training process, one engine per rank."""
+
+    name: Literal["vllm"] = "vllm"
+    kv_cache_gib: Count = 1
+    """[GiB] of KV cache on CPU; CUDA devices use gpu_memory_utilization instead."""
+    gpu_memory_utilization: OpenFraction = 0.45
+    """Share of the device's memory for weights and KV cache; the learner has the rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class HfEngine:
+    """Sampling by transformers' forward pass: the slow reference."""
+
+    name: Literal["hf"] = "hf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Rollout:
+    """How trajectories are sampled."""
+
+    engine: VllmEngine | HfEngine = Field(default_factory=VllmEngine, discriminator="name")
+    rollouts_per_question: Count = 8
+    """G, the group size; group-relative advantages need at least 2."""
+    max_turns: Count = 10
+    """Assistant turns; a trajectory that still calls a tool in the last one ends unanswered."""
+    max_turn_tokens: Count = 1024
+    """[tokens] sampled in one turn at most."""
+    max_tokens: Count = 16_384
+    """[tokens] of a whole trajectory: prompt, turns, observations and image tokens."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    """Of training rollouts; 0 is greedy and leaves a group without differences. Evaluation is
+    greedy whatever stands here."""
+    max_in_flight: Count = 64
+    """Trajectories under way at a time on one rank."""

@@ -1,0 +1,84 @@
+"""The run, its model, its data, its reward and its probe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
+
+from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Run:
+    """Where the run lives, how long it is, what it saves."""
+
+    dir: str
+    """Run folder: recipe, manifest, metrics, dumps, checkpoints, export. Its last part names
+    the run in wandb."""
+    seed: CountOrZero = 0
+    """Seeds question order, sampling and initialisation."""
+    steps: Count = 100
+    """Training steps; one step is one batch of questions."""
+    resume: Literal["auto", "never", "must"] = "auto"
+    """auto: go on from the last checkpoint if there is one; never: refuse a folder that holds
+    a run; must: refuse a folder that does not."""
+    save_every: CountOrZero = 10
+    """[steps] between checkpoints; 0: only at the end."""
+    keep_last: Count = 2
+    """Checkpoints kept; older ones are deleted."""
+    eval_every: CountOrZero = 0
+    """[steps] between validations; 0: none."""
+    eval_questions: CountOrZero = 0
+    """Validation questions asked each time, the first ones of the file; 0: all."""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online if logged in, else offline."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Model:
+    """The policy that is trained."""
+
+    path: str
+    """Hugging Face folder of a Qwen2.5-VL or Qwen3-VL model. Pictures are resized as its
+    preprocessor_config.json says (`size`, in pixels of area), in training and ever after."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of learner and engine. bfloat16 keeps float32 master weights in the optimizer."""
+    freeze_vision: bool = True
+    """Leave the vision tower as it is. (SenseNova-MARS trains so.)"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Data:
+    """Questions, and how many of them make a step."""
+
+    train: tuple[str, ...] = Field(min_length=1)
+    """Task files, read one after the other."""
+    validation: tuple[str, ...] = ()
+    """Task files; may be empty when run.eval_every is 0."""
+    format: Literal["auto", "native", "fvqa", "livevqa"] = "auto"
+    """auto: by the file's ending."""
+    system_prompt: str = ""
+    """Text of the system turn, before the tool schemas; empty: only the schemas."""
+    questions_per_step: Count = 16
+    """Over all ranks; a multiple of the number of ranks."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class RewardWeights:
+    """reward = accuracy_weight · accuracy + format_weight · format, both in [0, 1]."""
+
+    accuracy_weight: NonNegative = 1.0
+    """Of an answer equal to an accepted one after normalisation."""
+    format_weight: NonNegative = 0.5
+    """Of a non-empty <answer> with all calls readable; 0: format is not rewarded."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Probe:
+    """One fixed prompt, scored by engine and learner after every weight sync."""
+
+    tolerance: Positive = 0.05
+    """[nats] largest difference of a token's log-probability; beyond it the run stops.
+    float32 agrees to about 1e-5, bfloat16 to a few hundredths."""
