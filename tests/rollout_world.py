@@ -54,6 +54,7 @@ class DrawTool:
     """Answers with hostile text and one picture, larger each time."""
 
     name = "draw"
+    version = "1"
     description = "Draw a picture."
     arguments_model = DrawArguments
 

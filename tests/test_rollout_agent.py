@@ -37,6 +37,7 @@ class DownTool:
     """A tool whose back end is down."""
 
     name = "down"
+    version = "1"
     description = "Never works."
     arguments_model = NoArguments
 
@@ -252,6 +253,7 @@ class PickyTool(DrawTool):
     """Finds fault with arguments that only the conversation shows to be wrong."""
 
     name = "picky"
+    version = "1"
 
     async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
         raise ToolArgumentError(f"img_idx must be below {len(context.images)}")
@@ -274,6 +276,7 @@ class ThreadTool(DrawTool):
     """Returns a picture of 1000x2 px, which no Qwen-VL processor accepts."""
 
     name = "thread"
+    version = "1"
 
     async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
         return Observation(text="here", images=(draw_image(64, 64), draw_image(1000, 2)))

@@ -6,6 +6,7 @@ import asyncio
 import io
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from pydantic import BaseModel
 from tapo_train.errors import ConfigError, DataError, ToolError, ToolRefusedError
 from tapo_train.tools.base import Toolbox, ToolContext, function_schema
 from tapo_train.tools.crop import ZoomTool, compose
-from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
+from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
 from tapo_train.tools.images import ImageDecoder, encode_png, image_from_bytes
 from tapo_train.tools.text_search import CorpusIndex, Passage, TextSearchTool
 from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
@@ -175,6 +176,7 @@ class MisbehavingTool:
     """Ends in the way it was told to."""
 
     name = "bad"
+    version = "1"
     description = "Misbehaves."
     arguments_model: type[BaseModel] = Nothing
 
@@ -272,3 +274,27 @@ def test_a_tool_that_finished_while_the_loop_was_held_is_not_late() -> None:
 def test_text_and_truth_values_are_not_numbers(arguments: dict[str, Any]) -> None:
     seen = run(zoom_box(), "image_zoom_in_tool", arguments, picture())
     assert seen.outcome is Outcome.MODEL_ERROR and "must be a number" in seen.text
+
+
+def test_a_tools_version_tells_its_answers_apart() -> None:
+    one = [Passage(id="0", title="ab", text="cats"), Passage(id="1", title="c", text="dogs")]
+    other = [Passage(id="0", title="a", text="bcats"), Passage(id="1", title="c", text="dogs")]
+    versions = {
+        TextSearchTool(CorpusIndex(passages), top_k=top_k, max_chars=chars).version
+        for passages in (one, other, one[:1])
+        for top_k in (1, 2)
+        for chars in (10, 20)
+    }
+    assert len(versions) == 12
+    assert TextSearchTool(CorpusIndex(one)).version == TextSearchTool(CorpusIndex(one)).version
+    entry = IndexedPicture(title="x", hash=1, thumbnail=picture(20, 20))
+    indexes = [
+        [],
+        [entry],
+        [replace(entry, title="y")],
+        [replace(entry, hash=2)],
+        [replace(entry, thumbnail=picture(21, 20))],
+    ]
+    tools = [ImageSearchTool(ImageIndex(entries), ImageDecoder()) for entries in indexes]
+    assert len({tool.version for tool in tools}) == 5
+    assert ZoomTool(ImageDecoder()).version != ZoomTool(ImageDecoder(), min_side_px=9).version

@@ -1,7 +1,7 @@
 """What a tool is, and the one boundary around every tool call.
 
-A tool is an object with a name, a pydantic model of its arguments and a
-coroutine. The toolbox validates, runs it under a deadline and turns whatever
+A tool is an object with a name, a version, a pydantic model of its arguments and
+a coroutine. The toolbox validates, runs it under a deadline and turns whatever
 happens into an `Observation` with a typed outcome, so a failing tool never takes
 a trajectory down and never goes unnoticed.
 """
@@ -39,6 +39,10 @@ class Tool(Protocol):
     @property
     def description(self) -> str:
         """One sentence for the policy."""
+
+    @property
+    def version(self) -> str:
+        """Changes whenever the same call may get another answer; part of the replay key."""
 
     @property
     def arguments_model(self) -> type[BaseModel]:

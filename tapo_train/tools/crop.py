@@ -78,6 +78,7 @@ class ZoomTool:
     def __init__(self, decoder: ImageDecoder, *, min_side_px: int = 16) -> None:
         self._decoder = decoder
         self._min_side_px = min_side_px
+        self.version = f"1 min_side={min_side_px}"
 
     async def run(self, arguments: ZoomArguments, context: ToolContext) -> Observation:
         """The crop, after "Here is the zoomed image:"."""

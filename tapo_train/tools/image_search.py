@@ -24,7 +24,7 @@ from tapo_train.tools.images import (
     indexed_image,
     number,
 )
-from tapo_train.tools.index_file import open_index
+from tapo_train.tools.index_file import digest_of, open_index
 from tapo_train.tools.picture_hash import index_hash, lookup_hashes
 from tapo_train.types import Image, Observation
 
@@ -44,6 +44,11 @@ class ImageIndex:
 
     def __init__(self, entries: Sequence[IndexedPicture]) -> None:
         self._entries = tuple(entries)
+        self.digest = digest_of(
+            text
+            for entry in entries
+            for text in (entry.title, f"{entry.hash:016x}", entry.thumbnail.sha256)
+        )
         self._hashes = np.array([entry.hash for entry in entries], dtype=np.uint64)
 
     @classmethod
@@ -107,6 +112,7 @@ class ImageSearchTool:
         self._decoder = decoder
         self._top_k = top_k
         self._max_distance = max_distance
+        self.version = f"1 index={index.digest} top_k={top_k} max_distance={max_distance}"
 
     async def run(self, arguments: ImageSearchArguments, context: ToolContext) -> Observation:
         """Titles, then as many thumbnails in the same order."""

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tapo_train.errors import DataError
 from tapo_train.tools.base import ToolContext
-from tapo_train.tools.index_file import open_index
+from tapo_train.tools.index_file import digest_of, open_index
 from tapo_train.types import Observation
 
 
@@ -39,6 +39,7 @@ class CorpusIndex:
         if not passages:
             raise DataError("text corpus: no passages; wanted at least one")
         self._passages = tuple(passages)
+        self.digest = digest_of(text for item in passages for text in (item.title, item.text))
         self._bm25 = bm25s.BM25(method="lucene")
         texts = [f"{passage.title} {passage.text}" for passage in passages]
         tokens = _tokenise(texts)
@@ -91,6 +92,7 @@ class TextSearchTool:
         self._index = index
         self._top_k = top_k
         self._max_chars = max_chars
+        self.version = f"1 corpus={index.digest} top_k={top_k} max_chars={max_chars}"
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
