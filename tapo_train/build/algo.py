@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-
 
 from tapo_train.algos import importance, losses
 from tapo_train.algos.advantages import batch_renorm, group_advantages
 from tapo_train.config import Recipe
 from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
 from tapo_train.credit.gigpo import GiGPO
-from tapo_train.errors import ConfigError
-from tapo_train.learner import distributed
 from tapo_train.learner.objective import Objective, policy_gradient
-from tapo_train.learner.policy import Policy
-from tapo_train.learner.settings import LearnerSettings
-from tapo_train.parts import AdvantageFunction, Floats, Play, Schedule
+from tapo_train.parts import AdvantageFunction, Floats
 from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
 from tapo_train.rewards.reward import RewardFunction
-from tapo_train.rollout.agent import Limits
-from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import collect
-from tapo_train.rollout.engine import Engine, Sampling
-from tapo_train.tools.base import Tool, Toolbox
-from tapo_train.tools.crop import ZoomTool
-from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
-from tapo_train.tools.images import ImageDecoder
-from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
-from tapo_train.types import Group, Task
 
 
 def build_reward(recipe: Recipe) -> RewardFunction:
