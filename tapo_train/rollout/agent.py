@@ -26,17 +26,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 
-import numpy as np
-import numpy.typing as npt
-
-from tapo_train.errors import AlignmentError, ConfigError, EngineError
+from tapo_train.errors import AlignmentError, ConfigError
 from tapo_train.rollout.byte_text import DecodedText
 from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.parse import ParsedCall, parse_turn
+from tapo_train.rollout.transcript import Transcript
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.types import (
-    Image,
     Observation,
     Outcome,
     Span,
@@ -70,49 +67,6 @@ class Limits:
         for name in self.__slots__:
             if getattr(self, name) < 1:
                 raise ConfigError(f"limits.{name} is {getattr(self, name)}; wanted >= 1")
-
-
-class Transcript:
-    """The append-only token list of one trajectory, with what lies over it."""
-
-    def __init__(self, prompt: Tokens, images: tuple[Image, ...], *, capacity: int) -> None:
-        self._buffer = np.empty(capacity, dtype=np.int32)
-        self._length = 0
-        self._logprobs: list[npt.NDArray[np.float32]] = []
-        self.images = images
-        self.turns: list[Turn] = []
-        self._append(prompt)
-
-    @property
-    def tokens(self) -> Tokens:
-        """[T] a view; what was written is never changed."""
-        return self._buffer[: self._length]
-
-    @property
-    def logprobs(self) -> npt.NDArray[np.float32]:
-        """Log-probabilities of all sampled tokens, in order."""
-        return np.concatenate([np.empty(0, dtype=np.float32), *self._logprobs])
-
-    @property
-    def room(self) -> int:
-        """How many tokens may still be appended."""
-        return len(self._buffer) - self._length
-
-    def append_sampled(self, completion: Completion) -> Span:
-        """Append a turn's tokens; returns where they lie."""
-        self._logprobs.append(completion.logprobs)
-        return self._append(completion.tokens)
-
-    def append_observation(self, tokens: Tokens, images: tuple[Image, ...]) -> Span:
-        """Append an observation and register its pictures; returns where it lies."""
-        self.images += images
-        return self._append(tokens)
-
-    def _append(self, tokens: Tokens) -> Span:
-        start, end = self._length, self._length + len(tokens)
-        self._buffer[start:end] = tokens
-        self._length = end
-        return Span(start=start, end=end)
 
 
 class Episode:
@@ -269,25 +223,3 @@ class Episode:
             return StopReason.MAX_TOKENS, None
         images = tuple(image for observation in observations for image in observation.images)
         return None, self._transcript.append_observation(tokens, images)
-
-
-def require_complete(completion: Completion, request: GenerationRequest, end: int) -> None:
-    """Raise EngineError if a completion breaks the protocol.
-
-    An engine that ends a turn on another token, or reports fewer log-probabilities
-    than tokens, would shift every later span silently.
-    """
-    tokens, logprobs = completion.tokens, completion.logprobs
-    ends = len(tokens) > 0 and int(tokens[-1]) == end
-    if len(tokens) != len(logprobs) or not 0 < len(tokens) <= request.max_tokens:
-        raise EngineError(
-            f"request {request.id}: {len(tokens)} tokens with {len(logprobs)} log-probabilities; "
-            f"wanted equal numbers between 1 and {request.max_tokens}"
-        )
-    if ends != (completion.finished == "stop"):
-        raise EngineError(
-            f"request {request.id}: finished by {completion.finished!r} with last token "
-            f"{int(tokens[-1])}; the end token is {end}"
-        )
-    if not np.isfinite(logprobs).all():
-        raise EngineError(f"request {request.id}: a log-probability is not finite")

@@ -12,55 +12,13 @@ import asyncio
 from collections import Counter
 from collections.abc import Sequence
 
-from tapo_train.errors import DataError, EngineError
-from tapo_train.rollout.agent import Episode, Limits, require_complete
+from tapo_train.errors import DataError
+from tapo_train.rollout.agent import Episode, Limits
 from tapo_train.rollout.chat import ChatFormat, Tokens
-from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
+from tapo_train.rollout.driver import EngineDriver
+from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Group, Task, Trajectory
-
-TURNS_OF_THE_LOOP = 4
-"""Event-loop rounds between engine steps: a tool's answer passes through a few
-callbacks before its next request is submitted, and each costs one round."""
-
-
-class EngineDriver:
-    """Steps an engine and hands completions to the coroutines that wait for them."""
-
-    def __init__(self, engine: Engine, *, end_token_id: int) -> None:
-        self._engine = engine
-        self._end = end_token_id
-        self._waiting: dict[str, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
-        self._wake = asyncio.Event()
-
-    async def generate(self, request: GenerationRequest) -> Completion:
-        """Submit a request and wait for its completion."""
-        self._engine.submit(request)
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting[request.id] = (request, future)
-        self._wake.set()
-        return await future
-
-    async def drive(self, episodes: asyncio.Future[list[Trajectory]]) -> list[Trajectory]:
-        """Step until every episode is done; the first error of an episode is raised."""
-        episodes.add_done_callback(lambda _: self._wake.set())
-        while not episodes.done():
-            if self._engine.has_unfinished():
-                for completion in self._engine.step():
-                    self._deliver(completion)
-                for _ in range(TURNS_OF_THE_LOOP):
-                    await asyncio.sleep(0)
-            else:
-                self._wake.clear()
-                await self._wake.wait()
-        return episodes.result()
-
-    def _deliver(self, completion: Completion) -> None:
-        if completion.id not in self._waiting:
-            raise EngineError(f"the engine returned {completion.id}, which nobody asked for")
-        request, future = self._waiting.pop(completion.id)
-        require_complete(completion, request, self._end)
-        future.set_result(completion)
 
 
 def collect(
