@@ -5,10 +5,12 @@
     ├── DataError              a task, rollout or world file is wrong (names file and line)
     ├── RolloutError           the sampler cannot go on
     │   ├── AlignmentError     image tokens and image features disagree
-    │   └── EngineError        the engine refused or lost a request
+    │   ├── EngineError        the engine refused or lost a request
+    │   └── ReplayMissError    a replayed run asked for a call that was never recorded
     ├── ToolError              a tool call failed; carries the outcome it is recorded as
     │   ├── ToolArgumentError  the policy's arguments are wrong (outcome model_error)
-    │   └── ToolRefusedError   a guard refused the call (outcome refused)
+    │   ├── ToolRefusedError   a guard refused the call (outcome refused)
+    │   └── ToolDownError      its back end is out of order (outcome infra_error)
     ├── CreditError            advantages or steps handed to the credit stage are impossible
     ├── LearnerError           the update cannot go on (non-finite loss, empty batch, ...)
     │   └── CheckpointError    a checkpoint is damaged or does not fit (names the file)
@@ -28,9 +30,11 @@ __all__ = [
     "EngineError",
     "LearnerError",
     "ProbeError",
+    "ReplayMissError",
     "RolloutError",
     "TapoError",
     "ToolArgumentError",
+    "ToolDownError",
     "ToolError",
     "ToolRefusedError",
 ]
@@ -60,6 +64,10 @@ class EngineError(RolloutError):
     """The inference engine refused or lost a request."""
 
 
+class ReplayMissError(RolloutError):
+    """A strict replay has no answer to a call; the run is no longer the recorded one and ends."""
+
+
 class ToolError(TapoError, RuntimeError):
     """A tool call failed for a reason outside the policy."""
 
@@ -70,6 +78,15 @@ class ToolArgumentError(ToolError, ValueError):
 
 class ToolRefusedError(ToolError):
     """A guard refused the call; the message is shown to the policy."""
+
+
+class ToolDownError(ToolError):
+    """A tool's back end cannot be reached, broke, or answers nonsense: nobody's judgement."""
+
+    def __init__(self, message: str, *, retryable: bool = True) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+        """Whether the same call may succeed a moment later."""
 
 
 class CreditError(TapoError, ValueError):

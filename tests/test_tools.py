@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,7 +15,14 @@ import pytest
 from PIL import Image as PilImage
 from pydantic import BaseModel
 
-from tapo_train.errors import ConfigError, DataError, ToolError, ToolRefusedError
+from tapo_train.errors import (
+    ConfigError,
+    DataError,
+    ReplayMissError,
+    ToolDownError,
+    ToolError,
+    ToolRefusedError,
+)
 from tapo_train.tools.base import Toolbox, ToolContext, function_schema
 from tapo_train.tools.crop import ZoomTool, compose
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
@@ -196,6 +204,7 @@ class MisbehavingTool:
         (None, Outcome.TIMEOUT),
         (ToolError("down"), Outcome.TOOL_ERROR),
         (ToolRefusedError("no"), Outcome.REFUSED),
+        (ToolDownError("HTTP 503"), Outcome.INFRA_ERROR),
         (OSError("disk"), Outcome.INFRA_ERROR),
         (ZeroDivisionError("bug"), Outcome.INFRA_ERROR),
     ],
@@ -208,6 +217,17 @@ def test_every_way_a_tool_can_fail_has_its_outcome(
     assert seen.outcome is outcome and seen.text.startswith("Error: ")
     assert time.perf_counter() - started < 5
     assert seen.latency_s > 0
+
+
+def test_leaving_the_recording_of_a_replay_ends_the_run() -> None:
+    with pytest.raises(ReplayMissError, match="not recorded"):
+        run(Toolbox([MisbehavingTool(ReplayMissError("not recorded"))], deadline_s=1), "bad", {})
+
+
+def test_a_tool_that_is_down_says_across_processes_whether_to_try_again() -> None:
+    error = pickle.loads(pickle.dumps(ToolDownError("HTTP 500", retryable=False)))
+    assert str(error) == "HTTP 500" and error.retryable is False
+    assert ToolDownError("HTTP 503").retryable is True
 
 
 def test_an_unknown_tool_is_named_with_the_known_ones() -> None:

@@ -16,7 +16,14 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
 
-from tapo_train.errors import ConfigError, ToolArgumentError, ToolError, ToolRefusedError
+from tapo_train.errors import (
+    ConfigError,
+    ReplayMissError,
+    ToolArgumentError,
+    ToolDownError,
+    ToolError,
+    ToolRefusedError,
+)
 from tapo_train.types import Image, Observation, Outcome, Task
 
 
@@ -54,7 +61,8 @@ class Tool(Protocol):
         Raises:
             ToolArgumentError: arguments that only the context shows to be wrong.
             ToolRefusedError: a guard said no.
-            ToolError: the tool or its back end failed.
+            ToolDownError: its back end is out of order.
+            ToolError: the tool answered that it cannot do this.
         """
 
 
@@ -106,8 +114,12 @@ class Toolbox:
             return _failure(Outcome.REFUSED, str(error))
         except TimeoutError:
             return _failure(Outcome.TIMEOUT, f"{name} gave no answer within {self._deadline_s} s")
+        except ToolDownError as error:
+            return _failure(Outcome.INFRA_ERROR, f"{name} failed: {error}")
         except ToolError as error:
             return _failure(Outcome.TOOL_ERROR, f"{name} failed: {error}")
+        except ReplayMissError:
+            raise  # the run has left its recording: no single call's failure
         except Exception as error:  # noqa: BLE001  # the tool boundary: recorded, not fatal
             return _failure(Outcome.INFRA_ERROR, f"{name} failed: {type(error).__name__}: {error}")
 
