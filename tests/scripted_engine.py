@@ -31,6 +31,7 @@ class ScriptedEngine:
     requests: list[GenerationRequest] = field(default_factory=list)
     most_in_flight: int = 0
     num_steps: int = 0
+    aborted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._left: dict[str, tuple[GenerationRequest, int]] = {}
@@ -52,6 +53,12 @@ class ScriptedEngine:
 
     def has_unfinished(self) -> bool:
         return bool(self._left)
+
+    def idle_s(self) -> float:
+        return 0.0
+
+    def abort(self, ids: Sequence[str]) -> None:
+        self.aborted += [id for id in ids if self._left.pop(id, None) is not None]
 
     def score(
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image]

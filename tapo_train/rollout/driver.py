@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 import numpy as np
 
@@ -25,26 +26,43 @@ class EngineDriver:
         self._wake = asyncio.Event()
 
     async def generate(self, request: GenerationRequest) -> Completion:
-        """Submit a request and wait for its completion."""
+        """Submit a request and wait for its completion; a cancelled wait aborts the request."""
         self._engine.submit(request)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = (request, future)
         self._wake.set()
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if self._waiting.pop(request.id, None) is not None:
+                self._engine.abort([request.id])
+            raise
 
     async def drive(self, episodes: asyncio.Future[list[Trajectory]]) -> list[Trajectory]:
         """Step until every episode is done; the first error of an episode is raised."""
         episodes.add_done_callback(lambda _: self._wake.set())
         while not episodes.done():
-            if self._engine.has_unfinished():
-                for completion in self._engine.step():
-                    self._deliver(completion)
-                for _ in range(TURNS_OF_THE_LOOP):
-                    await asyncio.sleep(0)
-            else:
-                self._wake.clear()
-                await self._wake.wait()
+            if not self._engine.has_unfinished():
+                await self._sleep(math.inf)
+                continue
+            for completion in self._engine.step():
+                self._deliver(completion)
+            idle_s = self._engine.idle_s()
+            if idle_s > 0:
+                await self._sleep(idle_s)
+                continue
+            for _ in range(TURNS_OF_THE_LOOP):
+                await asyncio.sleep(0)
         return episodes.result()
+
+    async def _sleep(self, seconds: float) -> None:
+        """Until a request is submitted or the episodes are done, but not for longer."""
+        self._wake.clear()
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(seconds, self._wake.set) if seconds < math.inf else None
+        await self._wake.wait()
+        if timer is not None:
+            timer.cancel()
 
     def _deliver(self, completion: Completion) -> None:
         if completion.id not in self._waiting:

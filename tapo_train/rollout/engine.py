@@ -114,6 +114,18 @@ class Engine(Protocol):
         """True while a submitted request has not been returned by `step`."""
         ...
 
+    def idle_s(self) -> float:
+        """[s] for which `step` will return nothing, unless something is submitted.
+
+        0 for an engine that computes in `step`. One that works elsewhere says when to look
+        again, so that its driver sleeps and lets the tools work instead of asking.
+        """
+        ...
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """Drop requests: `step` will not return them. Ids that are not in flight are ignored."""
+        ...
+
     def score(
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image]
     ) -> npt.NDArray[np.float32]:

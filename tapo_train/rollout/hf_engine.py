@@ -59,6 +59,15 @@ class HfEngine:
         """See `Engine.has_unfinished`."""
         return bool(self._queue)
 
+    def idle_s(self) -> float:
+        """See `Engine.idle_s`."""
+        return 0.0
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """See `Engine.abort`."""
+        dropped = frozenset(ids)
+        self._queue = deque(request for request in self._queue if request.id not in dropped)
+
     def score(
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image]
     ) -> npt.NDArray[np.float32]:

@@ -110,6 +110,15 @@ class VllmEngine:
         """See `Engine.has_unfinished`."""
         return bool(self._in_flight)
 
+    def idle_s(self) -> float:
+        """See `Engine.idle_s`."""
+        return 0.0
+
+    def abort(self, ids: Sequence[str]) -> None:
+        """See `Engine.abort`."""
+        dropped = [id for id in ids if self._in_flight.pop(id, None) is not None]
+        self._engine.abort_request(dropped)
+
     def score(
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image]
     ) -> npt.NDArray[np.float32]:
