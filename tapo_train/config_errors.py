@@ -166,10 +166,6 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
             f"learner.updates_per_batch: found {updates}, wanted a divisor of "
             f"data.questions_per_step ({questions}): a question's group is not divided"
         )
-    if algo.kl.coef > 0:
-        yield (
-            f"algo.kl.coef: found {algo.kl.coef}, wanted 0: runs do not load a reference policy yet"
-        )
 
 
 def _tool_problems(recipe: Recipe) -> Iterable[str]:

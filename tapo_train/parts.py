@@ -14,6 +14,7 @@ from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.learner.objective import Objective
 from tapo_train.learner.policy import Policy
+from tapo_train.learner.reference import Reference
 from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
@@ -88,6 +89,7 @@ class Parts:
     advantage: AdvantageFunction
     credit: CreditAssigner
     policy: Policy
+    reference: Reference
     objective: Objective
     checkpoints: Checkpoints
     dump: TrajectoryDump

@@ -65,6 +65,7 @@ def train(recipe: Recipe) -> Path:
     export(recipe, parts.policy, folder.export)
     if distributed.rank() == 0:
         plot_metrics(folder.metrics, folder.curves)
+    parts.reference.close()
     parts.policy.close()
     parts.engine.close()
     return folder.export
@@ -108,6 +109,7 @@ def make_parts(
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
         policy=policy,
+        reference=build.build_reference(recipe, policy, chat),
         objective=build.build_objective(recipe),
         checkpoints=CheckpointFolder(folder.checkpoints, policy, keep_last=recipe.run.keep_last),
         dump=TrajectoryDump(

@@ -186,7 +186,7 @@ class Trainer:
         packed = [pack(rows, budget_tokens=schedule.micro_batch_tokens) for rows in cuts]
         if schedule.recompute_old_logprobs:
             packed = [self._parts.policy.with_old_logprobs(batches) for batches in packed]
-        return packed * schedule.epochs
+        return [self._parts.reference(batches) for batches in packed] * schedule.epochs
 
     def _update(self, updates: Sequence[Sequence[MicroBatch]]) -> Metrics:
         metrics: Metrics = {}

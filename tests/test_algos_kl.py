@@ -100,7 +100,13 @@ def test_the_penalty_is_the_estimate_times_its_coefficient_and_reports_the_estim
     logprobs, reference = torch.tensor([-1.0, -2.0]), torch.tensor([-1.5, -2.0])
     output = kl_penalty(logprobs, reference, kind="k1", coefficient=0.1)
     assert output.per_token.tolist() == pytest.approx([0.05, 0.0])
-    assert finalise(output.metrics) == {"policy/ref_kl": pytest.approx(0.25)}
+    # x is -0.5 and 0: k1 .5, k2 .125, k3 exp(-.5) + .5 - 1 = .106531, halved by the mean
+    assert finalise(output.metrics) == {
+        "policy/ref_kl": pytest.approx(0.25),
+        "kl/k1": pytest.approx(0.25),
+        "kl/k2": pytest.approx(0.0625),
+        "kl/k3": pytest.approx(0.0532653),
+    }
 
 
 def test_entropy_of_a_uniform_policy_is_the_log_of_its_size_and_bans_add_nothing() -> None:

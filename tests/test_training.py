@@ -116,7 +116,10 @@ def test_stopping_and_resuming_gives_the_run_that_was_never_stopped(
     small_world: Path, tmp_path: Path
 ) -> None:
     engine = ("rollout/engine=hf", "run.save_every=1", "learner.schedule=constant")
+    engine = (*engine, "algo.kl.coef=0.05")
     whole = train(small_world, tmp_path / "whole", *engine, "run.steps=3")
+    # The reference is the recipe's model: one taken from a checkpoint would start at 0 again.
+    assert whole[0]["policy/ref_kl"] == 0 < whole[1]["policy/ref_kl"] < whole[2]["policy/ref_kl"]
     train(small_world, tmp_path / "parts", *engine, "run.steps=1")
     parts = train(small_world, tmp_path / "parts", *engine, "run.steps=3")
     assert parts == whole

@@ -70,6 +70,8 @@ def kl_penalty(
 ) -> LossOutput:
     """coefficient KL per token [K], to be added to a loss before the aggregation.
 
+    The metrics hold the estimate asked for and, whatever that is, k1 (unbiased), k2 and k3.
+
     Raises:
         ConfigError: unknown `kind`, or a coefficient below 0.
         LearnerError: shapes differ.
@@ -77,7 +79,14 @@ def kl_penalty(
     if not coefficient >= 0:
         raise ConfigError(f"kl_penalty: coefficient is {coefficient}; wanted >= 0")
     estimate = kl_per_token(logprobs, ref_logprobs, kind=kind)
-    return LossOutput(per_token=estimate * coefficient, metrics={"policy/ref_kl": pair(estimate)})
+    with torch.no_grad():
+        others = {
+            f"kl/{name}": pair(kl_per_token(logprobs, ref_logprobs, kind=name))
+            for name in ("k1", "k2", "k3")
+        }
+    return LossOutput(
+        per_token=estimate * coefficient, metrics={"policy/ref_kl": pair(estimate)} | others
+    )
 
 
 def _k3(x: Tensor) -> Tensor:

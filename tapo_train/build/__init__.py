@@ -11,7 +11,7 @@ from tapo_train.build.algo import (
     is_recomputed_in_passing,
 )
 from tapo_train.build.device import DEVICE
-from tapo_train.build.learner import build_policy, learner_settings
+from tapo_train.build.learner import build_policy, build_reference, learner_settings
 from tapo_train.build.rollout import build_engine, build_play
 from tapo_train.build.schedule import build_schedule
 from tapo_train.build.tools import build_toolbox
@@ -25,6 +25,7 @@ __all__ = [
     "build_objective",
     "build_play",
     "build_policy",
+    "build_reference",
     "build_reward",
     "build_schedule",
     "build_toolbox",

@@ -7,6 +7,7 @@ from pathlib import Path
 from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
 from tapo_train.learner.policy import Policy
+from tapo_train.learner.reference import FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
 
@@ -28,6 +29,19 @@ def build_policy(recipe: Recipe, chat: ChatFormat, *, updates: int | None = None
         temperature=recipe.rollout.temperature or 1.0,
         banned_token_ids=chat.banned_token_ids,
         measure_entropy=recipe.algo.entropy_coef > 0,
+    )
+
+
+def build_reference(recipe: Recipe, policy: Policy, chat: ChatFormat) -> Reference:
+    """The policy a KL penalty pulls towards: the recipe's model, also when a run is resumed."""
+    if recipe.algo.kl.coef == 0:
+        return NoReference()
+    return FrozenReference(
+        Path(recipe.model.path),
+        settings=policy.settings,
+        pixels=chat.pixels,
+        device=policy.device,
+        distribution=policy.distribution,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -29,11 +30,7 @@ def start(
     The process group must be up (`distributed.init`). The caller owns the accumulation
     of gradients: any number of `backward`, then one `step`.
     """
-    if device.type == "cpu":
-        # An op that gloo does not need; DeepSpeed would compile it for a minute at start,
-        # fail without a compiler and hang for ever on a lock that a killed build left.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    _join_group(device)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = _optimizer(parameters, settings, device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate_factor, settings=settings))
@@ -49,6 +46,27 @@ def start(
         # A sum over one rank is a copy of every gradient and back.
         engine.enable_backward_allreduce = False
     return engine
+
+
+def start_frozen(module: nn.Module, *, settings: LearnerSettings, device: torch.device) -> Any:
+    """`module` on the device for forward passes alone: sharded under ZeRO-3, else as it is."""
+    if settings.zero_stage < 3:
+        return module.to(device).eval()
+    _join_group(device)
+    engine, *_ = deepspeed.initialize(
+        model=module,
+        config=engine_config(replace(settings, offload_optimizer=False)),
+        dist_init_required=False,
+    )
+    engine.eval()
+    return engine
+
+
+def stop_frozen(module: Any) -> None:
+    """Take the hooks of sharding off again."""
+    if isinstance(module, deepspeed.DeepSpeedEngine):
+        distributed.barrier()
+        module.destroy()
 
 
 def engine_config(settings: LearnerSettings) -> dict[str, Any]:
@@ -97,6 +115,15 @@ def end_process_group() -> None:
     gc.collect()
     if distributed.is_initialised():
         deepspeed.comm.destroy_process_group()
+
+
+def _join_group(device: torch.device) -> None:
+    """Let DeepSpeed use the process group that is up."""
+    if device.type == "cpu":
+        # An op that gloo does not need; DeepSpeed would compile it for a minute at start,
+        # fail without a compiler and hang for ever on a lock that a killed build left.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def _optimizer(

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tapo_train.algos.aggregation import Aggregation, aggregate
 from tapo_train.algos.metrics import Metrics, merge, pair
-from tapo_train.errors import CheckpointError, LearnerError
+from tapo_train.errors import CheckpointError
 from tapo_train.learner import distributed, engine, packed_model, weights
 from tapo_train.learner.batch import MicroBatch, TrainingRow, join
 from tapo_train.learner.gradients import GradientGuard
-from tapo_train.learner.inputs import model_inputs
 from tapo_train.learner.layout import ModelLayout, PixelSource
 from tapo_train.learner.objective import Objective
+from tapo_train.learner.scorer import RAW, Distribution, Scorer
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.types import Image, Span
 
@@ -53,37 +53,42 @@ class Policy:
         banned_token_ids: Sequence[int] = (),
         measure_entropy: bool = True,
     ) -> None:
-        if not temperature > 0:
-            raise LearnerError(f"temperature is {temperature}; wanted > 0")
         self.source = model
         self.settings = settings
-        self._device = distributed.init(device=device)
-        self._pixels = pixels
-        self._temperature = temperature
-        self._banned = torch.tensor(sorted(banned_token_ids), dtype=torch.int64)
+        self.distribution = Distribution(
+            temperature=temperature, banned_token_ids=tuple(banned_token_ids)
+        )
+        self.device = distributed.init(device=device)
         self._measure_entropy = measure_entropy
         self.model = packed_model.load(model, settings=settings)
         self.layout = ModelLayout.of(self.model)
         self._engine = engine.start(
-            packed_model.PackedModel(self.model), settings=settings, device=self._device
+            packed_model.PackedModel(self.model), settings=settings, device=self.device
         )
         self._guard = GradientGuard(self._engine, settings=settings)
+        self._score = Scorer(
+            module=self._engine,
+            layout=self.layout,
+            pixels=pixels,
+            device=self.device,
+            chunk=settings.head_chunk_tokens,
+            distribution=self.distribution,
+        )
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
         """[K] log-probabilities of the trained tokens, on the CPU, without gradient."""
         with torch.no_grad():
-            return self._forward(batch, with_entropy=False)[0].cpu()
+            return self._score(batch)[0].cpu()
 
     def with_old_logprobs(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """The micro-batches with `old_logprobs` computed by the present weights.
 
         Ranks may hold different numbers of micro-batches.
         """
-        extra = distributed.all_reduce_max(len(batches)) - len(batches)
-        scored = [replace(batch, old_logprobs=self.logprobs(batch)) for batch in batches]
-        for _ in range(extra):
-            self.logprobs(join([]))
-        return scored
+        return [
+            replace(batch, old_logprobs=logprobs)
+            for batch, logprobs in zip(batches, self._score.of_all(batches), strict=True)
+        ]
 
     def update(
         self,
@@ -116,8 +121,8 @@ class Policy:
         metrics: Metrics = {}
         self._engine.train()
         for batch in padded:
-            moved = batch.to(self._device)
-            logprobs, entropy = self._forward(moved, with_entropy=self._measure_entropy)
+            moved = batch.to(self.device)
+            logprobs, entropy = self._score(moved, with_entropy=self._measure_entropy)
             if moved.num_trained:
                 output = objective(moved, logprobs, entropy if self._measure_entropy else None)
                 share = aggregate(
@@ -139,7 +144,7 @@ class Policy:
         norm = self._guard.step()
         for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
             metrics[f"update/{name}"] = pair(
-                torch.tensor(value, dtype=torch.float64, device=self._device)
+                torch.tensor(value, dtype=torch.float64, device=self.device)
             )
         return metrics
 
@@ -154,7 +159,7 @@ class Policy:
             spans=(Span(start=1, end=len(tokens)),),
         )
         with torch.no_grad():
-            scored, _ = self._forward(join([row]), with_entropy=False, raw=True)
+            scored, _ = self._score(join([row]), distribution=RAW)
         answer: npt.NDArray[np.float32] = scored.cpu().numpy()
         return answer
 
@@ -184,24 +189,7 @@ class Policy:
         """Give the engine's memory and hooks back; the policy is unusable afterwards."""
         distributed.barrier()
         self._engine.destroy()
-        del self._engine, self._guard, self.model
-
-    def _forward(
-        self, batch: MicroBatch, *, with_entropy: bool, raw: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies [K] of the trained tokens, on the device."""
-        inputs = model_inputs(batch, layout=self.layout, pixels=self._pixels, device=self._device)
-        banned = self._banned.to(self._device) if len(self._banned) and not raw else None
-        logprobs, entropy = self._engine(
-            inputs,
-            batch.trained_index.to(self._device),
-            batch.targets.to(self._device),
-            temperature=1.0 if raw else self._temperature,
-            banned=banned,
-            chunk=self.settings.head_chunk_tokens,
-            with_entropy=with_entropy,
-        )
-        return logprobs, entropy
+        del self._engine, self._guard, self._score, self.model
 
 
 def _totals(batches: Sequence[MicroBatch]) -> tuple[int, int]:

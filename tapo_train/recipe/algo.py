@@ -68,7 +68,8 @@ class Kl:
     """Penalty for leaving the policy the run started from."""
 
     coef: NonNegative = 0.0
-    """Only 0 so far: the losses have the penalty, runs do not load a reference policy yet."""
+    """Weight of the penalty; 0: no reference policy is loaded. Above, model.path is loaded a
+    second time, in model.dtype and without optimizer, sharded under learner.zero_stage=3."""
     estimator: Literal["k1", "abs", "k2", "k3", "k1+", "k3+"] = "k3"
     """A plus: value of that estimator with the gradient of k2 (straight-through)."""
 

@@ -40,6 +40,7 @@ METRICS: dict[str, str] = {
     # policy and update
     "policy/entropy": "[nat] entropy per trained token",
     "policy/ref_kl": "[nat] KL estimate to the reference policy per trained token",
+    "kl/<estimator>": "[nat] that estimate of the same: k1 is unbiased, k2 and k3 are >= 0",
     "policy/kl": "[nat] k3 estimate between old and new policy per trained token",
     "policy/ratio_minus_one": "mean of the probability ratio, minus one",
     "policy/clip_high": "share of trained tokens held by the upper clip",

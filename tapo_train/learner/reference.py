@@ -1,0 +1,93 @@
+"""The reference policy of a KL penalty: the model a run started from, never trained.
+
+It scores every micro-batch once, before the updates of a step. It is always the folder the
+recipe names: a resumed run that took its checkpoint instead would be pulled elsewhere than
+the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from tapo_train.learner import engine, packed_model
+from tapo_train.learner.batch import MicroBatch
+from tapo_train.learner.layout import ModelLayout, PixelSource
+from tapo_train.learner.scorer import Distribution, Scorer
+from tapo_train.learner.settings import LearnerSettings
+
+
+class Reference(Protocol):
+    """Gives micro-batches the log-probabilities of a frozen policy."""
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """The micro-batches with `reference_logprobs`. On all ranks together."""
+        ...
+
+    def close(self) -> None:
+        """Give memory back; the reference is unusable afterwards."""
+        ...
+
+
+class NoReference:
+    """Without a KL penalty: the micro-batches as they are."""
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """See `Reference`."""
+        return list(batches)
+
+    def close(self) -> None:
+        """See `Reference`."""
+
+
+class FrozenReference:
+    """A second copy of the model in the learner's number type, without gradient or optimizer.
+
+    Under ZeRO-3 its weights are sharded over the ranks, else every rank holds them whole.
+
+    Args:
+        model: a Hugging Face folder.
+        settings: precision, stage and chunk of the learner.
+        pixels: pictures -> patches, as the learner's.
+        device: where the learner's tensors are.
+        distribution: the one the learner's log-probabilities are of.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        settings: LearnerSettings,
+        pixels: PixelSource,
+        device: torch.device,
+        distribution: Distribution,
+    ) -> None:
+        whole = packed_model.load(model, settings=settings).requires_grad_(False)
+        layout = ModelLayout.of(whole)
+        self._engine = engine.start_frozen(
+            packed_model.PackedModel(whole), settings=settings, device=device
+        )
+        self._score = Scorer(
+            module=self._engine,
+            layout=layout,
+            pixels=pixels,
+            device=device,
+            chunk=settings.head_chunk_tokens,
+            distribution=distribution,
+        )
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """See `Reference`."""
+        return [
+            replace(batch, reference_logprobs=logprobs)
+            for batch, logprobs in zip(batches, self._score.of_all(batches), strict=True)
+        ]
+
+    def close(self) -> None:
+        """See `Reference`."""
+        engine.stop_frozen(self._engine)
+        del self._engine, self._score
