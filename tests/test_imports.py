@@ -30,6 +30,7 @@ LAYERS = (
 DOORS = {
     "vllm": {"rollout/vllm_engine.py"},
     "deepspeed": {"learner/engine.py"},
+    "httpx": {"tools/net.py"},
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},
     "wandb": {"report/wandb_sink.py"},
