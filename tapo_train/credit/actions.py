@@ -25,27 +25,19 @@ class Role(Enum):
     NEITHER = "neither"
 
 
-_Place = tuple[int, int, int, Key]
-"""(row, step, call, key) of an eligible call."""
-
-
 @dataclass(slots=True)
 class Calls:
     """Eligible calls as columns, in order of row, step and call."""
 
-    row: Sequence[int]
-    step: Sequence[int]
+    row: list[int] = field(default_factory=list)
+    step: list[int] = field(default_factory=list)
     """Position in `CreditRow.steps`."""
-    call: Sequence[int]
+    call: list[int] = field(default_factory=list)
     """Position in `CreditStep.calls`."""
-    key: Sequence[Key]
+    turn: list[int] = field(default_factory=list)
+    """Of the step, among all assistant turns."""
+    key: list[Key] = field(default_factory=list)
     """What the call asks for."""
-
-    @classmethod
-    def of(cls, found: Sequence[_Place]) -> Calls:
-        """Columns of places."""
-        row, step, call, key = zip(*found, strict=True) if found else ((), (), (), ())
-        return cls(row, step, call, key)
 
 
 @dataclass(slots=True)
@@ -166,8 +158,7 @@ def gather(rows: Sequence[CreditRow], options: TapoOptions, reader: Reader) -> A
     num_successes = Counter(
         row.group for row, part in zip(rows, roles, strict=True) if part is Role.SUCCESS
     )
-    library: list[_Place] = []
-    queries: list[_Place] = []
+    library, queries = Calls(), Calls()
     blocks: dict[str, dict[object, Block]] = {}
     learns = _learns(options)
     per_group = options.scope == "group"
@@ -177,19 +168,23 @@ def gather(rows: Sequence[CreditRow], options: TapoOptions, reader: Reader) -> A
         teaches = part is Role.SUCCESS
         calls = library if teaches else queries
         here = blocks.setdefault(row.group if per_group else "", {})
-        for tool, place in _read(i, row, _TEACHES if teaches else learns, reader):
-            where = tool if per_group else (_root(place[3]), tool)
+        for s, c, turn, tool, key in _read(row, _TEACHES if teaches else learns, reader):
+            where = tool if per_group else (_root(key), tool)
             block = here.get(where)
             if block is None:
                 block = here[where] = Block(tool)
-            (block.library if teaches else block.queries).append(len(calls))
-            calls.append(place)
+            (block.library if teaches else block.queries).append(len(calls.row))
+            calls.row.append(i)
+            calls.step.append(s)
+            calls.call.append(c)
+            calls.turn.append(turn)
+            calls.key.append(key)
     found = [block for here in blocks.values() for block in here.values()]
-    return Actions(roles, num_successes, Calls.of(library), Calls.of(queries), found)
+    return Actions(roles, num_successes, library, queries, found)
 
 
-def _read(i: int, row: CreditRow, rule: _Rule, reader: Reader) -> Iterator[tuple[str, _Place]]:
-    """Tool and place of every eligible call of row i."""
+def _read(row: CreditRow, rule: _Rule, reader: Reader) -> Iterator[tuple[int, int, int, str, Key]]:
+    """(step, call, turn, tool, key) of every eligible call of a row."""
     statuses, unexecuted = rule.statuses, rule.unexecuted
     for s, step in enumerate(row.steps):
         for c, call in enumerate(step.calls):
@@ -202,6 +197,7 @@ def _read(i: int, row: CreditRow, rule: _Rule, reader: Reader) -> Iterator[tuple
                 arguments = as_object(arguments)
                 if arguments is None:
                     continue
-            key = read[1].key(arguments, row, step)
+            tool, similarity = read
+            key = similarity.key(arguments, row, step)
             if key is not None:
-                yield read[0], (i, s, c, key)
+                yield s, c, step.turn, tool, key

@@ -57,7 +57,7 @@ class Audit:
         actions = self._actions
         clusters = self._matches.cluster[queries].tolist()
         means = {c: self._mean_turn(c) for c in set(clusters)}
-        turns = [self._turn(actions.queries, query) for query in queries]
+        turns = [actions.queries.turn[query] for query in queries]
         return np.abs(np.array(turns, dtype=np.float64) - [means[c] for c in clusters])
 
     def recorded(self, queries: Sequence[int]) -> list[int]:
@@ -102,10 +102,8 @@ class Audit:
 
     def _mean_turn(self, cluster: int) -> float:
         members = self._matches.clusters[cluster].members
-        return sum([self._turn(self._actions.library, i) for i in members]) / len(members)
+        turn = self._actions.library.turn
+        return sum([turn[i] for i in members]) / len(members)
 
     def _call(self, calls: Calls, i: int) -> CreditCall:
         return self._rows[calls.row[i]].steps[calls.step[i]].calls[calls.call[i]]
-
-    def _turn(self, calls: Calls, i: int) -> int:
-        return self._rows[calls.row[i]].steps[calls.step[i]].turn

@@ -32,7 +32,7 @@ def tally(rows: Sequence[CreditRow], judgement: Judgement, *, audit: bool) -> di
     sums: Sums = defaultdict(float)
     _tally_population(sums, rows, judgement)
     _tally_transfer(sums, rows, judgement)
-    _tally_parts(sums, rows, judgement)
+    _tally_parts(sums, judgement)
     clusters = judgement.matches.clusters
     sums["clusters"] = len(clusters)
     sums["cluster_calls"] = sum(len(cluster.members) for cluster in clusters)
@@ -73,7 +73,7 @@ def _tally_transfer(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement)
     sums["delta_adv"] = float((judgement.advantage[chosen] - base).sum())
 
 
-def _tally_parts(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) -> None:
+def _tally_parts(sums: Sums, judgement: Judgement) -> None:
     """Calls by tool, and steps by turn."""
     given = judgement.given > 0.0
     by_tool: dict[str, list[int]] = {}
@@ -84,10 +84,8 @@ def _tally_parts(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) ->
             where = np.array(queries)
             for key in ("calls", f"by_tool/{tool}"):
                 _count(sums, key, judgement.matches.theta, given, where)
-    places = zip(judgement.row.tolist(), judgement.position.tolist(), strict=True)
-    turns = np.array([rows[i].steps[s].turn for i, s in places], dtype=np.int64)
-    for turn in np.unique(turns).tolist():
-        where = np.flatnonzero(turns == turn)
+    for turn in np.unique(judgement.turn).tolist():
+        where = np.flatnonzero(judgement.turn == turn)
         _count(sums, f"by_turn/{turn}", judgement.theta, judgement.transfer > 0.0, where)
 
 

@@ -54,19 +54,24 @@ def match(
 ) -> Matches:
     """Build the libraries and match every query with them."""
     count = len(actions.queries.row)
-    best = np.full(count, -1, dtype=np.int64)
-    similarity = np.full(count, np.nan)
-    theta = np.full(count, np.nan)
     clusters: list[Cluster] = []
+    # Of the queries of one block after the other.
+    place, theta_of = [], []
+    best_of, similarity_of = [np.zeros(0, dtype=np.int64)], [np.zeros(0)]
     for block in actions.blocks:
         if not block.library:
             continue
         found, labels, values = _match_block(block, actions, rows, options, reader)
-        if block.queries:
-            best[block.queries] = labels + len(clusters)
-            similarity[block.queries] = values
-            theta[block.queries] = options.theta_of(block.tool)
+        place += block.queries
+        theta_of += [options.theta_of(block.tool)] * len(block.queries)
+        best_of.append(labels + len(clusters))
+        similarity_of.append(values)
         clusters += found
+    best = np.full(count, -1, dtype=np.int64)
+    similarity, theta = np.full((2, count), np.nan)
+    best[place] = np.concatenate(best_of)
+    similarity[place] = np.concatenate(similarity_of)
+    theta[place] = theta_of
     # The last entry is what index -1 finds.
     support = np.array([c.support for c in clusters] + [np.nan])[best]
     advantage = np.array([c.advantage for c in clusters] + [np.nan])[best]

@@ -150,7 +150,7 @@ def _image_search_key(arguments: Mapping[str, Any], row: CreditRow, step: Credit
         return None
     named = named_picture(arguments)
     if named is None:
-        return tuple(whole_picture(ref) for ref in row.images[: max(row.num_input_images, 1)])
+        return tuple([whole_picture(ref) for ref in row.images[: max(row.num_input_images, 1)]])
     index = registered(named, row, step)
     # The number by which a picture was called is not part of what was asked for.
     return None if index is None else (whole_picture(row.images[index]),)

@@ -45,6 +45,8 @@ class Judgement:
     """[S]"""
     position: Indices
     """[S] in `CreditRow.steps`."""
+    turn: Indices
+    """[S] among all assistant turns."""
     best: Indices
     """[S] the call that speaks for the step: highest transfer, then highest similarity."""
     theta: Flags
@@ -86,6 +88,7 @@ def decide(
         start=start,
         row=row[start],
         position=position[start],
+        turn=np.array(actions.queries.turn, int)[start],
         best=_strongest(given, matches.similarity, start),
         theta=_any(matches.theta, start),
         alpha=_any(matches.alpha, start),
@@ -168,14 +171,10 @@ def turn_advantages(
     num_turns = np.array([row.num_turns for row in rows], dtype=np.int64)
     flat = np.repeat(np.array([row.advantage for row in rows], dtype=np.float64), num_turns)
     ends = np.cumsum(num_turns)
-    offsets = (ends - num_turns).tolist()
+    offsets = ends - num_turns
     if options.span == "turn":
-        where = [
-            offsets[i] + rows[i].steps[s].turn
-            for i, s in zip(judgement.row.tolist(), judgement.position.tolist(), strict=True)
-        ]
-        flat[where] = judgement.advantage
-    return [flat[low:high] for low, high in zip(offsets, ends.tolist(), strict=True)]
+        flat[offsets[judgement.row] + judgement.turn] = judgement.advantage
+    return [flat[low:high] for low, high in zip(offsets.tolist(), ends.tolist(), strict=True)]
 
 
 def call_advantages(
@@ -195,10 +194,10 @@ def call_advantages(
     ends = np.append(judgement.start[1:], len(own))
     shared = np.repeat(judgement.advantage, ends - judgement.start)
     values = own if options.turn_reduce == "span" else shared
-    for i, s, c, value in zip(
-        queries.row, queries.step, queries.call, values.tolist(), strict=True
+    for i, turn, c, value in zip(
+        queries.row, queries.turn, queries.call, values.tolist(), strict=True
     ):
-        found[i] += (CallAdvantage(rows[i].steps[s].turn, c, value),)
+        found[i] += (CallAdvantage(turn, c, value),)
     return found
 
 
@@ -207,14 +206,13 @@ def step_records(rows: Sequence[CreditRow], judgement: Judgement) -> list[tuple[
     records = [[StepRecord(step.turn, row.advantage) for step in row.steps] for row in rows]
     matches, best = judgement.matches, judgement.best
     columns = (
-        judgement.row, judgement.position, judgement.advantage, judgement.theta,
+        judgement.row, judgement.position, judgement.turn, judgement.advantage, judgement.theta,
         judgement.alpha, judgement.matched, matches.similarity[best], matches.support[best],
         matches.advantage[best], judgement.transfer, judgement.clipped,
     )  # fmt: skip
-    for i, s, value, theta, alpha, matched, sim, sup, adv, transfer, clipped in zip(
+    for i, s, turn, value, theta, alpha, matched, sim, sup, adv, transfer, clipped in zip(
         *(column.tolist() for column in columns), strict=True
     ):
-        turn = rows[i].steps[s].turn
         if sim != sim:  # NaN: no success used the tool
             records[i][s] = StepRecord(turn, value, True)
             continue
