@@ -11,28 +11,24 @@ run:
     grouping   GiGPO's step returns with one scan of the batch per row, and its exact grouping
 
 Time is CPU time of one process on one thread, median over interleaved pairs. The token cache is
-emptied before each call. One JSON object per measure is appended to bench/results.jsonl.
+empty before each call. One line per measure is appended to bench/results.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import random
 import statistics
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import SequenceMatcher
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from measures import RESULTS, Measure, append, cpu_s, interleaved, load, versions
 
 from tapo_train.credit import CreditCall, CreditRow, CreditStep, Tapo, TapoOptions
 from tapo_train.credit.text import token_set
@@ -44,7 +40,7 @@ from reference_credit import reference_advantages
 CALLS_PER_TRAJECTORY = 10
 SIZES = {"1k": (12, 8), "4k": (50, 8), "16k": (200, 8)}
 """Calls to (questions, trajectories of each)."""
-TARGETS_MS = {"4k": 25.0, "16k": 100.0}
+TARGETS_MS = {"1k": 25.0 / 4, "4k": 25.0, "16k": 100.0}
 LARGE = (1024, 16)
 LARGE_TARGET_S = 2.0
 SLOPE_QUESTIONS = (64, 128, 256, 512)
@@ -126,23 +122,10 @@ def gigpo_grouping(rows: Sequence[CreditRow]) -> None:
         returns[members] -= np.mean(returns[members])
 
 
-def cpu_ms(function: Callable[[], object]) -> float:
-    """CPU time of one call [ms], caches cold."""
-    token_set.cache_clear()
-    start = time.process_time()
-    function()
-    return (time.process_time() - start) * 1e3
-
-
-def pairs(ours: Callable[[], object], peer: Callable[[], object], count: int) -> dict[str, Any]:
-    """Median times of both and the median of their ratios."""
-    times = [(cpu_ms(ours), cpu_ms(peer)) for _ in range(count)]
-    return {
-        "value": round(statistics.median(a for a, _ in times), 2),
-        "unit": "ms",
-        "peer_value": round(statistics.median(b for _, b in times), 2),
-        "ratio": round(statistics.median(b / a for a, b in times), 2),
-    }
+PEERS: dict[str, tuple[str, Callable[[Sequence[CreditRow]], None]]] = {
+    "difflib": ("text searches of a question paired by difflib", difflib_pairing),
+    "grouping": ("GiGPO's step returns and grouping", gigpo_grouping),
+}
 
 
 def check(rows: Sequence[CreditRow], tapo: Tapo) -> None:
@@ -157,59 +140,77 @@ def check(rows: Sequence[CreditRow], tapo: Tapo) -> None:
         raise SystemExit("the two sides disagree; nothing was measured")
 
 
+def cold_s(function: Callable[[], object]) -> float:
+    """CPU time of one call [s] with an empty token cache."""
+    token_set.cache_clear()
+    return cpu_s(function)
+
+
 def slope(tapo: Tapo, count: int) -> float:
     """Exponent of time over questions, least squares on logarithms."""
     batches = [random_rows(questions, 8) for questions in SLOPE_QUESTIONS]
-    times = [[cpu_ms(lambda rows=rows: tapo(rows)) for rows in batches] for _ in range(count)]
+    times = [[cold_s(partial(tapo, rows)) for rows in batches] for _ in range(count)]
     best = [min(column) for column in zip(*times, strict=True)]
     return float(np.polyfit(np.log(SLOPE_QUESTIONS), np.log(best), 1)[0])
 
 
-def measures(count: int) -> list[dict[str, Any]]:
-    """All records, without versions and load."""
+def measure(
+    name: str,
+    value: float,
+    unit: str,
+    target: float,
+    *,
+    peer: str | None = None,
+    peer_value: float | None = None,
+) -> Measure:
+    """A line; met where the value is at most the target."""
+    return Measure(
+        id=name,
+        value=round(value, 3),
+        unit=unit,
+        peer=peer,
+        peer_value=None if peer_value is None else round(peer_value, 3),
+        ratio=None if peer_value is None else round(peer_value / value, 2),
+        target=f"value <= {target:g}",
+        met=value <= target,
+        versions=versions("numpy"),
+        load=load(),
+    )
+
+
+def beside(
+    name: str, peer: str, ours: Callable[[], object], other: Callable[[], object], pairs: int
+) -> Measure:
+    """A line with a peer, in ms; the size is the first part of the name."""
+    value, peer_value = interleaved(ours, other, pairs=pairs, before=token_set.cache_clear)
+    target = TARGETS_MS[name.split(".")[0]]
+    return measure(f"C6.{name}", value * 1e3, "ms", target, peer=peer, peer_value=peer_value * 1e3)
+
+
+def measures(count: int) -> Iterator[Measure]:
+    """All lines, each as soon as it is measured."""
     tapo = Tapo(TapoOptions())
-    records = []
-    for name, size in SIZES.items():
-        rows = random_rows(*size)
+    for size, shape in SIZES.items():
+        rows = random_rows(*shape)
         check(rows, tapo)
-        found = pairs(partial(tapo, rows), partial(reference_advantages, rows), count)
-        target = TARGETS_MS.get(name)
-        goal = {
-            "target": f"value <= {target:g}" if target else "",
-            "met": found["value"] <= (target or math.inf),
-        }
-        records.append({"id": f"C6.{name}", "peer": "plain Python transfer", **found, **goal})
+        plain = partial(reference_advantages, rows)
+        yield beside(size, "plain Python transfer", partial(tapo, rows), plain, count)
     rows = random_rows(*SIZES["4k"])
-    for name, peer in (("difflib", difflib_pairing), ("grouping", gigpo_grouping)):
-        found = pairs(lambda: tapo(rows), lambda peer=peer: peer(rows), min(count, 3))
-        records.append({"id": f"C6.4k.{name}", "peer": name, **found, "target": "", "met": True})
+    for name, (words, peer) in PEERS.items():
+        yield beside(f"4k.{name}", words, partial(tapo, rows), partial(peer, rows), min(count, 3))
     large = random_rows(*LARGE)
-    seconds = statistics.median(cpu_ms(lambda: tapo(large)) for _ in range(3)) / 1e3
-    records.append(record("C6.164k", seconds, "s", LARGE_TARGET_S))
-    records.append(record("C6.slope", slope(tapo, count), "exponent in questions", SLOPE_TARGET))
-    return records
-
-
-def record(name: str, value: float, unit: str, target: float) -> dict[str, Any]:
-    """A measure without a peer."""
-    return {
-        "id": name, "value": round(value, 3), "unit": unit, "peer": None, "peer_value": None,
-        "ratio": None, "target": f"value <= {target:g}", "met": value <= target,
-    }  # fmt: skip
+    seconds = statistics.median(cold_s(partial(tapo, large)) for _ in range(3))
+    yield measure("C6.164k", seconds, "s", LARGE_TARGET_S)
+    yield measure("C6.slope", slope(tapo, count), "exponent in questions", SLOPE_TARGET)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results.jsonl"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    versions = {"python": platform.python_version(), "numpy": np.__version__}
     for found in measures(arguments.pairs):
-        line = json.dumps({**found, "versions": versions, "load": os.getloadavg()[0]})
-        print(line)
-        with arguments.out.open("a") as stream:
-            stream.write(line + "\n")
+        append([found], out=arguments.out)
 
 
 if __name__ == "__main__":

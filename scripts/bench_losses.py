@@ -7,8 +7,8 @@ interpreter of an environment that has both), otherwise a padded formulation wri
 from the same formulas. Loss and gradient are compared before anything is timed.
 
 Time is CPU time of loss, average and backward on one thread; the two sides alternate in
-one process and the ratio is the median over pairs. Memory is the peak above the inputs,
-the gradient included, each side in a process of its own. One JSON object per measure is
+one process, medians over the pairs. Memory is the peak above the inputs,
+the gradient included, each side in a process of its own. One line per measure is
 appended to bench/results.jsonl.
 """
 
@@ -18,13 +18,8 @@ import argparse
 import contextlib
 import ctypes
 import functools
-import json
-import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
@@ -33,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measures import RESULTS, Measure, append, interleaved, load, versions
 from torch import Tensor
 
 from tapo_train.algos.aggregation import Aggregation, aggregate
@@ -200,13 +196,6 @@ def compare(name: str, inputs: Inputs, batch: TokenBatch, loss_of: Any) -> None:
         raise SystemExit(f"{name}: the two sides disagree; nothing was measured")
 
 
-def cpu_ms(function: Callable[[], object]) -> float:
-    """CPU time of one call [ms]."""
-    start = time.process_time()
-    function()
-    return (time.process_time() - start) * 1e3
-
-
 def extra_mb(side: str, name: str, rows: int, length: int) -> float:
     """Peak resident memory above the inputs [MB], measured in a fresh process."""
     command = [sys.executable, __file__, "--peak-of", side, name]
@@ -245,54 +234,54 @@ def resident(field: str) -> float:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Time and memory of one loss, as records."""
-    loss_of, peer = verl_loss(), "verl padded"
+def measure(name: str, arguments: argparse.Namespace) -> list[Measure]:
+    """Time and memory of one loss."""
+    loss_of, peer = verl_loss(), "verl"
     if loss_of is None:
-        loss_of, peer = masked_loss, "padded formulation"
+        loss_of, peer = masked_loss, "the same formulas"
     inputs = padded_inputs(arguments.rows, arguments.length)
     batch = flat_batch(inputs)
     compare(name, inputs, batch, loss_of)
-    ours, peers = [], []
-    for _ in range(arguments.pairs):
-        ours.append(cpu_ms(functools.partial(run_flat, name, batch)))
-        peers.append(cpu_ms(functools.partial(run_padded, name, inputs, loss_of)))
-    ratio = statistics.median(b / a for a, b in zip(ours, peers, strict=True))
-    flat_mb, peer_mb = (
-        extra_mb(side, name, arguments.rows, arguments.length) for side in ("flat", "padded")
+    ours_s, peer_s = interleaved(
+        functools.partial(run_flat, name, batch),
+        functools.partial(run_padded, name, inputs, loss_of),
+        pairs=arguments.pairs,
     )
-    shape = f"{arguments.rows}x{arguments.length}"
-    common = {"peer": peer, "shape": shape, "trained_tokens": batch.logprobs.shape[0]}
+    sizes = [extra_mb(side, name, arguments.rows, arguments.length) for side in ("flat", "padded")]
+    tokens = batch.logprobs.shape[0]
+    line = functools.partial(
+        Measure,
+        peer=f"{peer}, padded {arguments.rows} x {arguments.length}, {tokens} tokens trained",
+        versions=versions("torch") | verl_version(),
+        load=load(),
+    )
     return [
-        {
-            "id": f"C5.{name}.cpu",
-            "value": round(statistics.median(ours), 2),
-            "unit": "ms",
-            "peer_value": round(statistics.median(peers), 2),
-            "ratio": round(ratio, 2),
-            "target": f"ratio >= {TARGET_RATIO:g}",
-            "met": ratio >= TARGET_RATIO,
-            **common,
-        },
-        {
-            "id": f"C5.{name}.memory",
-            "value": round(flat_mb, 1),
-            "unit": "MB",
-            "peer_value": round(peer_mb, 1),
-            "ratio": round(peer_mb / flat_mb, 2),
-            "target": f"value <= {TARGET_MB:g}",
-            "met": flat_mb <= TARGET_MB,
-            **common,
-        },
+        line(
+            id=f"C5.{name}.cpu",
+            value=round(ours_s * 1e3, 2),
+            unit="ms",
+            peer_value=round(peer_s * 1e3, 2),
+            ratio=round(peer_s / ours_s, 2),
+            target=f"ratio >= {TARGET_RATIO:g}",
+            met=peer_s / ours_s >= TARGET_RATIO,
+        ),
+        line(
+            id=f"C5.{name}.memory",
+            value=round(sizes[0], 1),
+            unit="MB",
+            peer_value=round(sizes[1], 1),
+            ratio=round(sizes[1] / max(sizes[0], 0.1), 2),
+            target=f"value <= {TARGET_MB:g}",
+            met=sizes[0] <= TARGET_MB,
+        ),
     ]
 
 
-def versions() -> dict[str, str]:
-    """Versions that the numbers depend on."""
-    found = {"python": platform.python_version(), "torch": torch.__version__}
+def verl_version() -> dict[str, str]:
+    """verl's, where it is installed."""
     with contextlib.suppress(metadata.PackageNotFoundError):
-        found["verl"] = metadata.version("verl")
-    return found
+        return {"verl": metadata.version("verl")}
+    return {}
 
 
 def main() -> None:
@@ -300,20 +289,15 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=1024)
     parser.add_argument("--length", type=int, default=16384)
     parser.add_argument("--pairs", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("bench/results.jsonl"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--peak-of", nargs=2, metavar=("SIDE", "LOSS"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.peak_of:
         print(peak_of(*arguments.peak_of, arguments.rows, arguments.length))
         return
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for name in OURS:
-        for record in measure(name, arguments):
-            record |= {"versions": versions(), "load": os.getloadavg()[0]}
-            print(json.dumps(record))
-            with arguments.out.open("a") as stream:
-                stream.write(json.dumps(record) + "\n")
+        append(measure(name, arguments), out=arguments.out)
 
 
 if __name__ == "__main__":

@@ -69,10 +69,23 @@ def cpu_s(function: Callable[[], object]) -> float:
 
 
 def interleaved(
-    ours: Callable[[], object], peer: Callable[[], object], *, pairs: int = 3
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    *,
+    pairs: int = 3,
+    before: Callable[[], object] = lambda: None,
 ) -> tuple[float, float]:
-    """Median CPU time [s] of both, run in turn after one warm-up each."""
+    """Median CPU time [s] of both, run in turn after one warm-up each.
+
+    Args:
+        before: called before each call, not timed: empties caches.
+    """
     ours()
     peer()
-    times = [(cpu_s(ours), cpu_s(peer)) for _ in range(pairs)]
+    times: list[list[float]] = []
+    for _ in range(pairs):
+        times.append([])
+        for side in (ours, peer):
+            before()
+            times[-1].append(cpu_s(side))
     return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
