@@ -13,6 +13,7 @@ state that predicts token p stands at position p - 1: the shift by one happens i
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate
@@ -187,44 +188,68 @@ class MicroBatch:
         return int((self.lengths > 0).sum())
 
 
-def predicting_positions(spans: Sequence[Span], *, offset: int = 0) -> npt.NDArray[np.int64]:
+def predicting_positions(
+    spans: Sequence[Span], *, offset: int | npt.NDArray[np.int64] = 0
+) -> npt.NDArray[np.int64]:
     """[K] positions whose hidden state predicts the tokens of `spans`: p - 1 for token p.
 
     Args:
-        offset: where the row starts in the packed sequence.
+        offset: where the row starts in the packed sequence; [spans] for spans of many rows.
     """
-    pieces = [np.arange(span.start, span.end) for span in spans]
-    trained = np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.int64)
-    return trained + (offset - 1)
+    starts = np.array([span.start for span in spans], dtype=np.int64) + offset
+    lengths = np.array([len(span) for span in spans], dtype=np.int64)
+    # Entry k of a span stands `k - (entries before the span)` after the span's start.
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(starts - before - 1, lengths) + np.arange(lengths.sum())
 
 
 def pack(rows: Sequence[TrainingRow], *, budget_tokens: int) -> list[MicroBatch]:
     """Micro-batches of at most `budget_tokens` tokens, holding every row once.
 
-    Longest rows first, each into the first micro-batch with room (first-fit decreasing,
-    at most 22 % more micro-batches than needed). A row longer than the budget gets a
-    micro-batch of its own: rows are never cut.
+    A row longer than the budget gets a micro-batch of its own: rows are never cut.
     """
-    return [join([rows[i] for i in chosen]) for chosen in _first_fit(rows, budget_tokens)]
+    lengths = [len(row.tokens) for row in rows]
+    chosen = best_fit(lengths, budget_tokens=budget_tokens)
+    return [join([rows[i] for i in numbers]) for numbers in chosen]
+
+
+def best_fit(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
+    """Row numbers of each micro-batch: longest rows first, each where least room is left.
+
+    At most 22 % more micro-batches than needed (best-fit decreasing). Ties keep the order
+    given. The rooms are kept sorted, so 16,000 rows take milliseconds.
+    """
+    if budget_tokens < 1:
+        raise LearnerError(f"budget_tokens is {budget_tokens}; wanted at least 1")
+    chosen: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []
+    """(tokens free, micro-batch), ascending."""
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[i], 0))
+        if place < len(rooms):
+            free, batch = rooms.pop(place)
+        else:
+            free, batch = budget_tokens, len(chosen)
+            chosen.append([])
+        chosen[batch].append(i)
+        insort(rooms, (free - lengths[i], batch))
+    return chosen
 
 
 def join(rows: Sequence[TrainingRow]) -> MicroBatch:
     """One micro-batch of the given rows, in order; without rows an empty one."""
-    starts = [0, *accumulate(len(row.tokens) for row in rows)]
+    starts = np.array([0, *accumulate(len(row.tokens) for row in rows)], dtype=np.int64)
     counts = [row.num_trained for row in rows]
-    index = _concatenate(
-        [
-            predicting_positions(row.spans, offset=start)
-            for row, start in zip(rows, starts, strict=False)
-        ],
-        np.int64,
+    index = predicting_positions(
+        [span for row in rows for span in row.spans],
+        offset=np.repeat(starts[:-1], [len(row.spans) for row in rows]),
     )
     tokens = _concatenate([row.tokens for row in rows], np.int64)
     sampled = torch.from_numpy(_concatenate([row.sampler_logprobs for row in rows], np.float32))
     return MicroBatch(
         row_ids=tuple(row.id for row in rows),
         input_ids=torch.from_numpy(tokens),
-        boundaries=tuple(starts),
+        boundaries=tuple(starts.tolist()),
         images=tuple(row.images for row in rows),
         trained_index=torch.from_numpy(index),
         targets=torch.from_numpy(tokens[index + 1]),
@@ -236,27 +261,9 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
     )
 
 
-def _first_fit(rows: Sequence[TrainingRow], budget_tokens: int) -> list[list[int]]:
-    """Row numbers of each micro-batch; ties keep the order given."""
-    if budget_tokens < 1:
-        raise LearnerError(f"budget_tokens is {budget_tokens}; wanted at least 1")
-    chosen: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(rows)), key=lambda i: -len(rows[i].tokens)):
-        length = len(rows[i].tokens)
-        place = next((b for b, free in enumerate(room) if length <= free), None)
-        if place is None:
-            chosen.append([])
-            room.append(budget_tokens)
-            place = len(room) - 1
-        chosen[place].append(i)
-        room[place] -= length
-    return chosen
-
-
 def _concatenate(pieces: Sequence[npt.NDArray[Any]], kind: type) -> npt.NDArray[Any]:
-    """Pieces as one vector of the given kind; without pieces an empty one."""
+    """Pieces as one vector of the given kind, made once; without pieces an empty one."""
     if not pieces:
         return np.zeros(0, dtype=kind)
-    joined: npt.NDArray[Any] = np.concatenate(pieces).astype(kind, copy=False)
+    joined: npt.NDArray[Any] = np.concatenate(pieces, dtype=kind, casting="unsafe")
     return joined

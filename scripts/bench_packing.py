@@ -1,0 +1,91 @@
+"""Measure C8 and C9: what packing costs, how full it packs, how even ranks are.
+
+    python scripts/bench_packing.py [--rows 16384] [--budget 32768] [--out FILE]
+
+C8: CPU time of `pack` (rows to micro-batches, tensors included) per packed token, and the
+share of the token budget that is filled. Trajectories are ragged like a search agent's:
+lognormal lengths, four trained turns, up to eight pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from pathlib import Path
+
+import numpy as np
+from measures import RESULTS, Measure, append, cpu_s, load, versions
+
+from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.types import Span
+
+TARGET_US = 0.1
+TARGET_FILL = 0.95
+TURNS = 4
+TRAINED_SHARE = 0.12
+MEDIAN_TOKENS = 2000
+SPREAD = 0.6
+LONGEST = 16_384
+
+
+def ragged_rows(count: int, *, seed: int = 0) -> list[TrainingRow]:
+    """Rows of lognormal length whose four turns hold 12 % of the tokens."""
+    random = np.random.default_rng(seed)
+    lengths = np.exp(random.normal(np.log(MEDIAN_TOKENS), SPREAD, count))
+    return [_row(number, int(length)) for number, length in enumerate(lengths.clip(200, LONGEST))]
+
+
+def _row(number: int, length: int) -> TrainingRow:
+    size, slot = int(length * TRAINED_SHARE / TURNS), length // TURNS
+    spans = tuple(Span(start=t * slot + 1, end=t * slot + 1 + size) for t in range(TURNS))
+    trained = TURNS * size
+    return TrainingRow(
+        id=str(number),
+        tokens=np.full(length, 7, dtype=np.int32),
+        images=(),
+        spans=spans,
+        advantages=np.ones(trained),
+        sampler_logprobs=np.zeros(trained, dtype=np.float32),
+    )
+
+
+def packing(rows: list[TrainingRow], budget: int) -> list[Measure]:
+    """C8: microseconds per token and the share of the budget that is filled."""
+    batches = pack(rows, budget_tokens=budget)
+    tokens = sum(batch.num_tokens for batch in batches)
+    fill = tokens / (len(batches) * budget)
+    seconds = statistics.median(cpu_s(lambda: pack(rows, budget_tokens=budget)) for _ in range(3))
+    us = seconds / tokens * 1e6
+    return [
+        Measure(
+            id="C8.packing.cpu",
+            value=round(us, 4),
+            unit="us/token",
+            target=f"value <= {TARGET_US}",
+            met=us <= TARGET_US,
+            versions=versions("numpy", "torch"),
+            load=load(),
+        ),
+        Measure(
+            id="C8.packing.fill",
+            value=round(fill, 4),
+            unit="share of the budget",
+            target=f"value >= {TARGET_FILL}",
+            met=fill >= TARGET_FILL,
+            versions=versions("numpy", "torch"),
+            load=load(),
+        ),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=16_384)
+    parser.add_argument("--budget", type=int, default=32_768)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    append(packing(ragged_rows(arguments.rows), arguments.budget), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
