@@ -81,7 +81,8 @@ class Demonstrator:
                 break
             call = parsed.calls[0]
             context = ToolContext(images=images, task=task)
-            seen = await self._toolbox.execute(call.name, call.arguments, context)
+            request = self._toolbox.read(call.name, call.arguments)
+            seen = await self._toolbox.execute(request, context)
             parts.append(self._chat.observation([seen]))
             images += seen.images
             if self._observation_weight > 0:

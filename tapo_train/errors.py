@@ -6,7 +6,8 @@
     ├── RolloutError           the sampler cannot go on
     │   ├── AlignmentError     image tokens and image features disagree
     │   ├── EngineError        the engine refused or lost a request
-    │   └── ReplayMissError    a replayed run asked for a call that was never recorded
+    │   ├── ReplayMissError    a replayed run asked for a call that was never recorded
+    │   └── ToolBudgetError    the next call would cost more than tools.budget has left
     ├── ToolError              a tool call failed; carries the outcome it is recorded as
     │   ├── ToolArgumentError  the policy's arguments are wrong (outcome model_error)
     │   ├── ToolRefusedError   a guard refused the call (outcome refused)
@@ -34,6 +35,7 @@ __all__ = [
     "RolloutError",
     "TapoError",
     "ToolArgumentError",
+    "ToolBudgetError",
     "ToolDownError",
     "ToolError",
     "ToolRefusedError",
@@ -66,6 +68,10 @@ class EngineError(RolloutError):
 
 class ReplayMissError(RolloutError):
     """A strict replay has no answer to a call; the run is no longer the recorded one and ends."""
+
+
+class ToolBudgetError(RolloutError):
+    """The next tool call would cost more than the run may still spend."""
 
 
 class ToolError(TapoError, RuntimeError):

@@ -116,6 +116,9 @@ class Observation:
     images: tuple[Image, ...] = ()
     outcome: Outcome = Outcome.OK
     latency_s: float = 0.0
+    """[s] from the start of the call to its answer, attempts included, the queue not."""
+    cached: bool = False
+    """Whether a store of earlier answers gave it, so that it cost nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
-from tapo_train.tools.base import Toolbox, ToolContext, function_schema
+from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.tools.crop import ZoomTool, compose
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
 from tapo_train.tools.images import ImageDecoder, encode_png, image_from_bytes
@@ -46,7 +46,7 @@ def context(*images: Image) -> ToolContext:
 def run(
     box: Toolbox, name: str, arguments: Mapping[str, Any] | None, *images: Image
 ) -> Observation:
-    return asyncio.run(box.execute(name, arguments, context(*images)))
+    return asyncio.run(box.execute(box.read(name, arguments), context(*images)))
 
 
 def zoom_box(min_side_px: int = 16) -> Toolbox:
@@ -248,7 +248,7 @@ def test_a_damaged_picture_is_a_tool_error_and_not_a_crash() -> None:
 
 
 def test_the_schema_is_an_openai_function_without_generated_titles() -> None:
-    schema = function_schema(ZoomTool(ImageDecoder()))
+    (schema,) = Toolbox([ZoomTool(ImageDecoder())], deadline_s=1).schemas()
     assert schema["type"] == "function"
     function = schema["function"]
     assert function["name"] == "image_zoom_in_tool"
@@ -273,7 +273,7 @@ class InstantTool(MisbehavingTool):
 def test_a_tool_that_finished_while_the_loop_was_held_is_not_late() -> None:
     async def held() -> Observation:
         box = Toolbox([InstantTool(None)], deadline_s=0.2)
-        call = asyncio.ensure_future(box.execute("bad", {}, context()))
+        call = asyncio.ensure_future(box.execute(box.read("bad", {}), context()))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         time.sleep(0.5)  # an engine step that takes longer than the deadline

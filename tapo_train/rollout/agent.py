@@ -32,7 +32,7 @@ from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.parse import ParsedCall, parse_turn
 from tapo_train.rollout.transcript import Transcript
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import Toolbox, ToolContext, ToolRequest
 from tapo_train.types import (
     Observation,
     Outcome,
@@ -170,37 +170,34 @@ class Episode:
     ) -> tuple[ToolCall, ...]:
         """Run the first `allowed` calls at the same time; only record the others."""
         context = ToolContext(images=self._transcript.images, task=self._task)
-        runs = [self._run_call(call, context) for call in parsed[:allowed]]
+        requests = [self._read(call) for call in parsed]
+        runs = [self._run_call(request, context) for request in requests[:allowed]]
         answers = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
         records = []
-        for index, call in enumerate(parsed):
+        for index, (call, request) in enumerate(zip(parsed, requests, strict=True)):
             span = decoded.token_span(call.start, call.end)
-            observation, executed = answers[index] if index < allowed else (None, False)
-            valid = self._error(call, context) is None
-            if observation is not None and observation.outcome is Outcome.MODEL_ERROR:
-                valid = False
+            observation = answers[index] if index < allowed else None
+            is_wrong = observation is not None and observation.outcome is Outcome.MODEL_ERROR
             records.append(
                 ToolCall(
                     name=call.name,
                     arguments=call.arguments,
-                    valid=valid,
-                    executed=executed,
+                    valid=request.error is None and not is_wrong,
+                    executed=index < allowed and request.error is None,
                     span=Span(start=offset + span.start, end=offset + span.end),
                     observation=observation,
                 )
             )
         return tuple(records)
 
-    async def _run_call(self, call: ParsedCall, context: ToolContext) -> tuple[Observation, bool]:
-        """The observation, and whether the tool was run for it."""
-        error = self._error(call, context)
-        if error is not None:
-            return Observation(text=f"Error: {error}", outcome=Outcome.MODEL_ERROR), False
-        observation = await self._toolbox.execute(call.name, call.arguments, context)
-        return self._usable(call.name, observation), True
+    def _read(self, call: ParsedCall) -> ToolRequest:
+        if call.error is not None:
+            return ToolRequest(name=call.name, error=call.error)
+        return self._toolbox.read(call.name, call.arguments)
 
-    def _error(self, call: ParsedCall, context: ToolContext) -> str | None:
-        return call.error or self._toolbox.check(call.name, call.arguments, context)
+    async def _run_call(self, request: ToolRequest, context: ToolContext) -> Observation:
+        observation = await self._toolbox.execute(request, context)
+        return self._usable(request.name, observation)
 
     def _usable(self, tool: str, observation: Observation) -> Observation:
         """The observation, or a tool error if the model cannot take one of its pictures."""

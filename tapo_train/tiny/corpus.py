@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator
 
 from tapo_train.tiny.tokenizer import without_names
-from tapo_train.tools.base import function_schema
+from tapo_train.tools.base import Toolbox
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder
@@ -51,7 +51,7 @@ def _signatures() -> list[str]:
         ImageSearchTool(ImageIndex([]), decoder),
         TextSearchTool(CorpusIndex([passage])),
     )
-    functions = [function_schema(tool)["function"] for tool in tools]
+    functions = [schema["function"] for schema in Toolbox(tools, deadline_s=1).schemas()]
     return [
         f"\n{f['name']}({', '.join(f['parameters']['properties'])}): {f['description']}"
         for f in functions

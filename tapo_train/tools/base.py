@@ -1,17 +1,20 @@
 """What a tool is, and the one boundary around every tool call.
 
 A tool is an object with a name, a version, a pydantic model of its arguments and
-a coroutine. The toolbox validates, runs it under a deadline and turns whatever
-happens into an `Observation` with a typed outcome, so a failing tool never takes
-a trajectory down and never goes unnoticed.
+a coroutine. The toolbox reads a call once, waits for a seat, runs the tool under its
+deadline, tries again what may pass, and turns whatever happens into an `Observation`
+with a typed outcome, so a failing tool never takes a trajectory down and never goes
+unnoticed. What a call took and cost is kept in the ledger.
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from pydantic import BaseModel, ValidationError
@@ -24,6 +27,10 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
+from tapo_train.tools.ledger import CallRecord, Ledger
+from tapo_train.tools.limits import Gate, ToolLimits
+from tapo_train.tools.schema import complaint, function_schema
+from tapo_train.tools.threads import use_daemon_threads
 from tapo_train.types import Image, Observation, Outcome, Task
 
 
@@ -66,14 +73,43 @@ class Tool(Protocol):
         """
 
 
-class Toolbox:
-    """The tools of a run behind one validated, deadlined door."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolRequest:
+    """A call of the policy, read once: its tool and checked arguments, or what is wrong."""
 
-    def __init__(self, tools: Sequence[Tool], *, deadline_s: float) -> None:
+    name: str
+    tool: Tool | None = None
+    arguments: BaseModel | None = None
+    error: str | None = None
+    """In words for the policy; None if the call can be run."""
+
+
+class Toolbox:
+    """The tools of a run behind one validated, limited, deadlined door.
+
+    Args:
+        deadline_s: [s] for a call of a tool whose limits name no other.
+        limits: by the name of the tool.
+        ledger: where calls are recorded and paid.
+
+    Raises:
+        ConfigError: names that are equal or no names, or limits for a tool that is not there.
+    """
+
+    def __init__(
+        self,
+        tools: Sequence[Tool],
+        *,
+        deadline_s: float,
+        limits: Mapping[str, ToolLimits] | None = None,
+        ledger: Ledger | None = None,
+    ) -> None:
         self._tools = {tool.name: tool for tool in tools}
-        if len(self._tools) != len(tools):
-            raise ConfigError(f"tools: names must differ, found {[tool.name for tool in tools]}")
+        _require_names([tool.name for tool in tools], limits or {})
         self._deadline_s = deadline_s
+        self._gates = {name: Gate((limits or {}).get(name, ToolLimits())) for name in self._tools}
+        self.ledger = ledger or Ledger()
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -82,38 +118,67 @@ class Toolbox:
 
     def schemas(self) -> list[dict[str, Any]]:
         """OpenAI function schemas, for the chat template."""
-        return [function_schema(tool) for tool in self._tools.values()]
+        return [
+            function_schema(tool.name, tool.description, tool.arguments_model)
+            for tool in self._tools.values()
+        ]
 
-    def check(
-        self, name: str, arguments: Mapping[str, Any] | None, context: ToolContext
-    ) -> str | None:
-        """None if the call is valid, else what is wrong with it, in words for the policy."""
+    def read(self, name: str, arguments: Mapping[str, Any] | None) -> ToolRequest:
+        """The tool and the checked arguments of a call, or what is wrong with it."""
+        tool = self._tools.get(name)
+        if tool is None:
+            known = ", ".join(self._tools)
+            return ToolRequest(name=name, error=f"there is no tool {name!r}; known tools: {known}")
         try:
-            self._validated(name, arguments)
-        except ToolArgumentError as error:
-            return str(error)
-        return None
+            checked = tool.arguments_model.model_validate(dict(arguments or {}))
+        except ValidationError as error:
+            return ToolRequest(name=name, error=complaint(name, error))
+        return ToolRequest(name=name, tool=tool, arguments=checked)
 
-    async def execute(
-        self, name: str, arguments: Mapping[str, Any] | None, context: ToolContext
-    ) -> Observation:
+    async def execute(self, request: ToolRequest, context: ToolContext) -> Observation:
         """Run one call; every way it can end is an outcome of the observation."""
-        started = time.perf_counter()
-        observation = await self._outcome(name, arguments, context)
-        return replace(observation, latency_s=time.perf_counter() - started)
+        if request.tool is None:
+            return _failure(Outcome.MODEL_ERROR, request.error or "")
+        self._bind()
+        gate, asked = self._gates[request.name], time.perf_counter()
+        async with gate.seat():
+            run = _Run(tool=request.tool, price=gate.limits.price, ledger=self.ledger)
+            started = time.perf_counter()
+            observation = await self._outcome(run, request.arguments, context, gate)
+            ended = time.perf_counter()
+        self.ledger.add(
+            CallRecord(
+                tool=request.name,
+                outcome=observation.outcome,
+                latency_s=ended - started,
+                queue_s=started - asked,
+                attempts=run.attempts,
+                cached=observation.cached,
+                cost=run.cost,
+            )
+        )
+        return replace(observation, latency_s=ended - started)
+
+    def close(self) -> None:
+        """End what the tools keep open: sessions, processes."""
+        for tool in self._tools.values():
+            close = getattr(tool, "close", None)
+            if close is not None:
+                close()
 
     async def _outcome(
-        self, name: str, arguments: Mapping[str, Any] | None, context: ToolContext
+        self, run: _Run, arguments: BaseModel | None, context: ToolContext, gate: Gate
     ) -> Observation:
+        name, deadline_s = run.tool.name, gate.limits.deadline_s or self._deadline_s
         try:
-            tool, validated = self._validated(name, arguments)
-            return await self._within_deadline(tool.run(validated, context))
+            attempt = partial(run.attempt, arguments, context)
+            return await _within_deadline(gate.attempts(attempt), deadline_s)
         except ToolArgumentError as error:
             return _failure(Outcome.MODEL_ERROR, str(error))
         except ToolRefusedError as error:
             return _failure(Outcome.REFUSED, str(error))
-        except TimeoutError:
-            return _failure(Outcome.TIMEOUT, f"{name} gave no answer within {self._deadline_s} s")
+        except TimeoutError as error:
+            return _failure(Outcome.TIMEOUT, f"{name} gave no answer in time: {error}")
         except ToolDownError as error:
             return _failure(Outcome.INFRA_ERROR, f"{name} failed: {error}")
         except ToolError as error:
@@ -123,62 +188,75 @@ class Toolbox:
         except Exception as error:  # noqa: BLE001  # the tool boundary: recorded, not fatal
             return _failure(Outcome.INFRA_ERROR, f"{name} failed: {type(error).__name__}: {error}")
 
-    async def _within_deadline(self, call: Coroutine[Any, Any, Observation]) -> Observation:
-        """The call's answer; TimeoutError if it is not there in time.
+    def _bind(self) -> None:
+        loop = asyncio.get_running_loop()
+        if loop is not self._loop:
+            self._loop = loop
+            use_daemon_threads()
 
-        An engine that shares this thread may hold the loop for longer than the deadline.
-        A call that finished meanwhile is not late: its answer is in the loop's queue
-        behind the timer, so the loop gets a few rounds before the call is given up.
-        """
-        task = asyncio.ensure_future(call)
-        try:
-            await asyncio.wait((task,), timeout=self._deadline_s)
-            for _ in range(_ROUNDS_OF_GRACE):
-                if not task.done():
-                    await asyncio.sleep(0)
-        finally:
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """The attempts of one call, as they are made."""
+
+    tool: Tool
+    price: float
+    ledger: Ledger
+    attempts: int = 0
+    cost: float = 0.0
+
+    async def attempt(self, arguments: BaseModel | None, context: ToolContext) -> Observation:
+        self.ledger.charge(self.price)
+        self.attempts += 1
+        self.cost += self.price
+        observation = await self.tool.run(arguments, context)
+        if not isinstance(observation, Observation):
+            raise TypeError(f"found {type(observation).__name__}, wanted an Observation")
+        if observation.cached:
+            self.ledger.give_back(self.price)
+            self.cost -= self.price
+        return observation
+
+
+async def _within_deadline(
+    call: Coroutine[Any, Any, Observation], deadline_s: float
+) -> Observation:
+    """The call's answer; TimeoutError if it is not there in time.
+
+    An engine that shares this thread may hold the loop for longer than the deadline.
+    A call that finished meanwhile is not late: its answer is in the loop's queue
+    behind the timer, so the loop gets a few rounds before the call is given up.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        await asyncio.wait((task,), timeout=deadline_s)
+        for _ in range(_ROUNDS_OF_GRACE):
             if not task.done():
-                task.cancel()
+                await asyncio.sleep(0)
+    finally:
         if not task.done():
-            raise TimeoutError
-        return task.result()
-
-    def _validated(self, name: str, arguments: Mapping[str, Any] | None) -> tuple[Tool, BaseModel]:
-        tool = self._tools.get(name)
-        if tool is None:
-            known = ", ".join(self._tools)
-            raise ToolArgumentError(f"there is no tool {name!r}; known tools: {known}")
-        try:
-            return tool, tool.arguments_model.model_validate(dict(arguments or {}))
-        except ValidationError as error:
-            raise ToolArgumentError(_explain(name, error)) from error
-
-
-def function_schema(tool: Tool) -> dict[str, Any]:
-    """The OpenAI function schema of a tool, without pydantic's generated titles."""
-    schema = tool.arguments_model.model_json_schema()
-    properties = {
-        key: {field: value for field, value in spec.items() if field in _SCHEMA_FIELDS}
-        for key, spec in schema.get("properties", {}).items()
-    }
-    parameters: dict[str, Any] = {"type": "object", "properties": properties}
-    if schema.get("required"):
-        parameters["required"] = schema["required"]
-    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
-    return {"type": "function", "function": function}
+            task.cancel()
+    if not task.done():
+        raise TimeoutError(f"its deadline is {deadline_s:g} s")
+    return task.result()
 
 
 _ROUNDS_OF_GRACE = 4
-_SCHEMA_FIELDS = ("type", "description", "items", "default", "enum")
+_NAME = re.compile(r"[A-Za-z0-9_.+-]{1,64}")
+"""What a metric's name and a chat template can carry."""
 
 
-def _explain(name: str, error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "missing":
-        return f"{name}: argument {where} is missing"
-    return f"{name}: {where + ': ' if where else ''}{message}, found {first['input']!r:.80}"
+def _require_names(names: Sequence[str], limits: Mapping[str, ToolLimits]) -> None:
+    if len(set(names)) != len(names):
+        raise ConfigError(f"tools: names must differ, found {list(names)}")
+    if bad := [name for name in names if not _NAME.fullmatch(name)]:
+        raise ConfigError(
+            f"tools: found the name {bad[0]!r}, wanted 1 to 64 letters, digits, _ . + or -"
+        )
+    if unknown := sorted(set(limits) - set(names)):
+        raise ConfigError(
+            f"tools.limits.{unknown[0]}: there is no such tool; known: {', '.join(names)}"
+        )
 
 
 def _failure(outcome: Outcome, message: str) -> Observation:

@@ -1,0 +1,87 @@
+"""What tool calls took and cost: one record per call, and a purse that cannot be overdrawn."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal
+from functools import cache
+
+from tapo_train.errors import ToolBudgetError
+from tapo_train.types import Outcome
+
+__all__ = ["CallRecord", "Ledger"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallRecord:
+    """One call that was run."""
+
+    tool: str
+    outcome: Outcome
+    latency_s: float
+    """[s] from the start of the call to its answer, attempts and pauses between them included."""
+    queue_s: float
+    """[s] before that: waiting for a seat or for the rate limit."""
+    attempts: int
+    """At least 1."""
+    cached: bool
+    """Answered from a store of earlier answers."""
+    cost: float
+    """In the unit of the prices, all attempts."""
+
+
+class Ledger:
+    """The records of this process since the last `drain`, and what it may still spend.
+
+    A price is taken before the call is made, so the purse cannot be overdrawn however many
+    calls are under way; what a store answered is given back.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[CallRecord] = []
+        self._taken = Decimal(0)
+        self._purse = Decimal("Infinity")
+        self.is_exhausted = False
+        """Whether a call was not made because the purse could not pay for it."""
+
+    def fill(self, amount: float) -> None:
+        """Let the calls until the next `fill` cost `amount` together."""
+        self._purse = _exactly(amount)
+        self._taken = Decimal(0)
+        self.is_exhausted = False
+
+    @property
+    def spent(self) -> float:
+        """Since the last `fill`, calls included that ended with their trajectory."""
+        return float(self._taken)
+
+    def charge(self, price: float) -> None:
+        """Take the price of an attempt that is about to be made.
+
+        Raises:
+            ToolBudgetError: the purse has less than that.
+        """
+        taken = self._taken + _exactly(price)
+        if taken > self._purse:
+            self.is_exhausted = True
+            raise ToolBudgetError(f"a call for {price:g} is not made: {self.spent:g} is spent")
+        self._taken = taken
+
+    def give_back(self, price: float) -> None:
+        """Return the price of an attempt that a store answered."""
+        self._taken -= _exactly(price)
+
+    def add(self, record: CallRecord) -> None:
+        """Keep the record of a call that ended."""
+        self._records.append(record)
+
+    def drain(self) -> list[CallRecord]:
+        """The records since the last time."""
+        records, self._records = self._records, []
+        return records
+
+
+@cache
+def _exactly(amount: float) -> Decimal:
+    """The number as it was written: three calls for 0.1 cost 0.3, not a little more."""
+    return Decimal(repr(amount))
