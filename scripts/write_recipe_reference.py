@@ -27,6 +27,7 @@ OUT = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 SECTIONS = (
     ("run", recipe.Run),
     ("model", recipe.Model),
+    ("model.lora", recipe.Lora),
     ("data", recipe.Data),
     ("rollout", recipe.Rollout),
     ("rollout.engine, `rollout/engine=vllm`", recipe.VllmEngine),

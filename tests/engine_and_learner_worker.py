@@ -3,7 +3,7 @@
 Run by `test_engine_and_learner.py` in a process of its own, because the engine takes the
 process group down with it when it ends.
 
-    python engine_and_learner_worker.py TINY_POLICY WORK_FOLDER
+    python engine_and_learner_worker.py TINY_POLICY WORK_FOLDER full|adapter
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 from tapo_train.learner.batch import TrainingRow, join, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
-from tapo_train.learner.settings import LearnerSettings
+from tapo_train.learner.settings import AdapterSettings, LearnerSettings
 from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
@@ -46,13 +46,24 @@ def play(engine: VllmEngine, chat: ChatFormat, *, version: int) -> list[Trajecto
     return list(group.trajectories)
 
 
-def main(source: Path, work: Path) -> None:
+SETTINGS = {
+    "full": LearnerSettings(precision="fp32", zero_stage=1, learning_rate=3e-4),
+    "adapter": LearnerSettings(
+        precision="fp32",
+        zero_stage=1,
+        learning_rate=1e-2,
+        adapter=AdapterSettings(rank=8, alpha=16.0, targets=("q_proj", "v_proj", "down_proj")),
+    ),
+}
+
+
+def main(source: Path, work: Path, trained: str) -> None:
     """Three rounds of play, compare, update, sync, and a last comparison."""
     chat = ChatFormat(teach_calls(source, work / "model"))
     engine = VllmEngine(chat, VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=16))
     policy = Policy(
         chat.model,
-        settings=LearnerSettings(precision="fp32", zero_stage=1, learning_rate=3e-4),
+        settings=SETTINGS[trained],
         pixels=chat.pixels,
         temperature=TEMPERATURE,
         banned_token_ids=chat.banned_token_ids,
@@ -81,4 +92,4 @@ def main(source: Path, work: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

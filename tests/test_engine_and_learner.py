@@ -18,12 +18,15 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 WORKER = Path(__file__).with_name("engine_and_learner_worker.py")
 
 
-@pytest.mark.parametrize("family", ["tiny_qwen3_vl", "tiny_qwen2_5_vl"])
+@pytest.mark.parametrize(
+    ("family", "trained"),
+    [("tiny_qwen3_vl", "full"), ("tiny_qwen2_5_vl", "full"), ("tiny_qwen3_vl", "adapter")],
+)
 def test_engine_and_learner_agree_before_and_after_three_updates_and_syncs(
-    family: str, request: pytest.FixtureRequest, tmp_path: Path
+    family: str, trained: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     done = subprocess.run(
-        [sys.executable, str(WORKER), str(request.getfixturevalue(family)), str(tmp_path)],
+        [sys.executable, str(WORKER), str(request.getfixturevalue(family)), str(tmp_path), trained],
         env=environment(),
         capture_output=True,
         text=True,

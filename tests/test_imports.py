@@ -31,6 +31,7 @@ DOORS = {
     "vllm": {"rollout/vllm_engine.py"},
     "deepspeed": {"learner/engine.py"},
     "httpx": {"tools/net.py"},
+    "peft": {"learner/adapter.py"},
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},
     "wandb": {"report/wandb_sink.py"},

@@ -7,8 +7,8 @@ from pathlib import Path
 from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
 from tapo_train.learner.policy import Policy
-from tapo_train.learner.reference import FrozenReference, NoReference, Reference
-from tapo_train.learner.settings import LearnerSettings
+from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
+from tapo_train.learner.settings import AdapterSettings, LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
 
 
@@ -36,6 +36,8 @@ def build_reference(recipe: Recipe, policy: Policy, chat: ChatFormat) -> Referen
     """The policy a KL penalty pulls towards: the recipe's model, also when a run is resumed."""
     if recipe.algo.kl.coef == 0:
         return NoReference()
+    if policy.settings.adapter is not None:
+        return AdapterFree(policy)
     return FrozenReference(
         Path(recipe.model.path),
         settings=policy.settings,
@@ -62,4 +64,15 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         total_updates=updates,
         gradient_checkpointing=learner.gradient_checkpointing,
         freeze_vision=recipe.model.freeze_vision,
+        adapter=adapter_settings(recipe),
+    )
+
+
+def adapter_settings(recipe: Recipe) -> AdapterSettings | None:
+    """The adapters of a run; None if the weights themselves are trained."""
+    lora = recipe.model.lora
+    if lora.rank == 0:
+        return None
+    return AdapterSettings(
+        rank=lora.rank, alpha=lora.alpha, targets=lora.targets, seed=recipe.run.seed
     )

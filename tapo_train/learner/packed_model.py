@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import LearnerError
+from tapo_train.learner import adapter
 from tapo_train.learner.attention import PACKED
 from tapo_train.learner.head import LogprobHead
 from tapo_train.learner.inputs import ModelInputs
@@ -77,7 +78,9 @@ def load(folder: Path, *, settings: LearnerSettings) -> Any:
     projection = model.model.visual.patch_embed.proj
     if projection.kernel_size == projection.stride:
         projection.__class__ = PatchProjection
-    if settings.freeze_vision:
+    if settings.adapter is not None:
+        adapter.add(model, settings=settings.adapter, in_vision=not settings.freeze_vision)
+    elif settings.freeze_vision:
         model.model.visual.requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -87,8 +87,12 @@ class Policy:
         """
         return [
             replace(batch, old_logprobs=logprobs)
-            for batch, logprobs in zip(batches, self._score.of_all(batches), strict=True)
+            for batch, logprobs in zip(batches, self.logprobs_of_all(batches), strict=True)
         ]
+
+    def logprobs_of_all(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+        """[K] log-probabilities of each micro-batch, on all ranks together."""
+        return self._score.of_all(batches)
 
     def update(
         self,

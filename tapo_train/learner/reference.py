@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
-from tapo_train.learner import engine, packed_model
+from tapo_train.learner import adapter, engine, packed_model
 from tapo_train.learner.batch import MicroBatch
 from tapo_train.learner.layout import ModelLayout, PixelSource
+from tapo_train.learner.policy import Policy
 from tapo_train.learner.scorer import Distribution, Scorer
 from tapo_train.learner.settings import LearnerSettings
 
@@ -39,6 +41,22 @@ class NoReference:
     def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """See `Reference`."""
         return list(batches)
+
+    def close(self) -> None:
+        """See `Reference`."""
+
+
+class AdapterFree:
+    """The learner itself with its adapters switched off: no second copy of the weights."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+
+    def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+        """See `Reference`."""
+        with adapter.switched_off(self._policy.model):
+            answers = self._policy.logprobs_of_all(batches)
+        return _with_reference(batches, answers)
 
     def close(self) -> None:
         """See `Reference`."""
@@ -82,12 +100,16 @@ class FrozenReference:
 
     def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
         """See `Reference`."""
-        return [
-            replace(batch, reference_logprobs=logprobs)
-            for batch, logprobs in zip(batches, self._score.of_all(batches), strict=True)
-        ]
+        return _with_reference(batches, self._score.of_all(batches))
 
     def close(self) -> None:
         """See `Reference`."""
         engine.stop_frozen(self._engine)
         del self._engine, self._score
+
+
+def _with_reference(batches: Sequence[MicroBatch], answers: Sequence[Tensor]) -> list[MicroBatch]:
+    return [
+        replace(batch, reference_logprobs=logprobs)
+        for batch, logprobs in zip(batches, answers, strict=True)
+    ]

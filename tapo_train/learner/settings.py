@@ -14,6 +14,26 @@ OptimizerKind = Literal["adamw", "sgd"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings:
+    """Low-rank adapters in place of training the weights themselves."""
+
+    rank: int
+    alpha: float
+    """The adapters' product is scaled by alpha / rank."""
+    targets: tuple[str, ...]
+    """Last parts of the names of the linear layers that get one."""
+    seed: int = 0
+    """Of the adapters' first factors; the second are zero."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or not self.alpha > 0 or not self.targets:
+            raise ConfigError(
+                f"adapter of rank {self.rank}, alpha {self.alpha} for {len(self.targets)} "
+                "targets; wanted a rank >= 1, an alpha > 0 and at least one target"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSettings:
     """Numbers of the optimizer and of the engine around it."""
 
@@ -42,6 +62,8 @@ class LearnerSettings:
     """Recompute activations of each layer in the backward pass."""
     freeze_vision: bool = False
     """Leave the vision tower as it is; only the language model is trained."""
+    adapter: AdapterSettings | None = None
+    """None trains the weights themselves."""
     head_chunk_tokens: int = 2048
     """Rows of logits in memory at a time; vocabulary x 4 bytes each."""
 

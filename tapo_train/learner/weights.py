@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tapo_train.learner import distributed, engine
+from tapo_train.learner import adapter, distributed, engine
 from tapo_train.learner.settings import LearnerSettings
 
 GATHER_ELEMENTS = 64 * 2**20
@@ -20,19 +20,23 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
 
 def named_weights(model: Any, *, settings: LearnerSettings) -> Iterator[tuple[str, Tensor]]:
-    """Every weight whole, under its Hugging Face name, bucket by bucket.
+    """Every weight whole, adapters merged in, under its Hugging Face name, bucket by bucket.
 
     A head tied to the embedding follows it under its own name, as an engine that repacks
     weights keeps a copy of the head. All ranks must iterate to the end; a tensor is valid
     until the next one is asked for.
     """
-    head = model.lm_head.weight
+    head, layers = model.lm_head.weight, adapter.adapted_layers(model)
     for bucket in _buckets(model):
         with engine.gathered([parameter for _, parameter in bucket], settings=settings):
             for name, parameter in bucket:
-                yield name, parameter.data
+                if adapter.is_factor(name):
+                    continue
+                name, weight = adapter.original_name(name), parameter.data
+                layer = layers.get(name.removesuffix(".weight"))
+                yield name, weight if layer is None else adapter.merged(weight, layer)
                 if parameter is head and name != HEAD:
-                    yield HEAD, parameter.data
+                    yield HEAD, weight
 
 
 def write_folder(model: Any, folder: Path, *, source: Path, settings: LearnerSettings) -> None:
@@ -40,7 +44,7 @@ def write_folder(model: Any, folder: Path, *, source: Path, settings: LearnerSet
 
     On all ranks together; rank 0 writes.
     """
-    names = {name for name, _ in model.named_parameters()}
+    names = {adapter.original_name(name) for name, _ in model.named_parameters()}
     whole = {
         name: tensor.detach().to("cpu", copy=True)
         for name, tensor in named_weights(model, settings=settings)

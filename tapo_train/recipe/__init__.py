@@ -16,7 +16,7 @@ from tapo_train.recipe.algo import Advantage, Algo, GrpoLoss, GspoLoss, Importan
 from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
 from tapo_train.recipe.learner import Learner
 from tapo_train.recipe.rollout import HfEngine, Rollout, VllmEngine
-from tapo_train.recipe.run import Data, Model, Probe, RewardWeights, Run
+from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import Tools
 from tapo_train.recipe.values import STRICT
@@ -32,6 +32,7 @@ __all__ = [
     "Importance",
     "Kl",
     "Learner",
+    "Lora",
     "Model",
     "NoCredit",
     "Probe",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Literal
 
 from pydantic import Field
@@ -37,6 +38,23 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Lora:
+    """Low-rank adapters in place of training the weights. Engine and export get them merged in."""
+
+    rank: CountOrZero = 0
+    """Of the adapters; 0: none, the weights themselves are trained. Adapters want a learner.lr
+    some ten times higher."""
+    alpha: Positive = 32.0
+    """The adapters' product is scaled by alpha / rank."""
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        min_length=1,
+    )
+    """Linear layers that get one, by the end of their name; with freeze_vision=false those of
+    the vision tower too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Model:
     """The policy that is trained."""
 
@@ -47,6 +65,7 @@ class Model:
     """Of learner and engine. bfloat16 keeps float32 master weights in the optimizer."""
     freeze_vision: bool = True
     """Leave the vision tower as it is. (SenseNova-MARS trains so.)"""
+    lora: Lora = field(default_factory=Lora)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -1,0 +1,103 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021): the door to peft.
+
+An adapted linear layer computes W x + s B A x with a frozen W; only A [rank, in] and
+B [out, rank] are trained, s = alpha / rank, and B starts at zero. Engines and exports never
+see adapters: they are given W + s B A under the weight's own name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tapo_train.errors import LearnerError
+from tapo_train.learner.settings import AdapterSettings
+
+_NAME = "default"
+_BASE = ".base_layer"
+_FACTOR = re.compile(rf"\.lora_[AB]\.{_NAME}\.weight$")
+
+
+def add(model: nn.Module, *, settings: AdapterSettings, in_vision: bool) -> None:
+    """Freeze `model` and give the linear layers that `settings` names an adapter, in place.
+
+    A is drawn from `settings.seed` alone, so that all ranks and a resumed run have the same.
+
+    Raises:
+        LearnerError: a target is the LM head, or names no linear layer.
+    """
+    import peft  # here, as it takes seconds and most runs have no adapter
+
+    places = rf"model\.{'' if in_vision else 'language_model.'}.*"
+    for target in settings.targets:
+        pattern = re.compile(rf"{places}\.{re.escape(target)}")
+        if not any(pattern.fullmatch(n) for n, m in model.named_modules() if _is_linear(m)):
+            raise LearnerError(
+                f"adapter target {target!r} names no linear layer; wanted of "
+                f"{', '.join(_linear_names(model, in_vision=in_vision))}"
+            )
+    names = "|".join(re.escape(target) for target in settings.targets)
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        target_modules=rf"{places}\.(?:{names})",
+        lora_dropout=0.0,
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        peft.inject_adapter_in_model(config, model, adapter_name=_NAME)
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapters, exactly: their products are scaled by zero.
+
+    They still run: sharded training expects the same modules in the same order as ever.
+    """
+    layers = list(adapted_layers(model).values())
+    for layer in layers:
+        layer.set_scale(_NAME, 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale(_NAME, 1.0)
+
+
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """Name in the model without adapters -> layer with one."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def is_factor(name: str) -> bool:
+    """Whether this is the name of an A or B, which no engine knows."""
+    return _FACTOR.search(name) is not None
+
+
+def original_name(name: str) -> str:
+    """The name of a parameter in the model without adapters."""
+    return name.replace(_BASE, "")
+
+
+def merged(weight: Tensor, layer: Any) -> Tensor:
+    """W + s B A in float32, then in the type of W; W itself is not changed."""
+    first, second = layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data
+    change: Tensor = second.float() @ first.float()
+    return change.mul_(layer.scaling[_NAME]).add_(weight).to(weight.dtype)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _linear_names(model: nn.Module, *, in_vision: bool) -> list[str]:
+    """Last parts of the names of linear layers that can have an adapter."""
+    start = "model." if in_vision else "model.language_model."
+    found = (n for n, m in model.named_modules() if _is_linear(m) and n.startswith(start))
+    return sorted({name.rpartition(".")[2] for name in found})
