@@ -106,6 +106,8 @@ def average(losses: Rows, mask: Mask, mode: str, norm_length: float) -> float:
 def advantages(
     rewards: list[float], group: list[int], *, kind: str, std: str = "unbiased", eps: float = 1e-6
 ) -> list[float]:
+    if kind == "bn":
+        return _standardised(advantages(rewards, group, kind="grpo"), "population", 1e-9)
     if kind == "reinforce_pp":
         return _standardised(rewards, std, eps)
     result = []

@@ -9,7 +9,7 @@ import reference_losses as reference
 import torch
 from algos_batches import LOSSES, MODES, NORM_LENGTH, Padded, padded_batch
 
-from tapo_train.algos.advantages import group_advantages
+from tapo_train.algos.advantages import batch_renorm, group_advantages
 from tapo_train.algos.aggregation import aggregate
 from tapo_train.algos.losses import TokenBatch, grpo, gspo, sapo
 from tapo_train.algos.metrics import finalise
@@ -24,7 +24,7 @@ GOLDEN = 5e-7
 SLOPE_TOLERANCE = 1e-6
 """Central differences with a step of 1e-6 of values near 1."""
 
-KINDS = ("grpo", "mean_only", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline")
+KINDS = ("grpo", "mean_only", "leave_one_out", "reinforce_pp", "reinforce_pp_baseline", "bn")
 REWARDS = [1.0, 0.0, 1.0, 0.5, 0.0, 1.5, 0.25]
 GROUP = [0, 0, 0, 1, 1, 1, 2]
 
@@ -103,7 +103,7 @@ def test_sapo_gate_and_its_weight_follow_the_table(
 def test_loss_and_gradient_agree_with_the_loops(
     name: str, mode: str, kind: str, per_token: bool
 ) -> None:
-    constants = group_advantages(REWARDS, GROUP, kind=kind).tolist()  # type: ignore[arg-type]
+    constants = advantages_of(kind)
     assert constants == pytest.approx(reference.advantages(REWARDS, GROUP, kind=kind), abs=EXACT)
     padded = padded_batch(constants, per_token=per_token)
     logp = padded.logp.clone().requires_grad_()
@@ -118,6 +118,12 @@ def test_loss_and_gradient_agree_with_the_loops(
     expected = expected_gradient(padded, reference.slopes(name, mask=mask, **rows), mode)
     assert logp.grad is not None
     torch.testing.assert_close(logp.grad, expected, rtol=0, atol=SLOPE_TOLERANCE)
+
+
+def advantages_of(kind: str) -> list[float]:
+    if kind == "bn":
+        return batch_renorm(group_advantages(REWARDS, GROUP, kind="grpo")).tolist()
+    return group_advantages(REWARDS, GROUP, kind=kind).tolist()  # type: ignore[arg-type]
 
 
 def whole_loss(padded: Padded, logp: torch.Tensor, name: str, mode: str) -> torch.Tensor:
