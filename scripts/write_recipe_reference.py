@@ -11,13 +11,15 @@ import inspect
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from textwrap import dedent
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic.fields import FieldInfo
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tapo_train import recipe
 from tapo_train.credit import gigpo, options
@@ -33,6 +35,7 @@ SECTIONS = (
     ("rollout.engine, `rollout/engine=vllm`", recipe.VllmEngine),
     ("rollout.engine, `rollout/engine=hf`", recipe.HfEngine),
     ("tools", recipe.Tools),
+    ("tools.limits, by the tool's name", recipe.ToolLimits),
     ("reward", recipe.RewardWeights),
     ("algo", recipe.Algo),
     ("algo.advantage, `algo/advantage=…`", recipe.Advantage),
@@ -107,6 +110,8 @@ def in_words(hint: Any) -> str:
         return f"list of {in_words(arguments[0])}"
     if origin is Mapping:
         return f"mapping of {in_words(arguments[0])} to {in_words(arguments[1])}"
+    if is_dataclass(hint):
+        return "sections"
     return {int: "integer", float: "number", bool: "true or false", str: "text"}.get(hint, "null")
 
 

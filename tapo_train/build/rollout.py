@@ -37,7 +37,7 @@ def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
             max_num_seqs=recipe.rollout.max_in_flight,
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
-            max_images=16 + recipe.rollout.max_turns * max(1, recipe.tools.image_top_k),
+            max_images=_most_images(recipe),
             seeded=_samples_by_seed(recipe),
             seed=seed,
         ),
@@ -51,6 +51,7 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
         max_turns=rollout.max_turns,
         max_turn_tokens=rollout.max_turn_tokens,
         max_tokens=rollout.max_tokens,
+        max_parallel_calls=rollout.max_parallel_calls,
     )
     seed = recipe.run.seed if _samples_by_seed(recipe) else None
 
@@ -82,3 +83,10 @@ def _samples_by_seed(recipe: Recipe) -> bool:
     request costs more than that is worth.
     """
     return recipe.rollout.engine.name == "hf" or DEVICE == "cpu"
+
+
+def _most_images(recipe: Recipe) -> int:
+    """Pictures one trajectory may hold: the question's and those of every call."""
+    rollout = recipe.rollout
+    calls = rollout.max_turns * rollout.max_parallel_calls
+    return 16 + calls * max(1, recipe.tools.image_top_k)

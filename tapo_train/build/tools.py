@@ -6,10 +6,13 @@ from pathlib import Path
 
 from tapo_train.config import Recipe
 from tapo_train.errors import ConfigError
+from tapo_train.recipe import tools as recipe_tools
 from tapo_train.tools.base import Tool, Toolbox
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.limits import ToolLimits
+from tapo_train.tools.registry import load_tool
 from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
 
 
@@ -34,7 +37,19 @@ def build_toolbox(recipe: Recipe, *, world: Path | None = None) -> Toolbox:
             path = _needed(corpus, "tools.corpus", name)
             index, chars = CorpusIndex.load(path), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
-    return Toolbox(made, deadline_s=tools.deadline_s)
+    made += [load_tool(path) for path in tools.extra]
+    limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
+    return Toolbox(made, deadline_s=tools.deadline_s, limits=limits)
+
+
+def _limits(chosen: recipe_tools.ToolLimits) -> ToolLimits:
+    return ToolLimits(
+        concurrency=chosen.concurrency,
+        per_second=chosen.per_second,
+        deadline_s=chosen.deadline_s,
+        retries=chosen.retries,
+        price=chosen.price,
+    )
 
 
 def _needed(path: str | None, field: str, tool: str) -> Path:

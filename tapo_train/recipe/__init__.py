@@ -18,7 +18,7 @@ from tapo_train.recipe.learner import Learner
 from tapo_train.recipe.rollout import HfEngine, Rollout, VllmEngine
 from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
 from tapo_train.recipe.sft import Sft
-from tapo_train.recipe.tools import Tools
+from tapo_train.recipe.tools import ToolLimits, Tools
 from tapo_train.recipe.values import STRICT
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "SapoLoss",
     "Sft",
     "TapoCredit",
+    "ToolLimits",
     "Tools",
     "VllmEngine",
 ]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count, OpenFraction
+from tapo_train.recipe.values import STRICT, Count, Fraction, OpenFraction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -44,5 +44,11 @@ class Rollout:
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     """Of training rollouts; 0 is greedy and leaves a group without differences. Evaluation is
     greedy whatever stands here."""
+    max_parallel_calls: Count = 1
+    """Tool calls of one turn that are run, side by side; further ones are recorded only."""
+    max_failed_fraction: Fraction = 0.5
+    """The run stops when more than this share of trajectories failed outside the policy (a tool
+    timed out or broke), counted over the step and, where it is small, over those before it
+    until there are 32. 1: never."""
     max_in_flight: Count = 64
     """Trajectories under way at a time on one rank."""

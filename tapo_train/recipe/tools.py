@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import field
 from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count, Positive
+from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class ToolLimits:
+    """Limits and price of one tool; of each rank where they count calls."""
+
+    concurrency: Count | None = None
+    """Most calls at a time; none: as many as trajectories are under way."""
+    per_second: Positive | None = None
+    """Attempts per second, after a burst of one second's worth; none: no limit."""
+    deadline_s: Positive | None = None
+    """[s] for a call with all its attempts, the queue not counted; none: tools.deadline_s."""
+    retries: CountOrZero = 0
+    """Further attempts when a back end fails in a way that may pass; the policy's errors and a
+    tool's refusals are never tried again."""
+    price: NonNegative = 0.0
+    """Of one attempt, in any unit of money; an answer from a store is free."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -18,7 +37,15 @@ class Tools:
         "text_search_tool",
         "image_search_tool",
     )
-    """Empty: a policy without tools."""
+    """Empty: a policy without tools of ours."""
+    extra: tuple[str, ...] = ()
+    """Your own tools by import path (package.module.name): a function under @tool, an object, or
+    what makes one when called without arguments. Training runs the code of that module."""
+    limits: Mapping[str, ToolLimits] = field(default_factory=dict)
+    """By the name of the tool; a tool that is not named here has no limits but deadline_s."""
+    budget: NonNegative | None = None
+    """What the calls of a whole run may cost together, over all ranks and resumptions, in the unit
+    of the prices; the run stops before it would spend more. None: no bound."""
     deadline_s: Positive = 30.0
     """[s] for one call; afterwards its outcome is `timeout`."""
     corpus: str | None = None
