@@ -138,6 +138,13 @@ def _rollout_problems(recipe: Recipe) -> Iterable[str]:
 
 
 def _data_problems(recipe: Recipe) -> Iterable[str]:
+    run = recipe.run
+    if run.keep_best and (not run.eval_every or run.save_every % run.eval_every):
+        yield (
+            f"run.keep_best: found {run.keep_best} with run.save_every {run.save_every} and "
+            f"run.eval_every {run.eval_every}, wanted save_every to be a multiple of eval_every: "
+            "a checkpoint is judged by the validation after its step"
+        )
     if recipe.run.eval_every and not recipe.data.validation:
         yield (
             f"data.validation: found no file, wanted one because run.eval_every is "

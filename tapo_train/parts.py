@@ -41,11 +41,36 @@ class AdvantageFunction(Protocol):
         ...
 
 
+class Stateful(Protocol):
+    """A part whose state a resumed run needs."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state of this rank, as JSON can hold it."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. With another number of ranks it is that of rank % former ranks."""
+        ...
+
+
 class Checkpoints(Protocol):
     """Where a run can be taken up again."""
 
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Keep policy, optimizer, random states and `state` as of the end of `step`."""
+    def save(self, step: int, state: Mapping[str, Any], score: float | None) -> None:
+        """Keep policy, optimizer, random states and `state` as of the end of `step`.
+
+        Args:
+            score: validation accuracy after the step, if it was measured.
+        """
+        ...
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether a checkpoint could not be written; the next call raises the reason."""
+        ...
+
+    def wait(self) -> None:
+        """Until every checkpoint is written."""
         ...
 
     def load_latest(self) -> Mapping[str, Any] | None:
@@ -92,6 +117,8 @@ class Parts:
     reference: Reference
     objective: Objective
     checkpoints: Checkpoints
+    stateful: Mapping[str, Stateful]
+    """By name: what a checkpoint keeps besides the policy and `order`."""
     dump: TrajectoryDump
     probe: tuple[npt.NDArray[np.int32], tuple[Image, ...]]
     """Token ids and pictures that engine and learner both score after each sync."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from transformers.utils import logging as transformers_logging
 
@@ -13,11 +12,11 @@ from tapo_train import build
 from tapo_train.config import Recipe, recipe_to_dict, to_yaml
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
-from tapo_train.errors import AlignmentError, ConfigError, DataError
-from tapo_train.learner import checkpoint, distributed
+from tapo_train.errors import AlignmentError, DataError
+from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
-from tapo_train.learner.manifest import latest
+from tapo_train.learner.manifest import POLICY
 from tapo_train.learner.policy import Policy
 from tapo_train.parts import Parts
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
@@ -27,6 +26,7 @@ from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
 from tapo_train.report.statistics import Accuracy, accuracy_of
+from tapo_train.resume import CheckpointFolder, check_resumption
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.trainer import Trainer
 from tapo_train.types import Task
@@ -39,6 +39,9 @@ from tapo_train.warm_start import (
 )
 
 transformers_logging.disable_progress_bar()
+
+RECIPE = "recipe.yaml"
+"""Beside exported weights: prompt, tools and limits the policy acts by."""
 
 
 def train(recipe: Recipe) -> Path:
@@ -111,7 +114,15 @@ def make_parts(
         policy=policy,
         reference=build.build_reference(recipe, policy, chat),
         objective=build.build_objective(recipe),
-        checkpoints=CheckpointFolder(folder.checkpoints, policy, keep_last=recipe.run.keep_last),
+        checkpoints=CheckpointFolder(
+            folder.checkpoints,
+            policy,
+            keep_last=recipe.run.keep_last,
+            keep_best=recipe.run.keep_best,
+            previous_good=recipe.run.resume == "previous_good",
+            texts={f"{POLICY}/{RECIPE}": to_yaml(recipe)},
+        ),
+        stateful={},
         dump=TrajectoryDump(
             folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
         ),
@@ -196,50 +207,11 @@ def evaluate(
     return accuracy_of(correct, len(trajectories))
 
 
-class CheckpointFolder:
-    """The checkpoints of one run, newest last."""
-
-    def __init__(self, root: Path, policy: Policy, *, keep_last: int) -> None:
-        self._root = root
-        self._policy = policy
-        self._keep_last = keep_last
-
-    def save(self, step: int, state: Mapping[str, Any]) -> None:
-        """Keep everything as of the end of 0-based `step`."""
-        checkpoint.save(
-            self._policy, self._root, step=step + 1, extra=state, keep_last=self._keep_last
-        )
-
-    def load_latest(self) -> Mapping[str, Any] | None:
-        """Restore the newest checkpoint; what was saved with it, or None if there is none.
-
-        Raises:
-            CheckpointError: it is damaged, or of another number of ranks.
-        """
-        newest = latest(self._root)
-        return None if newest is None else checkpoint.load(self._policy, newest)
-
-
-def check_resumption(recipe: Recipe, folder: RunFolder) -> None:
-    """Hold `run.resume` against what the run folder holds.
-
-    Raises:
-        ConfigError: a folder in use under `never`, an empty one under `must`.
-    """
-    if recipe.run.resume == "never" and folder.holds_run:
-        raise ConfigError(
-            f"run.resume: found never, but run.dir {folder.path} holds a run; "
-            "wanted another run.dir, or run.resume=auto to go on with it"
-        )
-    if recipe.run.resume == "must" and not folder.holds_run:
-        raise ConfigError(f"run.resume: found must, but run.dir {folder.path} holds no run")
-
-
 def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
     """Write the policy in Hugging Face format, with the recipe it acts by."""
     policy.export(folder)
     if distributed.rank() == 0:
-        (folder / "recipe.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     distributed.barrier()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,6 +63,7 @@ class Trainer:
         try:
             for step in range(first, schedule.steps):
                 self._one(step, sinks)
+            self._parts.checkpoints.wait()
         finally:
             for sink in sinks:
                 sink.close()
@@ -74,8 +76,7 @@ class Trainer:
             metrics |= self.validate(step + 1)
         write_all(sinks, step, metrics)
         if _is_due(step, schedule.save_every, schedule.steps):
-            state = {"step": step, "order": self._parts.order.state_dict()}
-            self._parts.checkpoints.save(step, state)
+            self._parts.checkpoints.save(step, self._state(step), metrics.get("eval/accuracy"))
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
@@ -121,8 +122,15 @@ class Trainer:
         state = self._parts.checkpoints.load_latest()
         if state is None:
             return 0
-        self._parts.order.load_state_dict(state["order"])
+        parts = {"order": self._parts.order, **self._parts.stateful}
+        for name in parts.keys() & state["parts"].keys():
+            parts[name].load_state_dict(state["parts"][name])
         return int(state["step"]) + 1
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """What `_resume` wants back."""
+        parts = {"order": self._parts.order, **self._parts.stateful}
+        return {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
 
     def _rollout(self, step: int) -> tuple[list[Group], list[int]]:
         """This rank's groups, and the positions of their questions in the global batch."""

@@ -16,7 +16,7 @@ from tapo_train.errors import CheckpointError
 from tapo_train.learner import checkpoint, export
 from tapo_train.learner.batch import pack
 from tapo_train.learner.engine import end_process_group
-from tapo_train.learner.manifest import Manifest, complete_checkpoints, latest
+from tapo_train.learner.manifest import Manifest, checkpoints, latest
 from tapo_train.learner.objective import supervised
 from tapo_train.rollout.chat import ChatFormat
 
@@ -41,7 +41,10 @@ def train(policy, chat, *, updates):
     return [finalise(policy.update(batches, supervised)) for _ in range(updates)]
 
 
-@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (2, "bf16"), (3, "fp32")])
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
+)
 def test_a_resumed_run_continues_bit_for_bit(tiny_qwen3_vl, chat, tmp_path, zero_stage, precision):
     options = ADAM | {"zero_stage": zero_stage, "precision": precision}
     first = make_policy(tiny_qwen3_vl, chat, **options)
@@ -50,7 +53,8 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_qwen3_vl, chat, tmp_path, zero
     drawn = (random.random(), np.random.rand(), torch.rand(1).item())
     wanted = train(first, chat, updates=2)
     second = make_policy(tiny_qwen3_vl, chat, **options)
-    assert checkpoint.load(second, folder) == {"position": [1, 7]}
+    restored = checkpoint.load(second, folder)
+    assert (restored.extra, restored.changes) == ({"position": [1, 7]}, [])
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
     assert train(second, chat, updates=2) == wanted
     torch.testing.assert_close(weights_of(second), weights_of(first), atol=0, rtol=0)
@@ -59,7 +63,14 @@ def test_a_resumed_run_continues_bit_for_bit(tiny_qwen3_vl, chat, tmp_path, zero
 
 
 @pytest.mark.parametrize(
-    "pattern", ["policy/model.safetensors", "engine/state/*.pt", "random/rank0.pt", "trainer.json"]
+    "pattern",
+    [
+        "policy/model.safetensors",
+        "learner/rank0.safetensors",
+        "random/rank0.safetensors",
+        "trainer/rank0.json",
+        "manifest.json",
+    ],
 )
 def test_a_damaged_file_is_named(policy, tmp_path, pattern):
     folder = checkpoint.save(policy, tmp_path, step=1, extra={})
@@ -86,10 +97,10 @@ def test_a_checkpoint_of_another_stage_is_refused(policy, tmp_path):
         checkpoint.load(policy, folder)
 
 
-def test_only_the_newest_complete_checkpoints_stay(policy, tmp_path):
+def test_only_the_newest_checkpoints_stay(policy, tmp_path):
     for step in (1, 2, 10):
         checkpoint.save(policy, tmp_path, step=step, extra={}, keep_last=2)
-    assert [p.name for p in complete_checkpoints(tmp_path)] == ["step-000002", "step-000010"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000002", "step-000010"]
     (tmp_path / ".step-000011.partial").mkdir()
     (tmp_path / "step-000012").mkdir()
     assert latest(tmp_path) == tmp_path / "step-000010"
@@ -99,7 +110,7 @@ def test_only_the_newest_complete_checkpoints_stay(policy, tmp_path):
 def test_saving_a_step_again_replaces_it(policy, tmp_path):
     checkpoint.save(policy, tmp_path, step=1, extra={"a": 1})
     folder = checkpoint.save(policy, tmp_path, step=1, extra={"a": 2})
-    assert checkpoint.load(policy, folder) == {"a": 2}
+    assert checkpoint.load(policy, folder).extra == {"a": 2}
     assert Manifest.read(folder).step == 1
 
 

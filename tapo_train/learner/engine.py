@@ -96,6 +96,17 @@ def engine_config(settings: LearnerSettings) -> dict[str, Any]:
     }
 
 
+def set_updates(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:
+    """Put the schedule where it is after so many updates, with the rates of its settings."""
+    schedule = engine.lr_scheduler
+    schedule.last_epoch = updates
+    for group, base, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = base * factor(updates)
+    schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
+
+
 def gathered(parameters: list[nn.Parameter], *, settings: LearnerSettings) -> Any:
     """A context in which `parameters` are whole on every rank (ZeRO-3 shards them)."""
     return deepspeed.zero.GatheredParameters(parameters, enabled=settings.zero_stage == 3)

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tapo_train.algos.aggregation import Aggregation, aggregate
 from tapo_train.algos.metrics import Metrics, merge, pair
-from tapo_train.errors import CheckpointError
-from tapo_train.learner import distributed, engine, packed_model, weights
+from tapo_train.learner import distributed, engine, fragments, packed_model, weights
 from tapo_train.learner.batch import MicroBatch, TrainingRow, join
 from tapo_train.learner.gradients import GradientGuard
 from tapo_train.learner.layout import ModelLayout, PixelSource
@@ -26,8 +25,6 @@ from tapo_train.learner.objective import Objective
 from tapo_train.learner.scorer import RAW, Distribution, Scorer
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.types import Image, Span
-
-ENGINE_TAG = "state"
 
 
 class Policy:
@@ -173,21 +170,34 @@ class Policy:
 
     def export(self, folder: Path) -> None:
         """Write a Hugging Face folder: weights, configuration and the source's processor."""
-        weights.write_folder(self.model, folder, source=self.source, settings=self.settings)
+        files = self.model_files()
+        if distributed.rank() == 0:
+            files.write(folder)
+        distributed.barrier()
 
-    def save_engine(self, folder: Path) -> None:
-        """Write the engine's state: weights, optimizer, schedule, counters."""
-        self._engine.save_checkpoint(str(folder), tag=ENGINE_TAG)
+    def model_files(self) -> weights.ModelFiles:
+        """What `export` writes, as of now; on rank 0."""
+        return weights.model_files(self.model, source=self.source, settings=self.settings)
 
-    def load_engine(self, folder: Path) -> None:
-        """Restore what `save_engine` wrote.
+    def learner_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """Copies of this rank's share of master weights and optimizer state, with metadata."""
+        return fragments.collect(self._engine, self.model)
+
+    def restore(self, files: Sequence[Path], *, updates: int) -> None:
+        """Go on from `learner_state` of all ranks, after so many updates.
+
+        Rates, betas and the like stay those of the settings.
 
         Raises:
-            CheckpointError: there is no such state.
+            CheckpointError: the files are of other parameters.
         """
-        found, _ = self._engine.load_checkpoint(str(folder), tag=ENGINE_TAG)
-        if found is None:
-            raise CheckpointError(f"{folder}: DeepSpeed found no state there")
+        fragments.restore(self._engine, self.model, files)
+        engine.set_updates(self._engine, updates)
+
+    @property
+    def updates(self) -> int:
+        """Optimizer updates done."""
+        return int(self._engine.lr_scheduler.last_epoch)
 
     def close(self) -> None:
         """Give the engine's memory and hooks back; the policy is unusable afterwards."""

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
-from tapo_train.learner import adapter, distributed, engine
+from tapo_train.learner import adapter, distributed, durable, engine
 from tapo_train.learner.settings import LearnerSettings
 
 GATHER_ELEMENTS = 64 * 2**20
 """Sharded weights are made whole in buckets of about this many elements."""
+SHARD_SIZE = "50GB"
+"""Of a weight file; transformers' own limit."""
 HEAD = "lm_head.weight"
 _REWRITTEN = ("config.json", "generation_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
@@ -39,10 +45,35 @@ def named_weights(model: Any, *, settings: LearnerSettings) -> Iterator[tuple[st
                     yield HEAD, weight
 
 
-def write_folder(model: Any, folder: Path, *, source: Path, settings: LearnerSettings) -> None:
-    """Write weights, configuration and the processor files of `source` as one folder.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFiles:
+    """A Hugging Face folder that has not been written yet: copies, whatever the model does."""
 
-    On all ranks together; rank 0 writes.
+    tensors: Mapping[str, Tensor]
+    texts: Mapping[str, bytes]
+    """File name -> content: configuration, and the processor files of the source."""
+
+    def write(self, folder: Path) -> dict[str, str]:
+        """Write the files; sha256 by file name. No collectives: any thread may do it."""
+        split = split_torch_state_dict_into_shards(dict(self.tensors), max_shard_size=SHARD_SIZE)
+        hashes = {}
+        for name, keys in split.filename_to_tensors.items():
+            part = {key: self.tensors[key] for key in keys}
+            hashes[name] = durable.write_tensors(folder / name, part, metadata={"format": "pt"})
+        texts = dict(self.texts)
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            texts["model.safetensors.index.json"] = text.encode()
+        for name, content in texts.items():
+            hashes[name] = durable.write_bytes(folder / name, content)
+        return hashes
+
+
+def model_files(model: Any, *, source: Path, settings: LearnerSettings) -> ModelFiles:
+    """What `save_pretrained` would write, and the processor files of `source`.
+
+    On all ranks together; only rank 0's has content.
     """
     names = {adapter.original_name(name) for name, _ in model.named_parameters()}
     whole = {
@@ -50,13 +81,29 @@ def write_folder(model: Any, folder: Path, *, source: Path, settings: LearnerSet
         for name, tensor in named_weights(model, settings=settings)
         if name in names and distributed.rank() == 0
     }
-    if distributed.rank() == 0:
-        model.save_pretrained(folder, state_dict=whole)
-        for path in source.iterdir():
-            is_weight = path.name.endswith(_WEIGHTS)
-            if path.is_file() and not is_weight and path.name not in _REWRITTEN:
-                shutil.copyfile(path, folder / path.name)
-    distributed.barrier()
+    if distributed.rank() != 0:
+        return ModelFiles(tensors={}, texts={})
+    return ModelFiles(
+        tensors=revert_weight_conversion(model, whole),
+        texts=_configuration(model) | _processor(source),
+    )
+
+
+def _configuration(model: Any) -> dict[str, bytes]:
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    with TemporaryDirectory() as folder:
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def _processor(source: Path) -> dict[str, bytes]:
+    return {
+        path.name: path.read_bytes()
+        for path in sorted(source.iterdir())
+        if path.is_file() and not path.name.endswith(_WEIGHTS) and path.name not in _REWRITTEN
+    }
 
 
 def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:

@@ -22,13 +22,18 @@ class Run:
     """Seeds question order, sampling and initialisation."""
     steps: Count = 100
     """Training steps; one step is one batch of questions."""
-    resume: Literal["auto", "never", "must"] = "auto"
+    resume: Literal["auto", "never", "must", "previous_good"] = "auto"
     """auto: go on from the last checkpoint if there is one; never: refuse a folder that holds
-    a run; must: refuse a folder that does not."""
+    a run; must: refuse a folder that does not; previous_good: as auto, but from an older
+    checkpoint where the last is damaged. The number of ranks, zero_stage, dtype and whatever
+    the optimizer is told (lr, betas, schedule, ...) may differ from before: the recipe counts."""
     save_every: CountOrZero = 10
     """[steps] between checkpoints; 0: only at the end."""
     keep_last: Count = 2
-    """Checkpoints kept; older ones are deleted."""
+    """Newest checkpoints kept; older ones are deleted."""
+    keep_best: CountOrZero = 0
+    """Checkpoints kept besides: those with the best validation accuracy, the newer one of
+    equals. Needs save_every to be a multiple of eval_every."""
     eval_every: CountOrZero = 0
     """[steps] between validations; 0: none."""
     eval_questions: CountOrZero = 0
