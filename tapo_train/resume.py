@@ -102,12 +102,12 @@ class CheckpointFolder:
                 damaged.append((folder, error))
                 continue
             if distributed.rank() == 0:
-                for path, error in damaged:
-                    print(f"{error}; moved to {set_aside(path)}")
+                for path, damage in damaged:
+                    print(f"{damage}; moved to {set_aside(path)}")
             distributed.barrier()
             return folder, manifest
         if damaged:
-            raise CheckpointError("; ".join(str(error) for _, error in damaged))
+            raise CheckpointError("; ".join(str(damage) for _, damage in damaged))
         return None
 
 

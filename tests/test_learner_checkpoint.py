@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from tapo_train.errors import CheckpointError
 from tapo_train.learner import checkpoint, export
 from tapo_train.learner.batch import pack
 from tapo_train.learner.engine import end_process_group
-from tapo_train.learner.manifest import Manifest, checkpoints, latest
+from tapo_train.learner.manifest import Manifest, checkpoints, latest, prune
 from tapo_train.learner.objective import supervised
 from tapo_train.rollout.chat import ChatFormat
 
@@ -43,7 +44,7 @@ def train(policy, chat, *, updates):
 
 @pytest.mark.parametrize(
     ("zero_stage", "precision"),
-    [(0, "fp32"), (0, "bf16"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32"), (3, "bf16")],
+    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32")],
 )
 def test_a_resumed_run_continues_bit_for_bit(tiny_qwen3_vl, chat, tmp_path, zero_stage, precision):
     options = ADAM | {"zero_stage": zero_stage, "precision": precision}
@@ -85,26 +86,115 @@ def test_a_damaged_file_is_named(policy, tmp_path, pattern):
         checkpoint.load(policy, folder)
 
 
-def test_a_checkpoint_of_another_stage_is_refused(policy, tmp_path):
+def test_a_manifest_that_cannot_be_one_is_refused(policy, tmp_path):
     folder = checkpoint.save(policy, tmp_path, step=1, extra={})
     path = folder / "manifest.json"
-    entries = json.loads(path.read_text())
-    path.write_text(json.dumps(entries | {"zero_stage": 2}))
-    with pytest.raises(CheckpointError, match="zero_stage is 2; this run has 0"):
-        checkpoint.load(policy, folder)
-    path.write_text("{")
-    with pytest.raises(CheckpointError, match=r"manifest\.json: no readable manifest"):
+    text = path.read_text()
+    for content, message in (
+        ("{", r"manifest\.json: no readable manifest"),
+        ("[]", r"manifest\.json: no readable manifest"),
+        (text.replace('"format": 2', '"format": 1'), "format is 1; wanted 2"),
+        (text.replace('"step": 1', '"step": 2'), r"manifest\.json: damaged"),
+        (text + " ", r"manifest\.json: damaged"),
+    ):
+        path.write_text(content)
+        with pytest.raises(CheckpointError, match=message):
+            checkpoint.load(policy, folder)
+
+
+def test_a_manifest_that_names_files_elsewhere_is_refused(policy, tmp_path):
+    folder = checkpoint.save(policy, tmp_path, step=1, extra={})
+    outside = tmp_path / "outside"
+    outside.write_text("secret")
+    manifest = Manifest.read(folder)
+    digest = hashlib.sha256(b"secret").hexdigest()
+    for name in ("policy/../../outside", str(outside)):
+        files = {**manifest.files, name: digest}
+        (folder / "manifest.json").write_text(replace(manifest, files=files).text())
+        with pytest.raises(CheckpointError, match="outside its folder"):
+            checkpoint.load(policy, folder)
+    (folder / "policy" / "link").symlink_to(outside)
+    linked = replace(manifest, files={**manifest.files, "policy/link": digest})
+    (folder / "manifest.json").write_text(linked.text())
+    with pytest.raises(CheckpointError, match="policy/link: missing"):
         checkpoint.load(policy, folder)
 
 
-def test_only_the_newest_checkpoints_stay(policy, tmp_path):
-    for step in (1, 2, 10):
-        checkpoint.save(policy, tmp_path, step=step, extra={}, keep_last=2)
-    assert [p.name for p in checkpoints(tmp_path)] == ["step-000002", "step-000010"]
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((0, "fp32"), (3, "fp32")), ((3, "fp32"), (1, "fp32")), ((1, "bf16"), (0, "fp32"))],
+)
+def test_another_sharding_goes_on_with_the_same_master_weights_and_moments(
+    tiny_qwen3_vl, chat, tmp_path, before, after
+):
+    first = make_policy(tiny_qwen3_vl, chat, **as_options(before))
+    train(first, chat, updates=2)
+    folder = checkpoint.save(first, tmp_path, step=2, extra={})
+    wanted, _ = first.learner_state()
+    first.close()
+    second = make_policy(tiny_qwen3_vl, chat, **as_options(after))
+    restored = checkpoint.load(second, folder)
+    found, _ = second.learner_state()
+    assert wanted.keys() == found.keys()
+    assert any(key.startswith("exp_avg_sq/") for key in found)
+    for key, values in wanted.items():
+        assert torch.equal(found[key], values), key
+    (row,) = train(second, chat, updates=1)
+    assert row["update/learning_rate"] == pytest.approx(1e-3 * 3 / 4)
+    second.close()
+    assert f"zero_stage {after[0]}, was {before[0]}" in restored.changes
+
+
+def as_options(sharding):
+    zero_stage, precision = sharding
+    return ADAM | {"zero_stage": zero_stage, "precision": precision}
+
+
+def test_the_rates_of_the_new_run_count_and_are_named(policy, tiny_qwen3_vl, chat, tmp_path):
+    train(policy, chat, updates=1)
+    folder = checkpoint.save(policy, tmp_path, step=1, extra={})
+    changed = ADAM | {"learning_rate": 2e-3, "betas": (0.8, 0.99), "weight_decay": 0.1}
+    other = make_policy(tiny_qwen3_vl, chat, **changed)
+    restored = checkpoint.load(other, folder)
+    assert restored.changes == [
+        "learning_rate 0.002, was 0.001",
+        "betas [0.8, 0.99], was [0.9, 0.999]",
+        "weight_decay 0.1, was 0.0",
+    ]
+    (group,) = other._engine.optimizer.param_groups
+    assert (group["betas"], group["weight_decay"]) == ((0.8, 0.99), 0.1)
+    rates = [row["update/learning_rate"] for row in train(other, chat, updates=4)]
+    assert rates == pytest.approx([2e-3 * share for share in (2 / 4, 3 / 4, 1, 1)])
+    other.close()
+
+
+def test_other_trained_parameters_or_another_optimizer_are_refused(
+    policy, tiny_qwen3_vl, chat, tmp_path
+):
+    folder = checkpoint.save(policy, tmp_path, step=1, extra={})
+    frozen = make_policy(tiny_qwen3_vl, chat, freeze_vision=True, **ADAM)
+    with pytest.raises(CheckpointError, match=r"parameter model\.visual\..*, this run none"):
+        checkpoint.load(frozen, folder)
+    frozen.close()
+    descent = make_policy(tiny_qwen3_vl, chat, **(ADAM | {"optimizer": "sgd"}))
+    with pytest.raises(CheckpointError, match="optimizer is adamw; this run has sgd"):
+        checkpoint.load(descent, folder)
+    descent.close()
+
+
+def test_the_newest_and_the_best_checkpoints_stay(policy, tmp_path):
+    scores = {1: 0.3, 2: 0.9, 3: None, 4: 0.9, 5: 0.5, 10: 0.1}
+    for step, score in scores.items():
+        options = {"keep_last": 2, "keep_best": 1}
+        checkpoint.save(policy, tmp_path, step=step, extra={}, score=score, **options)
+    assert [p.name for p in checkpoints(tmp_path)] == [f"step-{n:06d}" for n in (4, 5, 10)]
     (tmp_path / ".step-000011.partial").mkdir()
     (tmp_path / "step-000012").mkdir()
-    assert latest(tmp_path) == tmp_path / "step-000010"
+    prune(tmp_path, keep_last=1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000010", "step-000012"]
+    assert latest(tmp_path) == tmp_path / "step-000012", "damaged is not the same as not there"
     assert latest(tmp_path / "nowhere") is None
+    assert prune(tmp_path, keep_last=0) == []
 
 
 def test_saving_a_step_again_replaces_it(policy, tmp_path):
@@ -112,6 +202,19 @@ def test_saving_a_step_again_replaces_it(policy, tmp_path):
     folder = checkpoint.save(policy, tmp_path, step=1, extra={"a": 2})
     assert checkpoint.load(policy, folder).extra == {"a": 2}
     assert Manifest.read(folder).step == 1
+
+
+@pytest.mark.parametrize("family", ["tiny_qwen3_vl", "tiny_qwen2_5_vl"])
+def test_an_export_is_what_transformers_would_write(request, family, tmp_path):
+    source = request.getfixturevalue(family)
+    policy = make_policy(source, ChatFormat(source), precision="bf16")
+    policy.export(tmp_path / "ours")
+    policy.model.save_pretrained(tmp_path / "theirs")
+    policy.close()
+    for path in (tmp_path / "theirs").iterdir():
+        ours = tmp_path / "ours" / path.name
+        assert ours.read_bytes() == path.read_bytes(), path.name
+    assert (tmp_path / "ours" / "tokenizer.json").exists()
 
 
 def test_an_export_loads_like_any_downloaded_model(policy, chat, tmp_path, capsys):

@@ -86,4 +86,4 @@ def _write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's memory, little endian as on every machine torch runs on."""
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
