@@ -28,8 +28,8 @@ from tapo_train.learner.manifest import POLICY, Manifest
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.snapshot import LEARNER, RANDOM, TRAINER, take, write
 
-_SAME = ("optimizer",)
-"""Settings without which the optimizer's state means nothing."""
+_SAME = ("optimizer", "adapter")
+"""Settings without which the stored weights and optimizer state mean something else."""
 
 
 def save(
