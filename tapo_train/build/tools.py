@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tapo_train.config import Recipe
@@ -12,7 +13,9 @@ from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder
 from tapo_train.tools.limits import ToolLimits
+from tapo_train.tools.recording import Recording
 from tapo_train.tools.registry import load_tool
+from tapo_train.tools.replay import ReplayTool
 from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
 
 
@@ -38,8 +41,20 @@ def build_toolbox(recipe: Recipe, *, world: Path | None = None) -> Toolbox:
             index, chars = CorpusIndex.load(path), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
     made += [load_tool(path) for path in tools.extra]
+    if world is None:
+        made = _replayed(made, recipe)
     limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
     return Toolbox(made, deadline_s=tools.deadline_s, limits=limits)
+
+
+def _replayed(made: Sequence[Tool], recipe: Recipe) -> list[Tool]:
+    """The tools as `tools.replay` wants them; every process has the recording open once."""
+    mode = recipe.tools.replay
+    if mode == "off":
+        return list(made)
+    folder = Path(recipe.tools.recording or Path(recipe.run.dir) / "recording")
+    recording = Recording(folder, must_exist=mode == "replay")
+    return [ReplayTool(tool, recording, mode) for tool in made]
 
 
 def _limits(chosen: recipe_tools.ToolLimits) -> ToolLimits:

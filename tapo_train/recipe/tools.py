@@ -48,6 +48,12 @@ class Tools:
     of the prices; the run stops before it would spend more. None: no bound."""
     deadline_s: Positive = 30.0
     """[s] for one call; afterwards its outcome is `timeout`."""
+    replay: Literal["off", "record", "replay", "replay_or_record"] = "off"
+    """record: keep what tools answer, the first answer to a call for everybody; replay: answer
+    from the recording alone, without the network, and stop where it has no answer;
+    replay_or_record: from the recording, else ask and record."""
+    recording: str | None = None
+    """Folder of the recording, on a local disk; none: `recording` in run.dir."""
     corpus: str | None = None
     """Documents of the text search (jsonl); needed by text_search_tool."""
     image_index: str | None = None

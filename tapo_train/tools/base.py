@@ -43,8 +43,17 @@ class ToolContext:
     task: Task
 
 
+EVERYTHING = frozenset({"pictures", "task"})
+"""What an answer may depend on beside the arguments, as a tool's attribute `reads` says it:
+"picture" is the one that `img_idx` names, "pictures" all of the conversation, "task" the
+question with its answers. Of a tool without that attribute everything is assumed."""
+
+
 class Tool(Protocol):
-    """A tool: validated arguments in, observation out."""
+    """A tool: validated arguments in, observation out.
+
+    It may say what it `reads` of the conversation (EVERYTHING), for record and replay.
+    """
 
     @property
     def name(self) -> str:
@@ -173,16 +182,10 @@ class Toolbox:
         try:
             attempt = partial(run.attempt, arguments, context)
             return await _within_deadline(gate.attempts(attempt), deadline_s)
-        except ToolArgumentError as error:
-            return _failure(Outcome.MODEL_ERROR, str(error))
-        except ToolRefusedError as error:
-            return _failure(Outcome.REFUSED, str(error))
         except TimeoutError as error:
             return _failure(Outcome.TIMEOUT, f"{name} gave no answer in time: {error}")
-        except ToolDownError as error:
-            return _failure(Outcome.INFRA_ERROR, f"{name} failed: {error}")
         except ToolError as error:
-            return _failure(Outcome.TOOL_ERROR, f"{name} failed: {error}")
+            return failure(name, error)
         except ReplayMissError:
             raise  # the run has left its recording: no single call's failure
         except Exception as error:  # noqa: BLE001  # the tool boundary: recorded, not fatal
@@ -257,6 +260,17 @@ def _require_names(names: Sequence[str], limits: Mapping[str, ToolLimits]) -> No
         raise ConfigError(
             f"tools.limits.{unknown[0]}: there is no such tool; known: {', '.join(names)}"
         )
+
+
+def failure(tool: str, error: ToolError) -> Observation:
+    """The observation that says how a call failed."""
+    if isinstance(error, ToolArgumentError):
+        return _failure(Outcome.MODEL_ERROR, str(error))
+    if isinstance(error, ToolRefusedError):
+        return _failure(Outcome.REFUSED, str(error))
+    is_down = isinstance(error, ToolDownError)
+    outcome = Outcome.INFRA_ERROR if is_down else Outcome.TOOL_ERROR
+    return _failure(outcome, f"{tool} failed: {error}")
 
 
 def _failure(outcome: Outcome, message: str) -> Observation:

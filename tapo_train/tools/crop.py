@@ -73,6 +73,7 @@ class ZoomTool:
 
     name = "image_zoom_in_tool"
     description = "Zoom in on a region of an image."
+    reads = frozenset({"picture"})
     arguments_model: type[BaseModel] = ZoomArguments
 
     def __init__(self, decoder: ImageDecoder, *, min_side_px: int = 16) -> None:

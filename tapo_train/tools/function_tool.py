@@ -27,7 +27,7 @@ from typing import Any, cast, get_type_hints, overload
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from tapo_train.errors import ConfigError
-from tapo_train.tools.base import ToolContext
+from tapo_train.tools.base import EVERYTHING, ToolContext
 from tapo_train.types import Observation
 
 __all__ = ["FunctionTool", "tool"]
@@ -48,6 +48,11 @@ class FunctionTool:
     version: str
     arguments_model: type[BaseModel]
     context_parameter: str | None
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Of the conversation: all of it, or nothing if the function does not ask for it."""
+        return EVERYTHING if self.context_parameter is not None else frozenset()
 
     async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
         """What the function answers; text becomes an observation."""

@@ -98,6 +98,7 @@ class ImageSearchTool:
 
     name = "image_search_tool"
     description = "Find out what an image shows."
+    reads = frozenset({"picture"})
     arguments_model: type[BaseModel] = ImageSearchArguments
 
     def __init__(

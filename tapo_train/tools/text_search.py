@@ -86,6 +86,7 @@ class TextSearchTool:
 
     name = "text_search_tool"
     description = "Search the text corpus."
+    reads: frozenset[str] = frozenset()
     arguments_model: type[BaseModel] = TextSearchArguments
 
     def __init__(self, index: CorpusIndex, *, top_k: int = 3, max_chars: int = 8192) -> None:

@@ -1,0 +1,179 @@
+"""Tool answers on disk: a sqlite file in WAL mode and pictures named by their content.
+
+Any number of processes of one machine may write at once; of two answers to the same call the
+first one counts, for everybody. Not for network file systems, where WAL does not work.
+
+    recording/calls.sqlite     one row per call: key, tool, version, arguments, outcome, text
+    recording/blobs/ab/ab12…   encoded pictures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+import threading
+import time
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tapo_train.errors import ConfigError, ReplayMissError
+from tapo_train.types import Image, ImageRef, Observation, Outcome
+
+__all__ = ["Recording"]
+
+_FORMAT = 1
+"""`user_version` of the file."""
+_BUSY_S = 60.0
+"""[s] a process waits for another one's write."""
+_TABLE = """
+create table if not exists calls (
+    key text primary key, tool text not null, version text not null, arguments text not null,
+    outcome text not null, text text not null, images text not null
+) without rowid
+"""
+
+
+class Recording:
+    """The answers in one folder; safe to use from threads and from several processes.
+
+    Args:
+        folder: made if it is not there, unless `must_exist`.
+        must_exist: for a replay, which has nothing to say without one.
+
+    Raises:
+        ConfigError: there is no recording, or what is there is something else.
+    """
+
+    def __init__(self, folder: Path, *, must_exist: bool = False) -> None:
+        self.folder = folder
+        self._blobs = folder / "blobs"
+        self._lock = threading.Lock()
+        path = folder / "calls.sqlite"
+        if must_exist and not path.is_file():
+            raise ConfigError(
+                f"tools.recording: found no {path}; wanted what tools.replay=record wrote"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._file = _opened(path)
+        except sqlite3.Error as error:
+            raise ConfigError(f"tools.recording: {path} cannot be used: {error}") from error
+
+    def __len__(self) -> int:
+        with self._lock:
+            count: int = self._file.execute("select count(*) from calls").fetchone()[0]
+        return count
+
+    def get(self, key: str) -> Observation | None:
+        """The recorded answer, marked as cached; None if there is none.
+
+        Raises:
+            ReplayMissError: a picture of it is gone or damaged.
+        """
+        with self._lock:
+            row = self._file.execute(
+                "select outcome, text, images from calls where key = ?", (key,)
+            ).fetchone()
+        if row is None:
+            return None
+        images = tuple(self._image(described) for described in json.loads(row[2]))
+        return Observation(text=row[1], images=images, outcome=Outcome(row[0]), cached=True)
+
+    def put(
+        self, key: str, *, tool: str, version: str, arguments: str, observation: Observation
+    ) -> Observation:
+        """Keep an answer unless there is one already; the one that counts from now on."""
+        for image in observation.images:
+            self._keep(image)
+        images = json.dumps([_described(image) for image in observation.images])
+        row = (key, tool, version, arguments, observation.outcome.value, observation.text, images)
+        with self._lock:
+            done = self._file.execute("insert or ignore into calls values (?,?,?,?,?,?,?)", row)
+            is_first = done.rowcount == 1
+        earlier = None if is_first else self.get(key)
+        # Not cached: the tool was asked for this one, and paid.
+        return observation if earlier is None else replace(earlier, cached=False)
+
+    def close(self) -> None:
+        """Close the file; the last process to do so folds the log into it."""
+        with self._lock:
+            self._file.close()
+
+    def _keep(self, image: Image) -> None:
+        path = self._path(image.sha256)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+        partial.write_bytes(image.data)
+        partial.replace(path)
+
+    def _image(self, described: dict[str, Any]) -> Image:
+        sha256, path = str(described["sha256"]), self._path(str(described["sha256"]))
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ReplayMissError(
+                f"the recording's picture {path} cannot be read: {error}"
+            ) from error
+        if hashlib.sha256(data).hexdigest() != sha256:
+            raise ReplayMissError(f"the recording's picture {path} is damaged: its digest differs")
+        x0, y0, x1, y1 = described["box"]
+        return Image(
+            sha256=sha256,
+            data=data,
+            width=described["width"],
+            height=described["height"],
+            ref=ImageRef(root=described["root"], box=(x0, y0, x1, y1)),
+        )
+
+    def _path(self, sha256: str) -> Path:
+        # The name comes from a file that may be a stranger's.
+        if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
+            raise ReplayMissError(f"the recording names a picture {sha256[:80]!r}; wanted a digest")
+        return self._blobs / sha256[:2] / sha256
+
+
+def _described(image: Image) -> dict[str, Any]:
+    return {
+        "sha256": image.sha256,
+        "width": image.width,
+        "height": image.height,
+        "root": image.ref.root,
+        "box": list(image.ref.box),
+    }
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    """A connection in WAL mode; sqlite3.Error if the file is no recording."""
+    file = sqlite3.connect(path, timeout=_BUSY_S, isolation_level=None, check_same_thread=False)
+    try:
+        _use_wal(file)
+        file.execute("pragma synchronous = normal")
+        found = file.execute("pragma user_version").fetchone()[0]
+        if found not in (0, _FORMAT):
+            raise sqlite3.DatabaseError(f"its format is {found}; this version knows {_FORMAT}")
+        file.execute(_TABLE)
+        file.execute(f"pragma user_version = {_FORMAT}")
+        with closing(file.execute("select key, tool, outcome, text, images from calls limit 0")):
+            return file
+    except sqlite3.Error:
+        file.close()
+        raise
+
+
+def _use_wal(file: sqlite3.Connection) -> None:
+    """Switch the log on; while another process does the same, sqlite does not wait by itself."""
+    deadline = time.monotonic() + _BUSY_S
+    while True:
+        try:
+            file.execute("pragma journal_mode = wal")
+            return
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
