@@ -11,6 +11,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from pydantic import ValidationError
 
 from tapo_train.recipe import Recipe
+from tapo_train.report.warnings import SIGNS
 
 GROUPS = ("algo/advantage", "algo/loss", "credit", "rollout/engine")
 """Parts of a recipe that are chosen whole, by the name of a file in a folder."""
@@ -124,7 +125,7 @@ def _section_of(hint: Any, content: Any) -> Any:
 
 def cross_field_problems(recipe: Recipe) -> list[str]:
     """Combinations that no single field's range can forbid."""
-    checks = (_rollout_problems, _data_problems, _algo_problems, _tool_problems)
+    checks = (_rollout_problems, _data_problems, _algo_problems, _tool_problems, _watch_problems)
     return [line for check in checks for line in check(recipe)]
 
 
@@ -182,3 +183,9 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
     for tool, (name, value) in needs.items():
         if tool in tools.names and value is None:
             yield f"tools.{name}: found nothing, wanted a file because tools.names has {tool}"
+
+
+def _watch_problems(recipe: Recipe) -> Iterable[str]:
+    for name in recipe.watch.stop_on:
+        if name not in SIGNS:
+            yield f"watch.stop_on: found {name!r}, wanted names of signs{nearest(name, SIGNS)}"

@@ -15,7 +15,8 @@
     ├── CreditError            advantages or steps handed to the credit stage are impossible
     ├── LearnerError           the update cannot go on (non-finite loss, empty batch, ...)
     │   └── CheckpointError    a checkpoint is damaged or does not fit (names the file)
-    └── ProbeError             engine and learner disagree after a weight sync
+    ├── ProbeError             engine and learner disagree after a weight sync
+    └── CollapseError          a sign of collapse has held for as long as watch.stop_after allows
 
 Each message says what is wrong, where, what was found and what would be right.
 """
@@ -25,6 +26,7 @@ from __future__ import annotations
 __all__ = [
     "AlignmentError",
     "CheckpointError",
+    "CollapseError",
     "ConfigError",
     "CreditError",
     "DataError",
@@ -109,3 +111,7 @@ class CheckpointError(LearnerError):
 
 class ProbeError(TapoError, RuntimeError):
     """Engine and learner log-probabilities of the probe differ by more than the tolerance."""
+
+
+class CollapseError(TapoError, RuntimeError):
+    """Training goes wrong in a way that the recipe asked to be stopped at."""

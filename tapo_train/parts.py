@@ -16,6 +16,7 @@ from tapo_train.learner.objective import Objective
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import Reference
 from tapo_train.report.dumps import TrajectoryDump
+from tapo_train.report.warnings import Watch
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
 from tapo_train.types import Group, Image, Task
@@ -119,6 +120,7 @@ class Parts:
     checkpoints: Checkpoints
     stateful: Mapping[str, Stateful]
     """By name: what a checkpoint keeps besides the policy and `order`."""
+    watch: Watch
     dump: TrajectoryDump
     probe: tuple[npt.NDArray[np.int32], tuple[Image, ...]]
     """Token ids and pictures that engine and learner both score after each sync."""

@@ -102,6 +102,7 @@ def make_parts(
     toolbox = build.build_toolbox(recipe)
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
+    watch = build.build_watch(recipe)
     return Parts(
         tasks=tasks,
         validation=validation,
@@ -122,7 +123,8 @@ def make_parts(
             previous_good=recipe.run.resume == "previous_good",
             texts={f"{POLICY}/{RECIPE}": to_yaml(recipe)},
         ),
-        stateful={},
+        stateful={"watch": watch},
+        watch=watch,
         dump=TrajectoryDump(
             folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
         ),

@@ -69,14 +69,16 @@ class Trainer:
                 sink.close()
 
     def _one(self, step: int, sinks: Sequence[Sink]) -> None:
-        """A step with what belongs to it: validation, log, checkpoint."""
+        """A step with what belongs to it: validation, warnings, log, checkpoint."""
         schedule = self._schedule
         metrics = self.step(step)
         if schedule.eval_every and _is_due(step, schedule.eval_every, schedule.steps):
             metrics |= self.validate(step + 1)
+        metrics |= self._parts.watch.observe(metrics)
         write_all(sinks, step, metrics)
         if _is_due(step, schedule.save_every, schedule.steps):
             self._parts.checkpoints.save(step, self._state(step), metrics.get("eval/accuracy"))
+        self._parts.watch.check()
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""

@@ -146,6 +146,10 @@ def test_a_wrong_override_is_refused_with_path_found_and_wanted(
         (["rollout.max_turn_tokens=2000"], "wanted at most rollout.max_tokens (1024)"),
         (["data.validation=[]"], "data.validation: found no file, wanted one because"),
         (["rollout.rollouts_per_question=1"], "wanted at least 2 because"),
+        (
+            ["watch.stop_on=[tool_use_dyin]"],
+            "found 'tool_use_dyin', wanted names of signs; did",
+        ),
         (["learner.old_logprobs=engine"], "algo.importance.mode: found 'truncate', wanted 'off'"),
         (["learner.offload_optimizer=true", "learner.zero_stage=0"], "learner.zero_stage"),
         (["learner.updates_per_batch=3"], "wanted a divisor of data.questions_per_step (16)"),

@@ -129,6 +129,8 @@ def test_metrics_of_a_batch_are_those_counted_by_hand() -> None:
     assert {name: value for name, value in metrics.items() if value} == pytest.approx(expected)
     zero = {name for name, value in metrics.items() if not value}
     assert zero == {
+        "advantage/uniform_groups",
+        "rollout/repeated_calls",
         "rollout/stop/max_turns",
         *(f"rollout/outcome/{o}" for o in Outcome if o not in ("ok", "model_error")),
     }
@@ -139,6 +141,30 @@ def test_metrics_do_not_depend_on_how_groups_lie_on_ranks() -> None:
     whole = combine([trajectory_sums([first, second])])
     assert combine([trajectory_sums([first]), trajectory_sums([second])]) == pytest.approx(whole)
     assert combine([trajectory_sums([first, second]), trajectory_sums([])]) == pytest.approx(whole)
+
+
+def test_groups_that_all_earned_the_same_are_uniform_and_lone_survivors_are_not_counted() -> None:
+    lost = silent("t3", stop=StopReason.INFRA)
+    apart = group(searching(), searching("t2", accuracy=0.0))
+    alike = group(searching(), searching("t2"), lost)
+    alone = group(searching(), lost)
+    metrics = combine([trajectory_sums([apart, alike, alone])])
+    assert metrics["advantage/uniform_groups"] == 1 / 2
+    assert "advantage/uniform_groups" not in combine([trajectory_sums([alone])])
+
+
+def test_calls_that_were_asked_before_in_the_trajectory_are_repeats() -> None:
+    made = searching()
+    (zoom, unknown) = made.turns[0].calls
+    other_order = dataclasses.replace(zoom, arguments={"b": 1, "a": 2})
+    same = dataclasses.replace(zoom, arguments={"a": 2, "b": 1})
+    renamed = dataclasses.replace(zoom, name="other")
+    calls = (zoom, other_order, same, renamed, unknown, unknown, zoom)
+    turns = (dataclasses.replace(made.turns[0], calls=calls), *made.turns[1:])
+    looping = dataclasses.replace(made, turns=turns)
+    # Five readable calls of the one, one of the other; two of them were asked before.
+    metrics = combine([trajectory_sums([group(looping, searching("t2"))])])
+    assert metrics["rollout/repeated_calls"] == 2 / 6
 
 
 def test_a_batch_that_failed_outside_the_policy_has_no_reward() -> None:

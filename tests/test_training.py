@@ -116,15 +116,37 @@ def test_stopping_and_resuming_gives_the_run_that_was_never_stopped(
     small_world: Path, tmp_path: Path
 ) -> None:
     engine = ("rollout/engine=hf", "run.save_every=1", "learner.schedule=constant")
-    engine = (*engine, "algo.kl.coef=0.05")
+    # With windows of one step the warnings of every later step depend on the first one.
+    engine = (*engine, "algo.kl.coef=0.05", "watch.early_steps=1", "watch.recent_steps=1")
     whole = train(small_world, tmp_path / "whole", *engine, "run.steps=3")
     # The reference is the recipe's model: one taken from a checkpoint would start at 0 again.
     assert whole[0]["policy/ref_kl"] == 0 < whole[1]["policy/ref_kl"] < whole[2]["policy/ref_kl"]
     train(small_world, tmp_path / "parts", *engine, "run.steps=1")
     parts = train(small_world, tmp_path / "parts", *engine, "run.steps=3")
     assert parts == whole
+    assert "warning/kl_growing" in whole[1] and "warning/kl_growing" not in whole[0]
     ours, theirs = (digest_of_weights(tmp_path / name / "export") for name in ("parts", "whole"))
     assert ours == theirs
+
+
+def test_a_run_stops_at_the_sign_it_was_told_to_stop_at(small_world: Path, tmp_path: Path) -> None:
+    watch = ("watch.early_steps=1", "watch.recent_steps=1", "watch.stop_after=2")
+    # A reward that is always 0 makes every group uniform.
+    worthless = ("reward.accuracy_weight=0", "reward.format_weight=0", "run.steps=6")
+    overrides = (*worthless, *watch, "watch.stop_on=[groups_uniform]", "rollout/engine=hf")
+    done = subprocess.run(
+        command(small_world, tmp_path / "run", *overrides),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode != 0
+    assert "groups_uniform has held for 2 steps in a row" in done.stderr
+    assert done.stdout.count("warning: groups teach nothing") == 1
+    rows = read_rows(tmp_path / "run")
+    assert [row.get("warning/groups_uniform") for row in rows] == [None, 1.0, 1.0]
 
 
 def test_a_killed_run_resumes_and_logs_nothing_twice(small_world: Path, tmp_path: Path) -> None:

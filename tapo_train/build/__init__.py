@@ -13,7 +13,7 @@ from tapo_train.build.algo import (
 from tapo_train.build.device import DEVICE
 from tapo_train.build.learner import build_policy, build_reference, learner_settings
 from tapo_train.build.rollout import build_engine, build_play
-from tapo_train.build.schedule import build_schedule
+from tapo_train.build.schedule import build_schedule, build_watch
 from tapo_train.build.tools import build_toolbox
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "build_reward",
     "build_schedule",
     "build_toolbox",
+    "build_watch",
     "is_recomputed_in_passing",
     "learner_settings",
 ]

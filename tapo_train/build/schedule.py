@@ -5,6 +5,7 @@ from __future__ import annotations
 from tapo_train.build.algo import is_recomputed_in_passing
 from tapo_train.config import Recipe
 from tapo_train.parts import Schedule
+from tapo_train.report.warnings import Watch
 
 
 def build_schedule(recipe: Recipe) -> Schedule:
@@ -25,4 +26,15 @@ def build_schedule(recipe: Recipe) -> Schedule:
         save_every=recipe.run.save_every,
         eval_every=recipe.run.eval_every,
         probe_tolerance=recipe.probe.tolerance,
+    )
+
+
+def build_watch(recipe: Recipe) -> Watch:
+    """What looks out for collapse."""
+    watch = recipe.watch
+    return Watch(
+        early_steps=watch.early_steps,
+        recent_steps=watch.recent_steps,
+        stop_on=watch.stop_on,
+        stop_after=watch.stop_after,
     )

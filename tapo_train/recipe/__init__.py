@@ -20,6 +20,7 @@ from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import ToolLimits, Tools
 from tapo_train.recipe.values import STRICT
+from tapo_train.recipe.watch import Watch
 
 __all__ = [
     "Advantage",
@@ -46,6 +47,7 @@ __all__ = [
     "ToolLimits",
     "Tools",
     "VllmEngine",
+    "Watch",
 ]
 
 
@@ -65,4 +67,5 @@ class Recipe:
     )
     learner: Learner = field(default_factory=Learner)
     probe: Probe = field(default_factory=Probe)
+    watch: Watch = field(default_factory=Watch)
     sft: Sft = field(default_factory=Sft)

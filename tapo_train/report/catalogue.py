@@ -29,6 +29,7 @@ METRICS: dict[str, str] = {
     "rollout/turns": "assistant turns per trajectory",
     "rollout/calls": "tool calls per trajectory",
     "rollout/call_rate": "share of trajectories with at least one executed tool call",
+    "rollout/repeated_calls": "share of tool calls that repeat an earlier one of their trajectory",
     "rollout/calls/<tool>": "calls of this tool per trajectory",
     "rollout/outcome/<outcome>": "share of tool calls that ended so",
     "rollout/stop/<reason>": "share of trajectories that ended for this reason",
@@ -37,6 +38,7 @@ METRICS: dict[str, str] = {
     "rollout/tool_latency_s": "[s] per tool call",
     # advantage
     "advantage/abs": "mean of |advantage| over trajectories",
+    "advantage/uniform_groups": "share of groups whose trajectories all earned the same",
     # policy and update
     "policy/entropy": "[nat] entropy per trained token",
     "policy/ref_kl": "[nat] KL estimate to the reference policy per trained token",
@@ -91,6 +93,8 @@ METRICS: dict[str, str] = {
     "credit/novelty_gap": "share of corrected calls that repeat an observation",
     "tapo/time_s": "[s] in the credit stage",
     "credit/time_frac": "share of the step's time spent in the credit stage",
+    # early signs of collapse
+    "warning/<name>": "1 while this sign holds, else 0; absent until there is enough to judge",
     # evaluation
     "eval/accuracy": "share of validation questions answered correctly, greedy",
     "eval/accuracy_low": "lower end of its 95 % Wilson interval",

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TextIO
 
+from tapo_train.report.warnings import explain
+
 __all__ = ["Console", "Sink", "duration", "write_all"]
 
 
@@ -39,7 +41,8 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
 
 
 class Console:
-    """One line per step: where training stands and when it will end."""
+    """One line per step: where training stands and when it will end; and signs of collapse, in
+    words when they appear."""
 
     _SMOOTHING_STEPS = 10
 
@@ -54,6 +57,7 @@ class Console:
         self._stream = stream
         self._clock = clock
         self._ends: deque[tuple[int, float]] = deque(maxlen=self._SMOOTHING_STEPS + 1)
+        self._warned: set[str] = set()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Print the row; steps are shown from 1."""
@@ -64,7 +68,11 @@ class Console:
         left = self._seconds_left(step, metrics.get("time/step_s"))
         if left is not None:
             parts.append(f"{duration(left)} left")
-        print("  ".join(parts), file=self._stream or sys.stdout, flush=True)
+        lines = ["  ".join(parts)]
+        warnings = explain(metrics)
+        lines += [f"  warning: {text}" for name, text in warnings if name not in self._warned]
+        self._warned = {name for name, _ in warnings}
+        print("\n".join(lines), file=self._stream or sys.stdout, flush=True)
 
     def _seconds_left(self, step: int, step_s: float | None) -> float | None:
         """By the mean of the last steps; the first one is judged by its own time."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +31,7 @@ def trajectory_sums(groups: Sequence[Group]) -> Sums:
         "rollout/trajectories": (float(len(held)), 1.0),
         "rollout/failed_outside_policy": (float(len(held) - len(scored)), float(len(held))),
     }
-    return sums | _reward_sums(scored) | _shape_sums(held) | _call_sums(held)
+    return sums | _reward_sums(scored) | _group_sums(groups) | _shape_sums(held) | _call_sums(held)
 
 
 def _reward_sums(scored: Sequence[Trajectory]) -> Sums:
@@ -45,6 +46,28 @@ def _reward_sums(scored: Sequence[Trajectory]) -> Sums:
         "reward/accuracy": (math.fsum(reward.accuracy for reward in rewards), num),
         **{_part_name(name): (value, num) for name, value in parts.items()},
     }
+
+
+def _group_sums(groups: Sequence[Group]) -> Sums:
+    """Groups that teach nothing, of those with anything to compare."""
+    totals = [
+        [t.scored().total for t in group.trajectories if not t.failed_outside_policy]
+        for group in groups
+    ]
+    compared = [own for own in totals if len(own) > 1]
+    uniform = sum(len(set(own)) == 1 for own in compared)
+    return {"advantage/uniform_groups": (float(uniform), float(len(compared)))}
+
+
+def _num_repeated(trajectory: Trajectory) -> int:
+    """Readable calls whose tool and arguments were asked before."""
+    asked = [
+        (call.name, json.dumps(call.arguments, sort_keys=True))
+        for turn in trajectory.turns
+        for call in turn.calls
+        if call.valid
+    ]
+    return len(asked) - len(set(asked))
 
 
 def _part_name(name: str) -> str:
@@ -75,6 +98,10 @@ def _call_sums(held: Sequence[Trajectory]) -> Sums:
     return {
         "rollout/calls": (float(len(flat)), num),
         "rollout/call_rate": (float(sum(any(c.executed for c in own) for own in calls)), num),
+        "rollout/repeated_calls": (
+            float(sum(map(_num_repeated, held))),
+            float(sum(call.valid for call in flat)),
+        ),
         "rollout/tool_latency_s": (math.fsum(waited), float(len(waited))),
         **{f"rollout/calls/{name}": (float(count), num) for name, count in tools.items()},
         **{
