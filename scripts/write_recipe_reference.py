@@ -34,6 +34,7 @@ SECTIONS = (
     ("rollout", recipe.Rollout),
     ("rollout.engine, `rollout/engine=vllm`", recipe.VllmEngine),
     ("rollout.engine, `rollout/engine=hf`", recipe.HfEngine),
+    ("rollout.engine, `rollout/engine=server`", recipe.ServerEngine),
     ("tools", recipe.Tools),
     ("tools.limits, by the tool's name", recipe.ToolLimits),
     ("reward", recipe.RewardWeights),

@@ -37,6 +37,10 @@ COMMANDS = {
         module="tapo_train.commands.evaluate",
         summary="accuracy of a policy on a task file, with a confidence interval",
     ),
+    "serve-engine": Command(
+        module="tapo_train.commands.serve_engine",
+        summary="an engine process that training runs send their rollouts to",
+    ),
     "sft": Command(
         module="tapo_train.commands.sft",
         summary="supervised warm start on demonstrations, same learner",
@@ -59,7 +63,7 @@ COMMANDS = {
     ),
 }
 
-_COMMAND_LINES = "\n".join(f"  {name:<9}{item.summary}" for name, item in COMMANDS.items())
+_COMMAND_LINES = "\n".join(f"  {name:<13}{item.summary}" for name, item in COMMANDS.items())
 USAGE = f"""\
 usage: python -m tapo_train COMMAND …     (COMMAND --help says more)
        torchrun --nproc-per-node N -m tapo_train train RECIPE …

@@ -6,6 +6,7 @@
     ├── RolloutError           the sampler cannot go on
     │   ├── AlignmentError     image tokens and image features disagree
     │   ├── EngineError        the engine refused or lost a request
+    │   │   └── EngineLostError    an engine process is gone, silent or not one of ours
     │   ├── ReplayMissError    a replayed run asked for a call that was never recorded
     │   └── ToolBudgetError    the next call would cost more than tools.budget has left
     ├── ToolError              a tool call failed; carries the outcome it is recorded as
@@ -31,6 +32,7 @@ __all__ = [
     "CreditError",
     "DataError",
     "EngineError",
+    "EngineLostError",
     "LearnerError",
     "ProbeError",
     "ReplayMissError",
@@ -74,6 +76,10 @@ class ReplayMissError(RolloutError):
 
 class ToolBudgetError(RolloutError):
     """The next tool call would cost more than the run may still spend."""
+
+
+class EngineLostError(EngineError):
+    """The connection to an engine process, or to its client, cannot be used any more."""
 
 
 class ToolError(TapoError, RuntimeError):

@@ -12,7 +12,7 @@ from tapo_train.build.algo import (
 )
 from tapo_train.build.device import DEVICE
 from tapo_train.build.learner import build_policy, build_reference, learner_settings
-from tapo_train.build.rollout import build_engine, build_play
+from tapo_train.build.rollout import build_engine, build_engine_server, build_play
 from tapo_train.build.schedule import build_schedule, build_watch
 from tapo_train.build.tools import build_toolbox
 
@@ -22,6 +22,7 @@ __all__ = [
     "build_correction",
     "build_credit",
     "build_engine",
+    "build_engine_server",
     "build_objective",
     "build_play",
     "build_policy",

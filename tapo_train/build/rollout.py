@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import socket
+import uuid
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
+from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
 from tapo_train.learner import distributed
@@ -14,14 +19,34 @@ from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.rollout.remote.carriers import FolderWeights, StreamedWeights
+from tapo_train.rollout.remote.engine import RemoteEngine
+from tapo_train.rollout.remote.fleet import RemoteOptions
+from tapo_train.rollout.remote.identity import chat_identity, weights_fingerprint
+from tapo_train.rollout.remote.link import servers_of_rank
+from tapo_train.rollout.remote.listener import Served
+from tapo_train.rollout.remote.server import EngineServer
+from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Group, Task
+
+SERVER_MEMORY = 0.9
+"""Share of a device's memory for an engine server, which has it to itself."""
 
 
 def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
     """The sampler of this rank."""
-    seed = recipe.run.seed * 1000 + distributed.rank()
     engine = recipe.rollout.engine
+    if engine.name == "server":
+        return _remote_engine(recipe, chat, engine)
+    seed = recipe.run.seed * 1000 + distributed.rank()
+    return build_local_engine(recipe, chat, engine, seed=seed)
+
+
+def build_local_engine(
+    recipe: Recipe, chat: ChatFormat, engine: recipes.VllmEngine | recipes.HfEngine, *, seed: int
+) -> Engine:
+    """A sampler in this process, in a training run or in an engine server."""
     if engine.name == "hf":
         from tapo_train.rollout.hf_engine import HfEngine
 
@@ -41,6 +66,48 @@ def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
             seeded=_samples_by_seed(recipe),
             seed=seed,
         ),
+    )
+
+
+def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerEngine) -> Engine:
+    """The servers of this rank; their weights are named after this start of the run."""
+    urls, sends = servers_of_rank(engine.urls, distributed.rank(), distributed.world_size())
+    root = engine.weights_root
+    options = RemoteOptions(
+        identity=chat_identity(chat),
+        base=weights_fingerprint(chat.model),
+        run=distributed.broadcast_object(uuid.uuid4().hex),
+        sends_weights=sends,
+        timeout_s=engine.timeout_s,
+        patience_s=engine.patience_s,
+        agreement=recipe.probe.tolerance,
+    )
+    carrier = StreamedWeights() if root is None else FolderWeights(Path(root))
+    return RemoteEngine(urls, secret=shared_secret(), options=options, carrier=carrier)
+
+
+def build_engine_server(
+    recipe: Recipe, chat: ChatFormat, *, host: str, port: int, weights_root: Path | None
+) -> EngineServer:
+    """An engine of the recipe behind a port. One that itself asks servers becomes vLLM's."""
+    engine = recipe.rollout.engine
+    if engine.name == "server":
+        engine = recipes.VllmEngine(gpu_memory_utilization=SERVER_MEMORY)
+    secret = shared_secret()
+    # Servers that share a run must not draw the same numbers.
+    seed = zlib.crc32(f"{recipe.run.seed} {socket.gethostname()} {host} {port}".encode())
+    served = Served(
+        identity=chat_identity(chat),
+        base=weights_fingerprint(chat.model),
+        max_tokens=recipe.rollout.max_tokens,
+    )
+    return EngineServer(
+        build_local_engine(recipe, chat, engine, seed=seed),
+        served,
+        secret=secret,
+        host=host,
+        port=port,
+        weights_root=weights_root,
     )
 
 

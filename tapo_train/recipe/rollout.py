@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count, Fraction, OpenFraction
+from tapo_train.recipe.values import STRICT, Count, Fraction, OpenFraction, Positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -29,10 +29,31 @@ class HfEngine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class ServerEngine:
+    """Sampling by engine servers (`serve-engine`), here or on other machines.
+
+    Trainer and servers share a secret in the environment variable TAPO_ENGINE_SECRET.
+    """
+
+    name: Literal["server"] = "server"
+    urls: tuple[Annotated[str, Field(pattern=r"^tcp://[^/\s]+:[0-9]+$")], ...]
+    """One `tcp://host:port` per server. With as many servers as ranks each rank has its own."""
+    weights_root: str | None = None
+    """A folder that trainer and servers share, through which new weights go; servers are told
+    theirs by `--weights-root`. null: over the connection, parameter by parameter."""
+    timeout_s: Positive = 60.0
+    """[s] of silence, or of a hanging engine, after which a server is given up."""
+    patience_s: Positive = 120.0
+    """[s] to wait for all servers at the start, and later for one when none is left."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Rollout:
     """How trajectories are sampled."""
 
-    engine: VllmEngine | HfEngine = Field(default_factory=VllmEngine, discriminator="name")
+    engine: VllmEngine | HfEngine | ServerEngine = Field(
+        default_factory=VllmEngine, discriminator="name"
+    )
     rollouts_per_question: Count = 8
     """G, the group size; group-relative advantages need at least 2."""
     max_turns: Count = 10

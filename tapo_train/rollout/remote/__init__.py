@@ -1,0 +1,1 @@
+"""Engines in other processes: a server around any engine, and the engine that asks servers."""
