@@ -102,7 +102,9 @@ def in_words(hint: Any) -> str:
         limits = [
             f"{sign} {getattr(b, key):g}" for b in bounds for key, sign in SIGNS if hasattr(b, key)
         ]
-        return " and ".join([f"{in_words(arguments[0])} {limits[0]}", *limits[1:]])
+        return " and ".join(
+            [f"{in_words(arguments[0])} {''.join(limits[:1])}".strip(), *limits[1:]]
+        )
     if origin is Literal:
         return ", ".join(f"`{choice}`" for choice in arguments)
     if origin in (Union, UnionType):
