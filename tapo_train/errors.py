@@ -15,6 +15,7 @@
     │   └── ToolDownError      its back end is out of order (outcome infra_error)
     ├── CreditError            advantages or steps handed to the credit stage are impossible
     ├── LearnerError           the update cannot go on (non-finite loss, empty batch, ...)
+    │   ├── NonFiniteError     a loss or gradient is not finite; the weights are untouched
     │   └── CheckpointError    a checkpoint is damaged or does not fit (names the file)
     ├── ProbeError             engine and learner disagree after a weight sync
     └── CollapseError          a sign of collapse has held for as long as watch.stop_after allows
@@ -34,6 +35,7 @@ __all__ = [
     "EngineError",
     "EngineLostError",
     "LearnerError",
+    "NonFiniteError",
     "ProbeError",
     "ReplayMissError",
     "RolloutError",
@@ -109,6 +111,10 @@ class CreditError(TapoError, ValueError):
 
 class LearnerError(TapoError, RuntimeError):
     """The update cannot go on."""
+
+
+class NonFiniteError(LearnerError):
+    """The loss or the gradient of an update is not finite; the weights are untouched."""
 
 
 class CheckpointError(LearnerError):

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tapo_train.algos.aggregation import Aggregation
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
+from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.objective import Objective
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import Reference
@@ -117,6 +118,7 @@ class Parts:
     policy: Policy
     reference: Reference
     objective: Objective
+    nonfinite: NonFiniteGuard
     checkpoints: Checkpoints
     stateful: Mapping[str, Stateful]
     """By name: what a checkpoint keeps besides the policy and `order`."""

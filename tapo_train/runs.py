@@ -17,6 +17,7 @@ from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
 from tapo_train.learner.manifest import POLICY
+from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
 from tapo_train.parts import Parts
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
@@ -115,6 +116,11 @@ def make_parts(
         policy=policy,
         reference=build.build_reference(recipe, policy, chat),
         objective=build.build_objective(recipe),
+        nonfinite=NonFiniteGuard(
+            folder.nonfinite,
+            rank=distributed.rank(),
+            skip=recipe.learner.on_nonfinite == "skip",
+        ),
         checkpoints=CheckpointFolder(
             folder.checkpoints,
             policy,

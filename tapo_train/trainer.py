@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Trainer:
         with watch("batch"):
             updates = self._cut(batch, credit)
         with watch("update"):
-            learned = self._update(updates)
+            learned = self._update(step, updates)
         with watch("sync"):
             drift = self._sync(step + 1)
         with watch("dump"):
@@ -198,16 +199,18 @@ class Trainer:
             packed = [self._parts.policy.with_old_logprobs(batches) for batches in packed]
         return [self._parts.reference(batches) for batches in packed] * schedule.epochs
 
-    def _update(self, updates: Sequence[Sequence[MicroBatch]]) -> Metrics:
+    def _update(self, step: int, updates: Sequence[Sequence[MicroBatch]]) -> Metrics:
         metrics: Metrics = {}
-        for micro_batches in updates:
-            learned = self._parts.policy.update(
+        for number, micro_batches in enumerate(updates):
+            update = partial(
+                self._parts.policy.update,
                 micro_batches,
                 self._parts.objective,
                 aggregation=self._schedule.aggregation,
                 norm_length=self._schedule.norm_length,
             )
-            metrics = merge(metrics, learned)
+            name = f"step_{step:06d}.update_{number}"
+            metrics = merge(metrics, self._parts.nonfinite(update, micro_batches, name=name))
         return metrics
 
     def _sync(self, version: int) -> float:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tapo_train.errors import LearnerError
+from tapo_train.errors import NonFiniteError
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import MicroBatch
 from tapo_train.learner.settings import LearnerSettings
@@ -38,7 +38,7 @@ class GradientGuard:
         """The step's loss over all ranks.
 
         Raises:
-            LearnerError: on every rank, if it is not finite on any.
+            NonFiniteError: on every rank, if it is not finite on any.
         """
         values = torch.stack(list(shares)).double().tolist()
         (loss,) = distributed.all_reduce_sum([sum(values)])
@@ -50,7 +50,7 @@ class GradientGuard:
             for value, batch in zip(values, batches, strict=True)
             if not abs(value) < float("inf")
         ]
-        raise LearnerError(
+        raise NonFiniteError(
             f"the loss of the step is {loss}; wanted a finite number. "
             f"On rank {distributed.rank()}: {'; '.join(wrong) or 'finite everywhere'}"
         )
@@ -59,13 +59,17 @@ class GradientGuard:
         """Step the optimizer and the schedule; the gradient's 2-norm before clipping.
 
         Raises:
-            LearnerError: the gradient is not finite; no weight has changed.
+            NonFiniteError: the gradient is not finite; no weight has changed.
         """
-        self._engine.step()
+        try:
+            self._engine.step()
+        except NonFiniteError:
+            self._engine.zero_grad()
+            raise
         if not self._settings.plain_optimizer:
             self._norm = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
-            raise LearnerError(_not_finite(self._norm))
+            raise NonFiniteError(_not_finite(self._norm))
         return self._norm
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -73,7 +77,7 @@ class GradientGuard:
         norms = torch._foreach_norm(grads)
         self._norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not self._norm < float("inf"):
-            raise LearnerError(_not_finite(self._norm))
+            raise NonFiniteError(_not_finite(self._norm))
         limit = self._settings.max_grad_norm
         if limit and self._norm > limit:
             torch._foreach_mul_(grads, limit / self._norm)

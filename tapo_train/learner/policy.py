@@ -110,7 +110,8 @@ class Policy:
             `learning_rate`, which are the same on all ranks. Add them over ranks.
 
         Raises:
-            LearnerError: the loss or its gradient is not finite; the weights are untouched.
+            NonFiniteError: the loss or its gradient is not finite; weights and optimizer are
+                untouched, and the next update is as if this one had not been asked for.
         """
         counts = [len(batches), *_totals(batches)]
         num_steps = distributed.all_reduce_max(len(batches))

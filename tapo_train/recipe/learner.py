@@ -38,6 +38,9 @@ class Learner:
     """Optimizer updates a step's trajectories are dealt out to; 1: on-policy."""
     epochs: Count = 1
     """Passes over a step's trajectories."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """An update whose loss or gradient is not finite: stop ends the run, skip leaves the update
+    out. Its micro-batches are written to `nonfinite/` of the run folder either way."""
     gradient_checkpointing: bool = True
     """Compute activations twice and keep few: slower, far less memory."""
     old_logprobs: Literal["recompute", "engine"] = "recompute"

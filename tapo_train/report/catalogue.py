@@ -52,6 +52,7 @@ METRICS: dict[str, str] = {
     "update/loss": "the aggregated surrogate with its penalties, mean over updates",
     "update/grad_norm": "gradient norm before clipping, mean over updates",
     "update/learning_rate": "learning rate, mean over updates",
+    "update/skipped": "share of the updates left out as not finite (learner.on_nonfinite=skip)",
     "supervised/nll": "[nat] negative log-likelihood per trained token of demonstrations",
     "supervised/entropy": "[nat] entropy per trained token of demonstrations",
     # sampler against learner

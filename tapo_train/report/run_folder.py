@@ -62,6 +62,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def nonfinite(self) -> Path:
+        """Micro-batches whose loss or gradient was not finite; there only if there were any."""
+        return self.path / "nonfinite"
+
+    @property
     def export(self) -> Path:
         """The trained policy in Hugging Face format."""
         return self.path / "export"
