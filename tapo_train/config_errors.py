@@ -10,8 +10,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from pydantic import ValidationError
 
+from tapo_train.errors import ConfigError
 from tapo_train.recipe import Recipe
 from tapo_train.report.warnings import SIGNS
+from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 
 GROUPS = ("algo/advantage", "algo/loss", "credit", "rollout/engine")
 """Parts of a recipe that are chosen whole, by the name of a file in a folder."""
@@ -178,11 +180,18 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
 
 def _tool_problems(recipe: Recipe) -> Iterable[str]:
     tools = recipe.tools
-    needs = {"text_search_tool": ("corpus", tools.corpus)}
-    needs["image_search_tool"] = ("image_index", tools.image_index)
+    needs = {"text_search_tool": ("corpus", tools.corpus or tools.text_endpoint)}
+    needs["image_search_tool"] = ("image_index", tools.image_index or tools.image_endpoint)
     for tool, (name, value) in needs.items():
         if tool in tools.names and value is None:
             yield f"tools.{name}: found nothing, wanted a file because tools.names has {tool}"
+    try:
+        AllowedHosts.parse(tools.allowed_hosts)
+        for name in ("text_endpoint", "image_endpoint"):
+            if endpoint := getattr(tools, name):
+                host_of_endpoint(endpoint, field=f"tools.{name}")
+    except ConfigError as error:
+        yield str(error)
 
 
 def _watch_problems(recipe: Recipe) -> Iterable[str]:

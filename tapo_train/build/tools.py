@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tapo_train.build.remote_tools import build_remote_tools
 from tapo_train.config import Recipe
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import tools as recipe_tools
@@ -23,15 +24,18 @@ def build_toolbox(recipe: Recipe, *, world: Path | None = None) -> Toolbox:
     """The tools the recipe names, in its order.
 
     Args:
-        world: a world's folder, whose indexes take the place of the recipe's.
+        world: a world's folder, whose indexes take the place of the recipe's back ends.
     """
     tools, decoder = recipe.tools, ImageDecoder()
     image_index, corpus = tools.image_index, tools.corpus
+    remote = {} if world is not None else build_remote_tools(recipe)
     if world is not None:
         image_index, corpus = str(world / "image_index.jsonl"), str(world / "corpus.jsonl")
     made: list[Tool] = []
     for name in tools.names:
-        if name == "image_zoom_in_tool":
+        if name in remote:
+            made.append(remote[name])
+        elif name == "image_zoom_in_tool":
             made.append(ZoomTool(decoder, min_side_px=tools.min_crop_side))
         elif name == "image_search_tool":
             path = _needed(image_index, "tools.image_index", name)

@@ -54,6 +54,17 @@ class Tools:
     replay_or_record: from the recording, else ask and record."""
     recording: str | None = None
     """Folder of the recording, on a local disk; none: `recording` in run.dir."""
+    text_endpoint: str | None = None
+    """http(s) address of a text search (POST query and top_k as JSON) in place of corpus."""
+    image_endpoint: str | None = None
+    """http(s) address of a picture search (POST a picture) in place of image_index."""
+    allowed_hosts: tuple[str, ...] = ()
+    """`host` or `host:port` of further servers that results may be fetched from although they are
+    private; the endpoints' own are allowed. Any public host may be fetched from, ports 80, 443."""
+    blocked_hosts: tuple[str, ...] = ()
+    """Results from these hosts and below them are kept from the policy: benchmarks' own."""
+    filter_answers: bool = False
+    """Keep results of the endpoints from the policy that hold the question with its answer."""
     corpus: str | None = None
     """Documents of the text search (jsonl); needed by text_search_tool."""
     image_index: str | None = None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterable
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from tapo_train.errors import ConfigError, ToolRefusedError
 
@@ -62,6 +63,23 @@ class AllowedHosts:
         """Whether `host` is named for `port`; without a port, the usual ones are meant."""
         host = _canonical(host)
         return (host, port) in self.entries or ((host, None) in self.entries and port in PORTS)
+
+
+def host_of_endpoint(url: str, *, field: str) -> str:
+    """`host:port` of an endpoint of the recipe, which thereby names it.
+
+    Raises:
+        ConfigError: it is not http(s)://host[:port][/path].
+    """
+    try:
+        parts = urlsplit(url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+    except ValueError as error:
+        raise ConfigError(f"{field}: found {url!r}, {error}") from error
+    if parts.scheme not in SCHEMES or not parts.hostname or parts.username is not None:
+        raise ConfigError(f"{field}: found {url!r}, wanted http(s)://host[:port]/path")
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    return f"{host}:{port}"
 
 
 def require_destination(scheme: str, host: str, port: int, allowed: AllowedHosts) -> None:
