@@ -169,6 +169,11 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
         )
     if recipe.learner.offload_optimizer and recipe.learner.zero_stage == 0:
         yield "learner.zero_stage: found 0, wanted 1 to 3 because learner.offload_optimizer=true"
+    if recipe.learner.offload_parameters and recipe.learner.zero_stage != 3:
+        yield (
+            f"learner.zero_stage: found {recipe.learner.zero_stage}, wanted 3 because "
+            f"learner.offload_parameters=true"
+        )
     updates = recipe.learner.updates_per_batch
     questions = recipe.data.questions_per_step
     if questions % updates:

@@ -54,6 +54,7 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         precision="bf16" if recipe.model.dtype == "bfloat16" else "fp32",
         zero_stage=learner.zero_stage,
         offload_optimizer=learner.offload_optimizer,
+        offload_parameters=learner.offload_parameters,
         learning_rate=learner.lr,
         betas=learner.betas,
         weight_decay=learner.weight_decay,

@@ -80,6 +80,14 @@ def is_factor(name: str) -> bool:
     return _FACTOR.search(name) is not None
 
 
+def adapted_module(parameter: str) -> str | None:
+    """The adapted layer that a parameter of this name is part of; None if it is of no such."""
+    module, found, _ = parameter.partition(_BASE)
+    if not found and is_factor(parameter):
+        module, found = _FACTOR.sub("", parameter), "yes"
+    return module if found else None
+
+
 def original_name(name: str) -> str:
     """The name of a parameter in the model without adapters."""
     return name.replace(_BASE, "")

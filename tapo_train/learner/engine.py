@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -48,6 +50,28 @@ def start(
     return engine
 
 
+@contextmanager
+def sharded_loading(*, settings: LearnerSettings, device: torch.device) -> Iterator[None]:
+    """Hugging Face models loaded inside are sharded while they are made (ZeRO-3 only).
+
+    Each module's weights are dealt out to the ranks as soon as it exists, and filled from the
+    mapped file afterwards: no rank ever holds a whole model.
+    """
+    if settings.zero_stage < 3:
+        yield
+        return
+    from transformers.integrations import deepspeed as transformers_deepspeed
+
+    _join_group(device)
+    # from_pretrained looks it up; it is forgotten as soon as nothing refers to it.
+    config = transformers_deepspeed.HfDeepSpeedConfig(engine_config(settings))
+    try:
+        yield
+    finally:
+        del config
+        transformers_deepspeed.unset_hf_deepspeed_config()
+
+
 def start_frozen(module: nn.Module, *, settings: LearnerSettings, device: torch.device) -> Any:
     """`module` on the device for forward passes alone: sharded under ZeRO-3, else as it is."""
     if settings.zero_stage < 3:
@@ -79,6 +103,16 @@ def engine_config(settings: LearnerSettings) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
+    if settings.zero_stage == 3:
+        zero |= {
+            "stage3_param_persistence_threshold": settings.persistent_elements,
+            "stage3_max_live_parameters": settings.live_elements,
+            "stage3_max_reuse_distance": settings.live_elements,
+            # Otherwise it puts its own function in the place of torch's, for good.
+            "memory_efficient_linear": False,
+        }
+    if settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,

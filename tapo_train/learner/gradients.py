@@ -74,7 +74,8 @@ class GradientGuard:
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         grads = [p.grad for g in optimizer.param_groups for p in g["params"] if p.grad is not None]
-        norms = torch._foreach_norm(grads)
+        # In float64 as DeepSpeed's own: a float32 sum over an embedding is off by 1e-5.
+        norms = torch._foreach_norm(grads, dtype=torch.float64)
         self._norm = float(torch.linalg.vector_norm(torch.stack(norms)))
         if not self._norm < float("inf"):
             raise NonFiniteError(_not_finite(self._norm))

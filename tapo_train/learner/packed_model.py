@@ -11,7 +11,7 @@ from torch.nn.functional import linear
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import LearnerError
-from tapo_train.learner import adapter
+from tapo_train.learner import adapter, engine
 from tapo_train.learner.attention import PACKED
 from tapo_train.learner.head import LogprobHead
 from tapo_train.learner.inputs import ModelInputs
@@ -61,17 +61,18 @@ class PatchProjection(nn.Conv3d):
         return flat[:, :, None, None, None]
 
 
-def load(folder: Path, *, settings: LearnerSettings) -> Any:
-    """The Hugging Face model of `folder`, prepared for `PackedModel`.
+def load(folder: Path, *, settings: LearnerSettings, device: torch.device) -> Any:
+    """The Hugging Face model of `folder`, prepared for `PackedModel`; sharded under ZeRO-3.
 
     Raises:
         LearnerError: its head has a bias.
     """
-    model = AutoModelForImageTextToText.from_pretrained(
-        folder,
-        dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-        attn_implementation={"text_config": PACKED, "vision_config": "sdpa"},
-    )
+    with engine.sharded_loading(settings=settings, device=device):
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
+            attn_implementation={"text_config": PACKED, "vision_config": "sdpa"},
+        )
     if model.lm_head.bias is not None:
         raise LearnerError(f"{folder}: the LM head has a bias; wanted none")
     model.lm_head = LogprobHead.around(model.lm_head)

@@ -57,7 +57,7 @@ class Policy:
         )
         self.device = distributed.init(device=device)
         self._measure_entropy = measure_entropy
-        self.model = packed_model.load(model, settings=settings)
+        self.model = packed_model.load(model, settings=settings, device=self.device)
         self.layout = ModelLayout.of(self.model)
         self._engine = engine.start(
             packed_model.PackedModel(self.model), settings=settings, device=self.device

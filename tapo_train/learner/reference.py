@@ -84,10 +84,11 @@ class FrozenReference:
         device: torch.device,
         distribution: Distribution,
     ) -> None:
-        whole = packed_model.load(model, settings=settings).requires_grad_(False)
-        layout = ModelLayout.of(whole)
+        loaded = packed_model.load(model, settings=replace(settings, adapter=None), device=device)
+        loaded.requires_grad_(False)
+        layout = ModelLayout.of(loaded)
         self._engine = engine.start_frozen(
-            packed_model.PackedModel(whole), settings=settings, device=device
+            packed_model.PackedModel(loaded), settings=settings, device=device
         )
         self._score = Scorer(
             module=self._engine,

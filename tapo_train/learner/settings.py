@@ -43,6 +43,12 @@ class LearnerSettings:
     """0 replicates everything, 1 shards optimizer states, 2 gradients, 3 weights too."""
     offload_optimizer: bool = False
     """Keep the optimizer's states in the host's memory (ZeRO 1 and up)."""
+    offload_parameters: bool = False
+    """Keep the shards of the weights in the host's memory too (ZeRO 3)."""
+    persistent_elements: int = 100_000
+    """Weights up to this size stay whole on every rank under ZeRO 3."""
+    live_elements: int = 10**9
+    """Weights that may be whole at a time under ZeRO 3, beside the persistent ones."""
     optimizer: OptimizerKind = "adamw"
     learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
@@ -82,6 +88,8 @@ class LearnerSettings:
             self._check("total_updates", enough, "> warmup_updates for a cosine")
         if self.offload_optimizer:
             self._check("zero_stage", self.zero_stage >= 1, ">= 1 with offload_optimizer")
+        if self.offload_parameters:
+            self._check("zero_stage", self.zero_stage == 3, "3 with offload_parameters")
 
     def _check(self, name: str, is_good: bool, wanted: str) -> None:
         if not is_good:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -21,6 +23,7 @@ GATHER_ELEMENTS = 64 * 2**20
 SHARD_SIZE = "50GB"
 """Of a weight file; transformers' own limit."""
 HEAD = "lm_head.weight"
+_LAYER = re.compile(r".*?\.(?:layers|blocks)\.\d+(?=\.|$)")
 _REWRITTEN = ("config.json", "generation_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
 
@@ -107,15 +110,31 @@ def _processor(source: Path) -> dict[str, bytes]:
 
 
 def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
-    """Named parameters in runs of about `GATHER_ELEMENTS`."""
+    """Named parameters in runs of about `GATHER_ELEMENTS`, none over the border of a layer.
+
+    What belongs to one linear layer, its adapter included, is never divided.
+    """
     bucket: list[tuple[str, nn.Parameter]] = []
-    held = 0
-    for name, parameter in model.named_parameters():
-        size = engine.full_size(parameter)
-        if bucket and held + size > GATHER_ELEMENTS:
+    held, last = 0, ""
+    for module, group in groupby(model.named_parameters(), key=lambda item: _module(item[0])):
+        parts = list(group)
+        size = sum(engine.full_size(parameter) for _, parameter in parts)
+        if bucket and (layer_of(module) != last or held + size > GATHER_ELEMENTS):
             yield bucket
             bucket, held = [], 0
-        bucket.append((name, parameter))
-        held += size
+        bucket += parts
+        held, last = held + size, layer_of(module)
     if bucket:
         yield bucket
+
+
+def layer_of(module: str) -> str:
+    """The layer a module is part of: `….layers.3`; outside of layers the module itself."""
+    found = _LAYER.match(module)
+    return found.group() if found else module
+
+
+def _module(name: str) -> str:
+    """The module a parameter belongs to; for parts of an adapted layer that layer."""
+    module = adapter.adapted_module(name)
+    return module if module is not None else name.rpartition(".")[0]

@@ -32,6 +32,8 @@ class Learner:
     """DeepSpeed: 0 shards nothing, 1 the optimizer, 2 gradients too, 3 parameters too."""
     offload_optimizer: bool = False
     """Keep optimizer states in the host's memory; needs zero_stage 1 or more."""
+    offload_parameters: bool = False
+    """Keep the shards of the weights there too; needs zero_stage 3."""
     micro_batch_tokens: Count = 16_384
     """[tokens] in one forward pass; a longer trajectory goes alone."""
     updates_per_batch: Count = 1
