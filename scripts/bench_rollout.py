@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,10 +30,10 @@ from measures import RESULTS, Measure, append, load, versions
 from pydantic import BaseModel
 from timed_engine import TimedEngine
 
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.types import Group, Observation, Task
 
@@ -59,6 +58,7 @@ class Wait:
     limit: asyncio.Semaphore | None = None
     calls: int = 0
     name: str = "search"
+    version: str = "1"
     description: str = "Search."
     arguments_model: type[BaseModel] = Nothing
 
@@ -180,12 +180,38 @@ def play(plan: Plan, observation: str) -> tuple[list[Group], float, float]:
 
 
 def efficiency(id: str, plan: Plan, target: float, observation: str) -> Measure:
-    """C1: the median of three runs."""
-    walls = [play(plan, observation)[1] for _ in range(3)]
-    found = plan.lower_bound / statistics.median(walls)
+    """C1: the best of five runs, and of as many of the bare event loop between them.
+
+    Other programs on the machine only ever add to a makespan.
+    """
+    runs = [(play(plan, observation)[1], asyncio.run(bare(plan))) for _ in range(5)]
+    found, floor = (plan.lower_bound / min(walls) for walls in zip(*runs, strict=True))
     return _measure(
-        f"C1.{id}", found, "of the lower bound", target=f">= {target}", met=found >= target
+        f"C1.{id}",
+        found,
+        "of the lower bound",
+        target=f">= {target}",
+        met=found >= target,
+        peer="asyncio.sleep alone, one task per trajectory",
+        peer_value=round(floor, 4),
+        ratio=round(found / floor, 4),
     )
+
+
+async def bare(plan: Plan) -> float:
+    """Makespan [s] of the plan when a turn and a call are nothing but sleep."""
+    limit = asyncio.Semaphore(plan.limit or len(plan.tool))
+
+    async def trajectory(generation: list[float], tool: list[float]) -> None:
+        for write, call in zip(generation, [*tool, 0.0], strict=True):
+            await asyncio.sleep(write)
+            async with limit:
+                await asyncio.sleep(call)
+
+    started = time.perf_counter()
+    pairs = zip(plan.generation, plan.tool, strict=True)
+    await asyncio.gather(*(trajectory(generation, tool) for generation, tool in pairs))
+    return time.perf_counter() - started
 
 
 def orchestration() -> list[Measure]:

@@ -52,6 +52,10 @@ class TimedEngine:
         """See `Engine.has_unfinished`."""
         return bool(self._open)
 
+    def capacity_tokens(self) -> int | None:
+        """See `Engine.capacity_tokens`."""
+        return None
+
     def abort(self, ids: Sequence[str]) -> None:
         """See `Engine.abort`."""
         for id in ids:

@@ -55,6 +55,8 @@ class StopReason(StrEnum):
     """A turn was cut by its token limit, or the next observation would not fit."""
     INFRA = "infra"
     """A failure outside the policy; such a trajectory leaves loss and baseline."""
+    DEADLINE = "deadline"
+    """Cut at an observation border because its time was up; leaves loss and baseline too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +162,8 @@ class Turn:
     """Tokens appended after the turn (template glue, tool texts, image tokens)."""
     num_images_before: int = 0
     """Length of the picture registry when the turn was sampled: what img_idx meant."""
+    policy_version: int = 0
+    """Of the weights that sampled the turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +203,7 @@ class Trajectory:
     @property
     def failed_outside_policy(self) -> bool:
         """True if the trajectory must leave loss and baseline."""
-        return self.stop is StopReason.INFRA
+        return self.stop in (StopReason.INFRA, StopReason.DEADLINE)
 
     def scored(self) -> Reward:
         """The reward; raises if the reward stage has not run."""
@@ -218,3 +222,5 @@ class Group:
 
     task: Task
     trajectories: tuple[Trajectory, ...]
+    surplus: int = 0
+    """Attempts that were started and dropped because others were there first."""

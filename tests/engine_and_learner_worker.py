@@ -18,10 +18,10 @@ from tapo_train.learner.batch import TrainingRow, join, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
 from tapo_train.types import Trajectory
 

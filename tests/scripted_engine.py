@@ -57,6 +57,9 @@ class ScriptedEngine:
     def idle_s(self) -> float:
         return 0.0
 
+    def capacity_tokens(self) -> int | None:
+        return None
+
     def abort(self, ids: Sequence[str]) -> None:
         self.aborted += [id for id in ids if self._left.pop(id, None) is not None]
 

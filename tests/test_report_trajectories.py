@@ -132,6 +132,8 @@ def test_metrics_of_a_batch_are_those_counted_by_hand() -> None:
         "advantage/uniform_groups",
         "rollout/repeated_calls",
         "rollout/stop/max_turns",
+        "rollout/stop/deadline",
+        "rollout/surplus",
         *(f"rollout/outcome/{o}" for o in Outcome if o not in ("ok", "model_error")),
     }
 

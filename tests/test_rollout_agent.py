@@ -12,10 +12,10 @@ from rollout_world import HOSTILE, SYSTEM_PROMPT, DrawTool, draw_image, picture_
 from scripted_engine import ScriptedEngine, turn_of
 
 from tapo_train.errors import ConfigError, ToolArgumentError
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.tools.base import Tool, Toolbox, ToolContext
 from tapo_train.types import Observation, Outcome, Span, StopReason, Trajectory
 

@@ -13,10 +13,10 @@ from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine, turn_of
 
 from tapo_train.errors import DataError, EngineError
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, Engine, Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.types import Group, Task
 
 ANSWER = "<answer>x</answer>"

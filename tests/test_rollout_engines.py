@@ -12,11 +12,11 @@ from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task,
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import AlignmentError, ConfigError, EngineError
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
 from tapo_train.rollout.hf_engine import HfEngine
+from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
 from tapo_train.types import Trajectory
 

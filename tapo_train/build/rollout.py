@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import uuid
 import zlib
@@ -15,10 +16,10 @@ from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
 from tapo_train.learner import distributed
 from tapo_train.parts import Play
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.rollout.limits import Deadlines, Limits
 from tapo_train.rollout.remote.carriers import FolderWeights, StreamedWeights
 from tapo_train.rollout.remote.engine import RemoteEngine
 from tapo_train.rollout.remote.fleet import RemoteOptions
@@ -32,6 +33,9 @@ from tapo_train.types import Group, Task
 
 SERVER_MEMORY = 0.9
 """Share of a device's memory for an engine server, which has it to itself."""
+
+MOST_IN_FLIGHT = 256
+"""Trajectories under way at a time if neither memory nor the recipe says less."""
 
 
 def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
@@ -59,7 +63,7 @@ def build_local_engine(
         VllmOptions(
             dtype=recipe.model.dtype,
             max_model_len=recipe.rollout.max_tokens,
-            max_num_seqs=recipe.rollout.max_in_flight,
+            max_num_seqs=recipe.rollout.max_in_flight or MOST_IN_FLIGHT,
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
             max_images=_most_images(recipe),
@@ -121,6 +125,7 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
         max_parallel_calls=rollout.max_parallel_calls,
     )
     seed = recipe.run.seed if _samples_by_seed(recipe) else None
+    seats = rollout.max_in_flight or seats_of(engine, max_tokens=rollout.max_tokens)
 
     def play(
         tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
@@ -136,10 +141,32 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
             limits=limits,
             sampling=Sampling(temperature=temperature, seed=seed),
             policy_version=policy_version,
-            max_in_flight=rollout.max_in_flight,
+            max_in_flight=seats,
+            deadlines=_deadlines(rollout.deadlines, greedy=greedy),
+            oversample=1.0 if greedy else rollout.oversample,
         )
 
     return play
+
+
+def seats_of(engine: Engine, *, max_tokens: int) -> int:
+    """Trajectories that the engine's memory holds at their full length, at most 256.
+
+    More would make the engine throw out keys and values of waiting trajectories, or even
+    of sequences it is decoding, and compute them again.
+    """
+    capacity = engine.capacity_tokens()
+    held = MOST_IN_FLIGHT if capacity is None else capacity // max_tokens
+    return max(1, min(held, MOST_IN_FLIGHT))
+
+
+def _deadlines(wanted: recipes.Deadlines, *, greedy: bool) -> Deadlines:
+    """An evaluation has to be finished, however long it takes."""
+    return Deadlines(
+        turn_s=wanted.turn_s or math.inf,
+        trajectory_s=wanted.trajectory_s or math.inf,
+        step_s=math.inf if greedy else wanted.step_s or math.inf,
+    )
 
 
 def _samples_by_seed(recipe: Recipe) -> bool:

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from tapo_train.recipe.algo import Advantage, Algo, GrpoLoss, GspoLoss, Importance, Kl, SapoLoss
 from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
 from tapo_train.recipe.learner import Learner
-from tapo_train.recipe.rollout import HfEngine, Rollout, ServerEngine, VllmEngine
+from tapo_train.recipe.rollout import Deadlines, HfEngine, Rollout, ServerEngine, VllmEngine
 from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import ToolLimits, Tools
@@ -26,6 +26,7 @@ __all__ = [
     "Advantage",
     "Algo",
     "Data",
+    "Deadlines",
     "GigpoCredit",
     "GrpoLoss",
     "GspoLoss",

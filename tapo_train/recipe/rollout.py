@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import field
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -48,6 +49,22 @@ class ServerEngine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Deadlines:
+    """When a training trajectory is late [s]; null is never.
+
+    A late one is cut at the border of an observation, kept in the dumps with stop `deadline`,
+    and leaves loss and baseline.
+    """
+
+    turn_s: Positive | None = None
+    """[s] for one turn: waiting for the engine, sampling, and its tools."""
+    trajectory_s: Positive | None = None
+    """[s] for a trajectory, from its first request on."""
+    step_s: Positive | None = None
+    """[s] for the whole rollout of a step; evaluation knows no such limit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Rollout:
     """How trajectories are sampled."""
 
@@ -71,5 +88,11 @@ class Rollout:
     """The run stops when more than this share of trajectories failed outside the policy (a tool
     timed out or broke), counted over the step and, where it is small, over those before it
     until there are 32. 1: never."""
-    max_in_flight: Count = 64
-    """Trajectories under way at a time on one rank."""
+    max_in_flight: Count | None = None
+    """Trajectories under way at a time on one rank. null: as many as the engine's KV cache holds
+    at their full length (max_tokens), so that none loses its keys to another, and at most 256."""
+    oversample: Annotated[float, Field(ge=1, le=4)] = 1.0
+    """Times G attempts are started per question; the first G to finish are kept, the others
+    aborted. Above 1 the slow tail costs no time, but short trajectories finish first: the
+    policy is taught to be brief. 1 is off."""
+    deadlines: Deadlines = field(default_factory=Deadlines)

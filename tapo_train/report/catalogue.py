@@ -26,6 +26,7 @@ METRICS: dict[str, str] = {
     # rollout
     "rollout/trajectories": "number of trajectories sampled",
     "rollout/failed_outside_policy": "share that left loss and baseline",
+    "rollout/surplus": "attempts started and dropped (oversample), per trajectory kept",
     "rollout/turns": "assistant turns per trajectory",
     "rollout/calls": "tool calls per trajectory",
     "rollout/call_rate": "share of trajectories with at least one executed tool call",

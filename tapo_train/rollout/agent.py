@@ -15,6 +15,8 @@ Rules, in order:
 6. A tool that broke or gave no answer in time ends the trajectory (INFRA): nobody can say
    how the attempt would have gone on, so it leaves loss and baseline.
 7. An observation that would not fit is left out and ends it at the border (MAX_TOKENS).
+8. When its time is up (`Deadlines`), a turn that is being sampled is given up, a turn whose
+   tools have not answered is kept without their answers, and that ends it (DEADLINE).
 
 The work of a turn is proportional to its new tokens: nothing is rendered, tokenised,
 parsed or copied again.
@@ -23,13 +25,15 @@ parsed or copied again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+import math
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 
-from tapo_train.errors import AlignmentError, ConfigError
+from tapo_train.errors import AlignmentError
 from tapo_train.rollout.byte_text import DecodedText
 from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
+from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.parse import ParsedCall, parse_turn
 from tapo_train.rollout.transcript import Transcript
 from tapo_train.tools.base import Toolbox, ToolContext, ToolRequest
@@ -51,22 +55,16 @@ Generate = Callable[[GenerationRequest], Awaitable[Completion]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """When a trajectory has to end."""
+class Written:
+    """A sampled turn whose tools have not answered yet."""
 
-    max_turns: int = 10
-    """Most assistant turns."""
-    max_turn_tokens: int = 1024
-    """Most sampled tokens of one turn, the end token included."""
-    max_tokens: int = 16384
-    """Most tokens of the whole trajectory: prompt, turns and observations."""
-    max_parallel_calls: int = 1
-    """Most tool calls run per turn."""
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"limits.{name} is {getattr(self, name)}; wanted >= 1")
+    span: Span
+    decoded: DecodedText
+    calls: tuple[ParsedCall, ...]
+    requests: list[ToolRequest]
+    """The calls as the toolbox read them."""
+    num_images: int
+    """Registered before the turn."""
 
 
 class Episode:
@@ -89,6 +87,7 @@ class Episode:
         toolbox: Toolbox,
         limits: Limits,
         sampling: Sampling,
+        deadlines: Deadlines = NEVER,
     ) -> None:
         self._id = id
         self._task = task
@@ -97,14 +96,23 @@ class Episode:
         self._toolbox = toolbox
         self._limits = limits
         self._sampling = sampling
+        self._deadlines = deadlines
         self._transcript = Transcript(prompt, task.images, capacity=limits.max_tokens)
         self._answer: str | None = None
+        self._unanswered: Written | None = None
+        self._version = 0
 
-    async def run(self, *, policy_version: int) -> Trajectory:
-        """Play until a rule ends the episode."""
+    async def run(self, *, policy_version: int, until: float = math.inf) -> Trajectory:
+        """Play until a rule ends the episode.
+
+        Args:
+            until: when it has to be over, on the event loop's clock [s].
+        """
+        self._version = policy_version
+        until = min(until, asyncio.get_running_loop().time() + self._deadlines.trajectory_s)
         stop = None
         while stop is None:
-            stop = await self._turn()
+            stop = await self._turn_in_time(until)
         transcript = self._transcript
         return Trajectory(
             id=self._id,
@@ -118,35 +126,66 @@ class Episode:
             policy_version=policy_version,
         )
 
+    async def _turn_in_time(self, until: float) -> StopReason | None:
+        """A turn, or as much of it as can be kept when its time is up."""
+        now = asyncio.get_running_loop().time()
+        until = min(until, now + self._deadlines.turn_s)
+        if until == math.inf:
+            return await self._turn()
+        if until <= now:
+            return StopReason.DEADLINE
+        scope = asyncio.timeout_at(until)
+        try:
+            async with scope:
+                return await self._turn()
+        except TimeoutError:
+            if not scope.expired():
+                raise
+        if self._unanswered is not None:
+            self._record(self._unanswered, _records(self._unanswered, ()), None)
+        return StopReason.DEADLINE
+
     async def _turn(self) -> StopReason | None:
         """One turn with its tools; the reason to stop, or None to go on."""
         completion = await self._generate(self._request())
         is_cut = completion.finished == "length"
-        written = completion.tokens if is_cut else completion.tokens[:-1]
-        span = self._transcript.append_sampled(completion)
-        decoded = self._chat.decode(written)
+        decoded = self._chat.decode(completion.tokens if is_cut else completion.tokens[:-1])
         parsed = parse_turn(decoded.text)
-        index = len(self._transcript.turns)
-        num_images = len(self._transcript.images)
         if not parsed.calls:
             self._answer = parsed.answer
-        stop = self._stop_before_tools(is_cut, bool(parsed.calls), index)
+        written = self._unanswered = Written(
+            span=self._transcript.append_sampled(completion),
+            decoded=decoded,
+            calls=parsed.calls,
+            requests=[self._read(call) for call in parsed.calls],
+            num_images=len(self._transcript.images),
+        )
+        stop = self._stop_before_tools(is_cut, bool(parsed.calls))
         allowed = 0 if stop else self._limits.max_parallel_calls
-        calls = await self._run_calls(parsed.calls, decoded, span.start, allowed)
+        calls = _records(written, await self._run_calls(written.requests[:allowed]))
         observation_span = None
         if stop is None:
             stop, observation_span = self._observe(calls)
-        self._transcript.turns.append(
+        self._record(written, calls, observation_span)
+        return stop
+
+    def _record(
+        self, written: Written, calls: tuple[ToolCall, ...], observation_span: Span | None
+    ) -> None:
+        """The turn is over: note what it was."""
+        turns = self._transcript.turns
+        turns.append(
             Turn(
-                index=index,
-                span=span,
-                text=decoded.text,
+                index=len(turns),
+                span=written.span,
+                text=written.decoded.text,
                 calls=calls,
                 observation_span=observation_span,
-                num_images_before=num_images,
+                num_images_before=written.num_images,
+                policy_version=self._version,
             )
         )
-        return stop
+        self._unanswered = None
 
     def _request(self) -> GenerationRequest:
         transcript = self._transcript
@@ -158,37 +197,19 @@ class Episode:
             sampling=self._sampling,
         )
 
-    def _stop_before_tools(self, is_cut: bool, has_calls: bool, index: int) -> StopReason | None:
+    def _stop_before_tools(self, is_cut: bool, has_calls: bool) -> StopReason | None:
         if is_cut:
             return StopReason.MAX_TOKENS
         if not has_calls:
             return StopReason.ANSWER
-        return StopReason.MAX_TURNS if index + 1 >= self._limits.max_turns else None
+        is_last = len(self._transcript.turns) + 1 >= self._limits.max_turns
+        return StopReason.MAX_TURNS if is_last else None
 
-    async def _run_calls(
-        self, parsed: tuple[ParsedCall, ...], decoded: DecodedText, offset: int, allowed: int
-    ) -> tuple[ToolCall, ...]:
-        """Run the first `allowed` calls at the same time; only record the others."""
+    async def _run_calls(self, requests: Sequence[ToolRequest]) -> Sequence[Observation]:
+        """Run calls at the same time; their observations in order."""
         context = ToolContext(images=self._transcript.images, task=self._task)
-        requests = [self._read(call) for call in parsed]
-        runs = [self._run_call(request, context) for request in requests[:allowed]]
-        answers = [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
-        records = []
-        for index, (call, request) in enumerate(zip(parsed, requests, strict=True)):
-            span = decoded.token_span(call.start, call.end)
-            observation = answers[index] if index < allowed else None
-            is_wrong = observation is not None and observation.outcome is Outcome.MODEL_ERROR
-            records.append(
-                ToolCall(
-                    name=call.name,
-                    arguments=call.arguments,
-                    valid=request.error is None and not is_wrong,
-                    executed=index < allowed and request.error is None,
-                    span=Span(start=offset + span.start, end=offset + span.end),
-                    observation=observation,
-                )
-            )
-        return tuple(records)
+        runs = [self._run_call(request, context) for request in requests]
+        return [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
 
     def _read(self, call: ParsedCall) -> ToolRequest:
         if call.error is not None:
@@ -220,3 +241,24 @@ class Episode:
             return StopReason.MAX_TOKENS, None
         images = tuple(image for observation in observations for image in observation.images)
         return None, self._transcript.append_observation(tokens, images)
+
+
+def _records(written: Written, observations: Sequence[Observation]) -> tuple[ToolCall, ...]:
+    """The calls of a turn, of which the first ones were answered."""
+    records = []
+    for index, (call, request) in enumerate(zip(written.calls, written.requests, strict=True)):
+        span = written.decoded.token_span(call.start, call.end)
+        observation = observations[index] if index < len(observations) else None
+        is_wrong = observation is not None and observation.outcome is Outcome.MODEL_ERROR
+        start = written.span.start
+        records.append(
+            ToolCall(
+                name=call.name,
+                arguments=call.arguments,
+                valid=request.error is None and not is_wrong,
+                executed=observation is not None and request.error is None,
+                span=Span(start=start + span.start, end=start + span.end),
+                observation=observation,
+            )
+        )
+    return tuple(records)

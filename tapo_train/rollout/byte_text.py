@@ -84,19 +84,21 @@ class ByteText:
         return DecodedText(
             # ... but cannot be written to a file, so it is shown as U+FFFD, one for one.
             text=_SURROGATE.sub("\ufffd", text),
-            char_starts=_offsets(_char_lengths(text)),
+            char_starts=_char_starts(text),
             token_starts=_offsets([len(piece) for piece in pieces]),
         )
 
 
-def _char_lengths(text: str) -> list[int]:
+def _char_starts(text: str) -> npt.NDArray[np.int64]:
     if text.isascii():
-        return [1] * len(text)
-    return [len(char.encode(errors="replace")) for char in text]
+        return np.arange(len(text) + 1)
+    return _offsets([len(char.encode(errors="replace")) for char in text])
 
 
 def _offsets(lengths: list[int]) -> npt.NDArray[np.int64]:
-    return np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))).astype(np.int64)
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.array(lengths, dtype=np.int64).cumsum(out=starts[1:])
+    return starts
 
 
 def _byte_of_symbol() -> dict[str, int]:

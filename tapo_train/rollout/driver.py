@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from typing import TypeVar
 
 import numpy as np
 
 from tapo_train.errors import EngineError
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest
-from tapo_train.types import Trajectory
+
+T = TypeVar("T")
 
 TURNS_OF_THE_LOOP = 4
 """Event-loop rounds between engine steps: a tool's answer passes through a few
@@ -38,8 +40,18 @@ class EngineDriver:
                 self._engine.abort([request.id])
             raise
 
-    async def drive(self, episodes: asyncio.Future[list[Trajectory]]) -> list[Trajectory]:
-        """Step until every episode is done; the first error of an episode is raised."""
+    async def drive(self, episodes: asyncio.Future[T]) -> T:
+        """Step until the episodes are done; what they return, or their first error.
+
+        Nothing is left running, whichever way it ends.
+        """
+        try:
+            return await self._drive(episodes)
+        finally:
+            episodes.cancel()
+            await asyncio.gather(episodes, return_exceptions=True)
+
+    async def _drive(self, episodes: asyncio.Future[T]) -> T:
         episodes.add_done_callback(lambda _: self._wake.set())
         while not episodes.done():
             if not self._engine.has_unfinished():

@@ -122,6 +122,10 @@ class Engine(Protocol):
         """
         ...
 
+    def capacity_tokens(self) -> int | None:
+        """Tokens whose keys and values fit at the same time; None if there is no such limit."""
+        ...
+
     def abort(self, ids: Sequence[str]) -> None:
         """Drop requests: `step` will not return them. Ids that are not in flight are ignored."""
         ...

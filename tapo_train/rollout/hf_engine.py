@@ -63,6 +63,10 @@ class HfEngine:
         """See `Engine.idle_s`."""
         return 0.0
 
+    def capacity_tokens(self) -> int | None:
+        """See `Engine.capacity_tokens`: requests are served one by one."""
+        return None
+
     def abort(self, ids: Sequence[str]) -> None:
         """See `Engine.abort`."""
         dropped = frozenset(ids)

@@ -114,6 +114,11 @@ class VllmEngine:
         """See `Engine.idle_s`."""
         return 0.0
 
+    def capacity_tokens(self) -> int | None:
+        """See `Engine.capacity_tokens`."""
+        cache: Any = self._engine.vllm_config.cache_config
+        return int(cache.num_gpu_blocks * cache.block_size)
+
     def abort(self, ids: Sequence[str]) -> None:
         """See `Engine.abort`."""
         dropped = [id for id in ids if self._in_flight.pop(id, None) is not None]

@@ -97,6 +97,10 @@ class RemoteEngine:
         """See `Engine.idle_s`."""
         return POLL_S if self._fleet.is_silent else 0.0
 
+    def capacity_tokens(self) -> int | None:
+        """See `Engine.capacity_tokens`: the servers queue what they cannot hold."""
+        return None
+
     def abort(self, ids: Sequence[str]) -> None:
         """See `Engine.abort`."""
         for id in ids:
