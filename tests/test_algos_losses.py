@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import reference_losses as reference
@@ -273,6 +274,32 @@ def test_metrics_count_tokens_and_carry_no_gradient() -> None:
     means = finalise(metrics)
     assert means["policy/ratio_minus_one"] == pytest.approx(sum(ratios) / 4 - 1)
     assert means["policy/kl"] == pytest.approx((sum(ratios) - 4 - 2.0) / 4)
+
+
+def test_clips_and_gates_are_told_by_turn() -> None:
+    batch = one_trajectory([0.5, 0.5, -0.5, 2.0, 0.5, 0.0], [1.0, -1.0, -1.0, -1.0, 0.0, 1.0])
+    by_turn = dataclasses.replace(batch, turn=torch.tensor([0, 0, 2, 2, 2, 2]), num_turns=4)
+    pairs = {n: v.tolist() for n, v in grpo(by_turn).metrics.items() if "by_turn" in n}
+    # Held: the first from above, the third from below, the fourth by the dual clip.
+    assert pairs == {
+        "policy/clip/by_turn/0": [1.0, 2.0],
+        "policy/clip/by_turn/1": [0.0, 0.0],
+        "policy/clip/by_turn/2": [2.0, 4.0],
+        "policy/clip/by_turn/3": [0.0, 0.0],
+    }
+    metrics = sapo(by_turn).metrics
+    parts = [metrics[f"policy/gate_weight/by_turn/{turn}"] for turn in range(4)]
+    torch.testing.assert_close(sum(parts), metrics["policy/gate_weight"], rtol=1e-12, atol=0)
+    tau = torch.tensor([1.0, 1.05], dtype=torch.float64)
+    gate = torch.sigmoid(tau * (1.6487212707 - 1))
+    assert parts[0].tolist() == pytest.approx([float((4 * gate * (1 - gate)).sum()), 2.0])
+    assert not [name for name in grpo(batch).metrics if "by_turn" in name]
+    assert torch.equal(grpo(by_turn).per_token, grpo(batch).per_token)
+
+
+def test_the_sequence_ratio_of_a_single_token_is_its_own() -> None:
+    batch = one_trajectory([2e-4], [1.0])
+    assert gspo(batch).per_token.item() == pytest.approx(-math.exp(2e-4), abs=EXACT)
 
 
 def test_sapo_takes_the_negative_temperature_for_an_advantage_of_zero() -> None:

@@ -63,6 +63,8 @@ def test_each_trained_token_is_predicted_one_position_before_it():
     assert batch.trained_index.tolist() == [1, 2, 4, 7]
     assert batch.targets.tolist() == [12, 13, 15, 22]
     assert batch.trajectory.tolist() == [0, 0, 0, 1]
+    assert batch.turn.tolist() == [0, 0, 1, 0] and batch.num_turns == 2
+    assert join([]).num_turns == 0
     assert batch.lengths.tolist() == [3, 1]
     assert batch.advantages.tolist() == [0.5, 0.5, -1.0, 2.0]
     assert batch.advantages.dtype == torch.float32

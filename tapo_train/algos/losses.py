@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tapo_train.algos.metrics import Metrics, pair
+from tapo_train.algos.metrics import Metrics, by_turn, pair
 from tapo_train.errors import ConfigError, LearnerError
 
 LOG_RATIO_BOUND = 20.0
@@ -46,6 +46,10 @@ class TokenBatch:
     """[K] int64, 0..n-1 within the micro-batch."""
     lengths: Tensor
     """[n] trained tokens of each whole trajectory."""
+    turn: Tensor | None = None
+    """[K] int64, assistant turn of each token: clips and gates are then told by turn as well."""
+    num_turns: int = 0
+    """More than every entry of `turn`."""
 
     def __post_init__(self) -> None:
         wanted = self.logprobs.shape
@@ -149,6 +153,7 @@ def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> L
         gate = ((ratio - 1) * tau).sigmoid_()
         weight = torch.addcmul(gate, gate, gate, value=-1).mul_(4)  # 4 p (1 - p)
         metrics["policy/gate_weight"] = pair(weight)
+        metrics |= by_turn("policy/gate_weight", weight, batch.turn, batch.num_turns)
         slope = weight.mul_(ratio).mul_(batch.advantages).neg_().mul_(is_free)
         value = gate.mul_(-4).div_(tau).mul_(batch.advantages)
     return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
@@ -200,7 +205,7 @@ def _clipped(
     low, high, top = bounds
     held = torch.where(batch.advantages > 0, ratio.clamp(max=high), ratio.clamp(min=low, max=top))
     is_free &= held == ratio
-    metrics |= _clip_metrics(ratio, held, batch.advantages)
+    metrics |= _clip_metrics(ratio, held, batch)
     value = held.mul_(batch.advantages).neg_()
     return LossOutput(per_token=_attach(batch.logprobs, value, value * is_free), metrics=metrics)
 
@@ -235,14 +240,14 @@ def _ratio_metrics(log_ratio: Tensor) -> Metrics:
     }
 
 
-def _clip_metrics(ratio: Tensor, held: Tensor, advantages: Tensor) -> Metrics:
-    """Shares of tokens held above, below and by the dual clip."""
-    is_above = held < ratio
+def _clip_metrics(ratio: Tensor, held: Tensor, batch: TokenBatch) -> Metrics:
+    """Shares of tokens held above, below and by the dual clip; by turn whichever it was."""
+    is_above, advantages = held < ratio, batch.advantages
     return {
         "policy/clip_high": pair(is_above & (advantages > 0)),
         "policy/clip_low": pair((held > ratio) & (advantages < 0)),
         "policy/clip_dual": pair(is_above & (advantages < 0)),
-    }
+    } | by_turn("policy/clip", (held != ratio) & (advantages != 0), batch.turn, batch.num_turns)
 
 
 def _check_clip(name: str, clip_low: float, clip_high: float) -> None:

@@ -23,6 +23,22 @@ def pair(values: Tensor) -> Tensor:
     return torch.stack((total, torch.full_like(total, values.numel())))
 
 
+def by_turn(name: str, values: Tensor, turn: Tensor | None, num_turns: int) -> Metrics:
+    """`name/by_turn/<turn>` pairs of per-token values.
+
+    Args:
+        values: [K] numbers or booleans.
+        turn: [K] int64 in [0, num_turns); None gives no metrics.
+    """
+    if turn is None:
+        return {}
+    wide = values.detach().double()
+    sums = wide.new_zeros(2, num_turns)
+    sums[0].index_add_(0, turn, wide)
+    sums[1].index_add_(0, turn, torch.ones_like(wide))
+    return {f"{name}/by_turn/{number}": sums[:, number] for number in range(num_turns)}
+
+
 def merge(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Metrics:
     """Sum of two sets of pairs; a name that only one of them holds is kept as it is."""
     merged = dict(first)

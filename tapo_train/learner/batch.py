@@ -142,6 +142,8 @@ class MicroBatch:
     """[S] int64."""
     boundaries: tuple[int, ...]
     """[n + 1] 0, ..., S."""
+    num_turns: int
+    """Spans of the row with the most of them."""
     images: tuple[tuple[Image, ...], ...]
     """[n] the pictures of each row."""
     trained_index: Tensor
@@ -150,6 +152,8 @@ class MicroBatch:
     """[K] int64, the trained tokens."""
     trajectory: Tensor
     """[K] int64, 0..n-1."""
+    turn: Tensor
+    """[K] int64, which of its row's spans each token is in: the assistant turn."""
     lengths: Tensor
     """[n] int64, trained tokens of each row."""
     advantages: Tensor
@@ -240,6 +244,7 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
     """One micro-batch of the given rows, in order; without rows an empty one."""
     starts = np.array([0, *accumulate(len(row.tokens) for row in rows)], dtype=np.int64)
     counts = [row.num_trained for row in rows]
+    turns = [np.repeat(np.arange(len(row.spans)), list(map(len, row.spans))) for row in rows]
     index = predicting_positions(
         [span for row in rows for span in row.spans],
         offset=np.repeat(starts[:-1], [len(row.spans) for row in rows]),
@@ -254,6 +259,8 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
         trained_index=torch.from_numpy(index),
         targets=torch.from_numpy(tokens[index + 1]),
         trajectory=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
+        turn=torch.from_numpy(_concatenate(turns, np.int64)),
+        num_turns=max((len(row.spans) for row in rows), default=0),
         lengths=torch.tensor(counts, dtype=torch.int64),
         advantages=torch.from_numpy(_concatenate([row.advantages for row in rows], np.float32)),
         sampler_logprobs=sampled,

@@ -28,7 +28,7 @@ MOST_DUMPS = 20
 """Per rank and process: a run that goes on must not fill the disk."""
 
 _VECTORS = (
-    "input_ids", "trained_index", "targets", "trajectory", "lengths",
+    "input_ids", "trained_index", "targets", "trajectory", "turn", "lengths",
     "advantages", "sampler_logprobs", "old_logprobs", "reference_logprobs",
 )  # fmt: skip
 """Tensors of a micro-batch; the last may be missing."""
@@ -91,6 +91,7 @@ def write_dump(path: Path, batches: Sequence[MicroBatch], *, message: str) -> No
             if value is not None:
                 arrays[f"{number}/{name}"] = value.cpu().numpy()
         arrays[f"{number}/boundaries"] = np.array(batch.boundaries, dtype=np.int64)
+        arrays[f"{number}/num_turns"] = np.array(batch.num_turns)
         arrays[f"{number}/row_ids"] = np.array(batch.row_ids, dtype=np.str_)
         for row, images in enumerate(batch.images):
             for index, image in enumerate(images):
@@ -135,6 +136,7 @@ def _batch(arrays: dict[str, npt.NDArray[Any]], number: int, *, where: str) -> M
     return MicroBatch(
         row_ids=row_ids,
         boundaries=tuple(own["boundaries"].tolist()),
+        num_turns=int(own["num_turns"]),
         images=tuple(
             tuple(read_image(images[i], where=where) for i in sorted(images)) for images in pictures
         ),

@@ -89,6 +89,8 @@ def _tokens(batch: MicroBatch, logprobs: Tensor, old: Tensor) -> TokenBatch:
         advantages=batch.advantages,
         trajectory=batch.trajectory,
         lengths=batch.lengths,
+        turn=batch.turn,
+        num_turns=batch.num_turns,
     )
 
 

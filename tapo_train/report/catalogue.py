@@ -50,6 +50,8 @@ METRICS: dict[str, str] = {
     "policy/clip_low": "share of trained tokens held by the lower clip",
     "policy/clip_dual": "share of trained tokens held by the dual clip",
     "policy/gate_weight": "mean gradient weight of SAPO's soft gate",
+    "policy/clip/by_turn/<turn>": "share of this turn's trained tokens held by any clip",
+    "policy/gate_weight/by_turn/<turn>": "mean gradient weight of this turn's tokens",
     "update/loss": "the aggregated surrogate with its penalties, mean over updates",
     "update/grad_norm": "gradient norm before clipping, mean over updates",
     "update/learning_rate": "learning rate, mean over updates",
