@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench docs clean
+.PHONY: help venv demo test check bench chaos docs clean
 
 help:  ## this menu
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -27,6 +27,9 @@ check: venv  ## style, types and import rules
 
 bench: venv  ## measure speed and append to bench/results.jsonl
 	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+chaos: venv  ## train against search servers that misbehave, check it, write docs/reliability.md
+	@scripts/chaos.sh
 
 docs: venv  ## regenerate docs/recipe.md from the recipe's dataclasses
 	$(PY) scripts/write_recipe_reference.py

@@ -8,14 +8,16 @@ from tapo_train.tools.base import Tool
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.net import FetchLimits, HttpClient
 from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
-from tapo_train.tools.sandbox import Sandbox
+from tapo_train.tools.sandbox import Sandbox, SandboxLimits
 
 
 def build_remote_tools(recipe: Recipe) -> dict[str, Tool]:
     """The searches whose endpoint the recipe names, by the tool's name; one client, one sandbox."""
     tools = recipe.tools
     made: dict[str, Tool] = {}
-    client, sandbox = build_client(recipe), Sandbox()
+    # Several inputs of one call have to fit into its deadline, hostile ones too.
+    limits = SandboxLimits(timeout_s=min(SandboxLimits().timeout_s, tools.deadline_s / 3))
+    client, sandbox = build_client(recipe), Sandbox(limits)
     contamination = Contamination(
         hosts=frozenset(host.lower() for host in tools.blocked_hosts),
         answers=tools.filter_answers,
