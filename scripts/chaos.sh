@@ -52,7 +52,7 @@ run() {
     data.questions_per_step=8 "data.train=[$WORLD/train.jsonl]" "data.validation=[]" \
     "tools.text_endpoint=http://127.0.0.1:$PORT/text" \
     "tools.image_endpoint=http://127.0.0.1:$PORT/image" \
-    tools.corpus=null tools.image_index=null tools.deadline_s=3 \
+    tools.corpus=null tools.image_index=null tools.deadline_s=5 \
     tools.limits.text_search_tool.retries=1 rollout.max_failed_fraction=0.9
 }
 

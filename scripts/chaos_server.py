@@ -188,12 +188,17 @@ IN_PICTURES: dict[str, Say] = {
 }
 
 
+class Server(ThreadingHTTPServer):
+    """A thread per request; all trajectories of all ranks may call at once."""
+
+    daemon_threads = True
+    request_queue_size = 512
+
+
 def main() -> None:
     port, world, events = int(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
     Handler.back = Back(world, events, clean="--clean" in sys.argv)
-    server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
-    server.daemon_threads = True
-    server.serve_forever()
+    Server(("127.0.0.1", port), Handler).serve_forever()
 
 
 if __name__ == "__main__":
