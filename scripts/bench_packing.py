@@ -3,8 +3,10 @@
     python scripts/bench_packing.py [--rows 16384] [--budget 32768] [--out FILE]
 
 C8: CPU time of `pack` (rows to micro-batches, tensors included) per packed token, and the
-share of the token budget that is filled. Trajectories are ragged like a search agent's:
-lognormal lengths, four trained turns, up to eight pictures.
+share of the token budget that is filled. C9: the most work of a rank over the mean, pictures
+counted, after rows have moved and, as peer, had every rank kept the whole groups it sampled.
+Trajectories are ragged like a search agent's: lognormal lengths, four trained turns, up to
+eight pictures.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from pathlib import Path
 import numpy as np
 from measures import RESULTS, Measure, append, cpu_s, load, versions
 
+from tapo_train.learner.balance import RowCost, assign, imbalance
 from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.learner.shape import QWEN3_VL_4B
 from tapo_train.types import Span
 
 TARGET_US = 0.1
@@ -26,6 +30,13 @@ TRAINED_SHARE = 0.12
 MEDIAN_TOKENS = 2000
 SPREAD = 0.6
 LONGEST = 16_384
+TARGET_IMBALANCE = 1.02
+STEPS = ((256, 8), (4096, 32), (16_384, 64))
+"""(rows, ranks) of a step."""
+GROUP = 8
+"""Rollouts of a question; a rank samples whole groups."""
+PICTURE = 151_655
+PICTURE_TOKENS = 320
 
 
 def ragged_rows(count: int, *, seed: int = 0) -> list[TrainingRow]:
@@ -36,12 +47,15 @@ def ragged_rows(count: int, *, seed: int = 0) -> list[TrainingRow]:
 
 
 def _row(number: int, length: int) -> TrainingRow:
+    tokens = np.full(length, 7, dtype=np.int32)
+    for start in range(0, min(number % 9, length // 400) * 400, 400):
+        tokens[start + 40 : start + 40 + PICTURE_TOKENS] = PICTURE
     size, slot = int(length * TRAINED_SHARE / TURNS), length // TURNS
     spans = tuple(Span(start=t * slot + 1, end=t * slot + 1 + size) for t in range(TURNS))
     trained = TURNS * size
     return TrainingRow(
         id=str(number),
-        tokens=np.full(length, 7, dtype=np.int32),
+        tokens=tokens,
         images=(),
         spans=spans,
         advantages=np.ones(trained),
@@ -78,13 +92,43 @@ def packing(rows: list[TrainingRow], budget: int) -> list[Measure]:
     ]
 
 
+def balancing(rows: list[TrainingRow]) -> list[Measure]:
+    """C9: evenness of the ranks for steps of several sizes."""
+    cost = RowCost(shape=QWEN3_VL_4B, image_token_id=PICTURE)
+    costs = [cost(row) for row in rows]
+    return [_evenness(costs[:count], ranks) for count, ranks in STEPS if count <= len(costs)]
+
+
+def _evenness(costs: list[float], ranks: int) -> Measure:
+    home = [(number // GROUP) % ranks for number in range(len(costs))]
+    seconds = cpu_s(lambda: assign(costs, num_ranks=ranks, home=home))
+    chosen = assign(costs, num_ranks=ranks, home=home)
+    moved = sum(a != b for a, b in zip(home, chosen, strict=True)) / len(costs)
+    print(f"{len(costs)} rows, {ranks} ranks: {seconds * 1e3:.1f} ms, {moved:.0%} of rows move")
+    before = imbalance(costs, home, num_ranks=ranks)
+    after = imbalance(costs, chosen, num_ranks=ranks)
+    return Measure(
+        id=f"C9.balance.{len(costs)}_rows_{ranks}_ranks",
+        value=round(after, 4),
+        unit="max/mean",
+        peer="every rank trains what it sampled",
+        peer_value=round(before, 4),
+        ratio=round(before / after, 4),
+        target=f"value <= {TARGET_IMBALANCE}",
+        met=after <= TARGET_IMBALANCE,
+        versions=versions("numpy"),
+        load=load(),
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=16_384)
     parser.add_argument("--budget", type=int, default=32_768)
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    append(packing(ragged_rows(arguments.rows), arguments.budget), arguments.out)
+    rows = ragged_rows(arguments.rows)
+    append([*packing(rows, arguments.budget), *balancing(rows)], arguments.out)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tapo_train.algos.aggregation import Aggregation
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
+from tapo_train.learner.balance import Exchange
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.objective import Objective
 from tapo_train.learner.policy import Policy
@@ -115,6 +116,7 @@ class Parts:
     reward: RewardFunction
     advantage: AdvantageFunction
     credit: CreditAssigner
+    exchange: Exchange
     policy: Policy
     reference: Reference
     objective: Objective

@@ -113,6 +113,7 @@ def make_parts(
         reward=build.build_reward(recipe),
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
+        exchange=build.build_exchange(recipe, policy),
         policy=policy,
         reference=build.build_reference(recipe, policy, chat),
         objective=build.build_objective(recipe),

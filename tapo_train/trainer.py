@@ -93,9 +93,9 @@ class Trainer:
         with watch("credit"):
             credit = self._credit(batch)
         with watch("batch"):
-            updates = self._cut(batch, credit)
+            updates, balance = self._cut(batch, credit)
         with watch("update"):
-            learned = self._update(step, updates)
+            learned = merge(self._update(step, updates), balance)
         with watch("sync"):
             drift = self._sync(step + 1)
         with watch("dump"):
@@ -184,8 +184,11 @@ class Trainer:
         pairs = zip(batch.trajectories, batch.advantages, strict=True)
         return self._parts.credit([from_trajectory(t, float(a)) for t, a in pairs])
 
-    def _cut(self, batch: Batch, credit: CreditResult) -> list[list[MicroBatch]]:
-        """Micro-batches of each update: contiguous questions, the same for any number of ranks."""
+    def _cut(self, batch: Batch, credit: CreditResult) -> tuple[list[list[MicroBatch]], Metrics]:
+        """Micro-batches of each update: contiguous questions, the same for any number of ranks.
+
+        And how even the ranks' work is.
+        """
         schedule = self._schedule
         cuts: list[list[TrainingRow]] = [[] for _ in range(schedule.updates_per_batch)]
         for row, trajectory in enumerate(batch.trajectories):
@@ -194,10 +197,16 @@ class Trainer:
                 advantages = token_advantages(trajectory, turns, calls)
                 share = batch.question[row] * len(cuts) // schedule.questions_per_step
                 cuts[share].append(TrainingRow.from_tokens(trajectory, advantages))
-        packed = [pack(rows, budget_tokens=schedule.micro_batch_tokens) for rows in cuts]
+        balance: Metrics = {}
+        packed = []
+        for rows in cuts:
+            mine, evenness = self._parts.exchange(rows)
+            balance = merge(balance, evenness)
+            packed.append(pack(mine, budget_tokens=schedule.micro_batch_tokens))
         if schedule.recompute_old_logprobs:
             packed = [self._parts.policy.with_old_logprobs(batches) for batches in packed]
-        return [self._parts.reference(batches) for batches in packed] * schedule.epochs
+        anchored = [self._parts.reference(batches) for batches in packed]
+        return anchored * schedule.epochs, balance
 
     def _update(self, step: int, updates: Sequence[Sequence[MicroBatch]]) -> Metrics:
         metrics: Metrics = {}

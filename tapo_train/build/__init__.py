@@ -11,7 +11,12 @@ from tapo_train.build.algo import (
     is_recomputed_in_passing,
 )
 from tapo_train.build.device import DEVICE
-from tapo_train.build.learner import build_policy, build_reference, learner_settings
+from tapo_train.build.learner import (
+    build_exchange,
+    build_policy,
+    build_reference,
+    learner_settings,
+)
 from tapo_train.build.rollout import build_engine, build_engine_server, build_play
 from tapo_train.build.schedule import build_schedule, build_watch
 from tapo_train.build.tools import build_toolbox
@@ -23,6 +28,7 @@ __all__ = [
     "build_credit",
     "build_engine",
     "build_engine_server",
+    "build_exchange",
     "build_objective",
     "build_play",
     "build_policy",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
+from tapo_train.learner.balance import Balanced, Exchange, RowCost, keep
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
+from tapo_train.learner.shape import ModelShape
 from tapo_train.rollout.chat import ChatFormat
 
 
@@ -45,6 +47,14 @@ def build_reference(recipe: Recipe, policy: Policy, chat: ChatFormat) -> Referen
         device=policy.device,
         distribution=policy.distribution,
     )
+
+
+def build_exchange(recipe: Recipe, policy: Policy) -> Exchange:
+    """Which rank trains which rows."""
+    if not recipe.learner.balance:
+        return keep
+    shape = ModelShape.of(policy.model.config)
+    return Balanced(cost=RowCost(shape=shape, image_token_id=policy.layout.image_token_id))
 
 
 def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:

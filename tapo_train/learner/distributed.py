@@ -85,6 +85,17 @@ def all_gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
+def exchange_bytes(parcels: Sequence[bytes]) -> list[bytes]:
+    """What each rank has for this one, by rank; `parcels` holds what this one has for each."""
+    sizes = torch.tensor([len(parcel) for parcel in parcels], dtype=torch.int64)
+    coming = torch.empty_like(sizes)
+    dist.all_to_all_single(coming, sizes)
+    sent = torch.frombuffer(bytearray(b"".join(parcels)), dtype=torch.uint8)
+    received = torch.empty(int(coming.sum()), dtype=torch.uint8)
+    dist.all_to_all_single(received, sent, coming.tolist(), sizes.tolist())
+    return [piece.numpy().tobytes() for piece in received.split(coming.tolist())]
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     holder = [value]

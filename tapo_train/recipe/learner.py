@@ -36,6 +36,9 @@ class Learner:
     """Keep the shards of the weights there too; needs zero_stage 3."""
     micro_batch_tokens: Count = 16_384
     """[tokens] in one forward pass; a longer trajectory goes alone."""
+    balance: bool = True
+    """Even out the ranks' work before an update: rows move from ranks with more to ranks with
+    less. false: each trains what it sampled. One rank: no difference."""
     updates_per_batch: Count = 1
     """Optimizer updates a step's trajectories are dealt out to; 1: on-policy."""
     epochs: Count = 1

@@ -1,0 +1,214 @@
+"""The size of a Qwen-VL model as a few integers, and the arithmetic it takes.
+
+Formulas over the numbers of `config.json`: no model is built, nothing is downloaded. They
+serve the balance over ranks, the memory model and the benchmarks' floors.
+
+FLOP are those of matrix products (2 m n k), the only ones that count at scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+BACKWARD = 2
+"""A backward pass computes two products for each of the forward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VisionShape:
+    """The vision tower."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    mlp_matrices: int
+    """3 with a gate (Qwen2.5-VL), 2 without (Qwen3-VL)."""
+    patch_width: int
+    """Numbers per patch."""
+    merge_size: int
+    """Patches per side that become one token."""
+    out: int
+    """Width of the language model."""
+    mergers: int
+    """1, and one for each layer whose features go to the language model as well."""
+    window: int | None
+    """[patches] a windowed layer attends to; None if every layer sees the whole picture."""
+    full_layers: int
+    """Layers that see the whole picture."""
+    positions: int
+    """Rows of the table of learned positions; 0 without one."""
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        return 4 * self.hidden**2 + self.mlp_matrices * self.hidden * self.intermediate
+
+    @property
+    def merger_weights(self) -> int:
+        """Elements of one merger's matrices."""
+        wide = self.hidden * self.merge_size**2
+        return wide * wide + wide * self.out
+
+    @property
+    def weights(self) -> int:
+        """Elements of all matrices and tables."""
+        return (
+            self.layers * self.layer_weights
+            + self.mergers * self.merger_weights
+            + (self.patch_width + self.positions) * self.hidden
+        )
+
+    def forward_flop(self, patches: int) -> float:
+        """FLOP of a forward pass over one picture."""
+        dense = self.layers * self.layer_weights + self.patch_width * self.hidden
+        merged = self.mergers * self.merger_weights / self.merge_size**2
+        seen = self.full_layers * patches
+        if self.window is not None:
+            seen += (self.layers - self.full_layers) * min(self.window, patches)
+        return patches * (2.0 * (dense + merged) + 4.0 * self.hidden * seen)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """A language model with a vision tower."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    is_tied: bool
+    """Whether head and embedding are one matrix."""
+    vision: VisionShape
+
+    @classmethod
+    def of(cls, config: Any) -> ModelShape:
+        """Read a Hugging Face configuration of the Qwen2.5-VL or Qwen3-VL family."""
+        text = config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            layers=text.num_hidden_layers,
+            hidden=text.hidden_size,
+            intermediate=text.intermediate_size,
+            heads=text.num_attention_heads,
+            kv_heads=text.num_key_value_heads,
+            head_dim=head_dim,
+            vocabulary=text.vocab_size,
+            is_tied=bool(config.tie_word_embeddings),
+            vision=_vision(config.vision_config),
+        )
+
+    @property
+    def layer_weights(self) -> int:
+        """Elements of one layer's matrices."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        return attention + 3 * self.hidden * self.intermediate
+
+    @property
+    def head_weights(self) -> int:
+        """Elements of the LM head, and of the embedding."""
+        return self.vocabulary * self.hidden
+
+    @property
+    def text_weights(self) -> int:
+        """Elements of the language model's matrices; a tied head counts once."""
+        tables = 1 if self.is_tied else 2
+        return self.layers * self.layer_weights + tables * self.head_weights
+
+    @property
+    def weights(self) -> int:
+        """Elements of all matrices; norms and biases, below 1 % even of a tiny model, left out."""
+        return self.text_weights + self.vision.weights
+
+    def forward_flop(self, *, tokens: int, trained: int, patches: Sequence[int] = ()) -> float:
+        """FLOP of a forward pass over one trajectory.
+
+        Args:
+            tokens: its length, image tokens included; attention is causal within it.
+            trained: tokens whose log-probability is computed.
+            patches: of each of its pictures.
+        """
+        dense = 2.0 * tokens * self.layers * self.layer_weights
+        attention = 2.0 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1)
+        head = 2.0 * trained * self.head_weights
+        return dense + attention + head + sum(self.vision.forward_flop(n) for n in patches)
+
+    def update_flop(self, *, tokens: int, trained: int, patches: Sequence[int] = ()) -> float:
+        """FLOP of forward and backward pass, nothing computed twice."""
+        forward = self.forward_flop(tokens=tokens, trained=trained, patches=patches)
+        return (1 + BACKWARD) * forward
+
+
+def _vision(vision: Any) -> VisionShape:
+    channels = getattr(vision, "in_channels", None) or vision.in_chans
+    windowed = getattr(vision, "fullatt_block_indexes", None)
+    deep = getattr(vision, "deepstack_visual_indexes", None) or ()
+    side = vision.window_size // vision.patch_size if windowed is not None else 0
+    return VisionShape(
+        layers=vision.depth,
+        hidden=vision.hidden_size,
+        intermediate=vision.intermediate_size,
+        mlp_matrices=2 if windowed is None else 3,
+        patch_width=channels * vision.temporal_patch_size * vision.patch_size**2,
+        merge_size=vision.spatial_merge_size,
+        out=vision.out_hidden_size,
+        mergers=1 + len(deep),
+        window=None if windowed is None else side * side,
+        full_layers=vision.depth if windowed is None else len(windowed),
+        positions=getattr(vision, "num_position_embeddings", 0),
+    )
+
+
+QWEN3_VL_4B = ModelShape(
+    layers=36,
+    hidden=2560,
+    intermediate=9728,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocabulary=151_936,
+    is_tied=True,
+    vision=VisionShape(
+        layers=24,
+        hidden=1024,
+        intermediate=4096,
+        mlp_matrices=2,
+        patch_width=1536,
+        merge_size=2,
+        out=2560,
+        mergers=4,
+        window=None,
+        full_layers=24,
+        positions=2304,
+    ),
+)
+"""Qwen3-VL-4B-Instruct."""
+
+QWEN3_VL_8B = ModelShape(
+    layers=36,
+    hidden=4096,
+    intermediate=12_288,
+    heads=32,
+    kv_heads=8,
+    head_dim=128,
+    vocabulary=151_936,
+    is_tied=False,
+    vision=VisionShape(
+        layers=27,
+        hidden=1152,
+        intermediate=4304,
+        mlp_matrices=2,
+        patch_width=1536,
+        merge_size=2,
+        out=4096,
+        mergers=4,
+        window=None,
+        full_layers=27,
+        positions=2304,
+    ),
+)
+"""Qwen3-VL-8B-Instruct."""

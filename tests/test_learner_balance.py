@@ -1,0 +1,214 @@
+"""Rows move between ranks until their work is even; what is learned stays the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from learner_rows import make_policy, picture, some_rows, weights_of
+from process_environment import environment
+from transformers import AutoModelForImageTextToText
+
+from tapo_train.algos.metrics import finalise
+from tapo_train.learner.balance import (
+    Balanced,
+    Parcel,
+    RowCost,
+    assign,
+    imbalance,
+    keep,
+    pack_parcels,
+)
+from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.learner.engine import end_process_group
+from tapo_train.learner.objective import supervised
+from tapo_train.learner.shape import ModelShape, VisionShape
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.types import Span
+
+WORKER = Path(__file__).with_name("balance_rank_worker.py")
+DEADLINE_S = 120
+WEIGHT_TOLERANCE = 1e-6
+
+SHAPE = ModelShape(
+    layers=2,
+    hidden=8,
+    intermediate=16,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    vocabulary=100,
+    is_tied=True,
+    vision=VisionShape(
+        layers=3,
+        hidden=4,
+        intermediate=8,
+        mlp_matrices=2,
+        patch_width=6,
+        merge_size=2,
+        out=8,
+        mergers=1,
+        window=None,
+        full_layers=3,
+        positions=5,
+    ),
+)
+
+costs_of_rows = st.lists(st.floats(0, 1e15, allow_subnormal=False), max_size=60)
+
+
+def row(tokens) -> TrainingRow:
+    return TrainingRow.supervised(
+        id="r", tokens=np.array(tokens, dtype=np.int32), images=(), spans=(Span(start=1, end=3),)
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])
+def test_a_models_weights_are_counted_from_its_configuration(request, family):
+    folder = request.getfixturevalue(f"tiny_{family}")
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    shape = ModelShape.of(model.config)
+    matrices = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1}
+    assert shape.weights == sum(matrices.values())
+    assert shape.vision.weights == sum(n for name, n in matrices.items() if "visual" in name)
+
+
+def test_the_cost_of_a_row_is_its_matrix_products_written_out():
+    tokens = [1, 2, 90, 90, 3, 90, 4]
+    layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    attention = 2 * 2 * (1 + 2 + 3 + 4 + 5 + 6 + 7) * 8 * 2
+    text = 2 * 7 * 2 * layer + attention + 2 * 2 * 100 * 8
+    tower = 0
+    for patches in (8, 4):
+        block = 4 * 4 * 4 + 2 * 4 * 8
+        merged = (16 * 16 + 16 * 8) * patches // 4
+        tower += 2 * patches * (3 * block + 6 * 4) + 2 * merged + 3 * 4 * patches * patches * 4
+    cost = RowCost(shape=SHAPE, image_token_id=90)
+    assert cost(row(tokens)) == pytest.approx(3 * (text + tower), rel=1e-12)
+
+
+def test_a_windowed_tower_sees_the_whole_picture_in_few_layers_only(tiny_qwen2_5_vl):
+    config = AutoModelForImageTextToText.from_pretrained(tiny_qwen2_5_vl).config
+    vision = ModelShape.of(config).vision
+    dense = vision.forward_flop(1) - 4 * 96 * 2
+    # One of two layers is full; the other's windows are of 4 x 4 patches.
+    assert vision.forward_flop(64) == pytest.approx(64 * (dense + 4 * 96 * (64 + 16)), rel=1e-12)
+
+
+def test_costly_rows_are_dealt_out_first_each_to_the_least_busy_rank():
+    assert assign([3, 7, 5, 4, 6], num_ranks=2) == [0, 0, 1, 0, 1]
+    assert imbalance([3, 7, 5, 4, 6], [0, 0, 1, 0, 1], num_ranks=2) == pytest.approx(14 / 12.5)
+
+
+def test_a_row_stays_at_home_while_its_rank_is_within_the_mean():
+    assert assign([1, 1, 1, 1], num_ranks=2, home=[1, 0, 1, 0]) == [1, 0, 1, 0]
+    assert assign([4, 1, 1, 2], num_ranks=2, home=[0, 0, 0, 0]) == [0, 1, 1, 1]
+    assert assign([5, 5, 5, 5], num_ranks=4, home=[2, 2, 2, 2]) == [2, 0, 1, 3]
+
+
+@given(costs_of_rows, st.integers(1, 9), st.data())
+def test_no_rank_exceeds_the_mean_by_more_than_one_row(costs, num_ranks, data):
+    rank = st.integers(0, num_ranks - 1)
+    home = data.draw(
+        st.none() | st.lists(rank, min_size=len(costs), max_size=len(costs)), label="home"
+    )
+    chosen = assign(costs, num_ranks=num_ranks, home=home)
+    work = np.bincount(chosen, weights=costs, minlength=num_ranks)
+    assert len(chosen) == len(costs) and len(work) == num_ranks
+    assert work.max() <= (sum(costs) / num_ranks + max(costs, default=0)) * (1 + 1e-9)
+
+
+def test_work_is_even_to_two_per_cent_whatever_a_rank_has_sampled():
+    random = np.random.default_rng(0)
+    for rows, ranks in ((256, 8), (4096, 32)):
+        costs = np.exp(random.normal(0, 0.6, rows)).tolist()
+        # Three quarters of the rows are at two ranks; the others hold little.
+        home = np.where(random.random(rows) < 0.75, random.integers(0, 2, rows), rows % ranks)
+        chosen = assign(costs, num_ranks=ranks, home=home.tolist())
+        assert imbalance(costs, chosen, num_ranks=ranks) <= 1.02
+
+
+def test_without_work_the_ranks_are_even():
+    assert imbalance([], [], num_ranks=3) == 1.0
+    assert assign([], num_ranks=3) == []
+    assert imbalance([2, 4], [0, 1], num_ranks=4) == pytest.approx(4 / 1.5)
+
+
+def test_alone_a_rank_keeps_its_rows_and_logs_nothing():
+    rows = [row([1, 2, 3, 4]), row([5, 6, 7])]
+    balanced = Balanced(cost=RowCost(shape=SHAPE, image_token_id=90))
+    assert balanced(rows) == (rows, {}) == keep(rows)
+
+
+def test_a_picture_is_sent_once_and_only_to_a_rank_that_lacks_it():
+    red, green, blue = (picture(seed) for seed in range(3))
+    pictured = [(red, green), (red,), (blue, red), (), (green,)]
+    rows = [replace(row([1, 2, 3]), id=str(i), images=p) for i, p in enumerate(pictured)]
+    brought = [[(1.0, tuple(image.sha256 for image in p)) for p in pictured[:4]], []]
+    brought.append([(1.0, (green.sha256,))])
+    to_none, first, last = pack_parcels(rows[:4], brought, [0, 1, 1, 2, 1], rank=0)
+    assert to_none == Parcel(rows=(), shown=(), pictures=())
+    assert [r.id for r in first.rows] == ["1", "2"]
+    assert all(r.images == () for r in first.rows)
+    assert first.shown == ((red.sha256,), (blue.sha256, red.sha256))
+    assert first.pictures == (red, blue)
+    assert [r.id for r in last.rows] == ["3"] and last.pictures == ()
+    (_, from_last, _) = pack_parcels(rows[4:], brought, [0, 1, 1, 2, 1], rank=2)
+    assert from_last.pictures == (green,)
+    # Had rank 0 brought green to rank 1 before, rank 2 would not.
+    (_, again, _) = pack_parcels(rows[4:], brought, [1, 1, 1, 2, 1], rank=2)
+    assert again.shown == ((green.sha256,),) and again.pictures == ()
+
+
+@pytest.mark.slow
+def test_rows_reach_a_rank_without_any_and_the_update_is_that_of_one_rank(tiny_qwen3_vl, tmp_path):
+    run_three_ranks(tiny_qwen3_vl, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
+    chat = ChatFormat(tiny_qwen3_vl)
+    policy = make_policy(tiny_qwen3_vl, chat, learning_rate=0.1)
+    rows = some_rows(chat, policy.layout) * 2
+    metrics = finalise(policy.update(pack(rows, budget_tokens=60), supervised))
+    wanted = weights_of(policy)
+    policy.close()
+    end_process_group()
+    held = [name for result in found for name, _ in result["rows"]]
+    assert sorted(held) == sorted(f"row-{i}-{copy}" for i in range(4) for copy in "ab")
+    assert found[2]["rows"]
+    # Every row has its pictures again, in its order.
+    pictures = {row.id: [image.sha256 for image in row.images] for row in rows}
+    for result in found:
+        for name, digests in result["rows"]:
+            assert digests == pictures[name[:-2]]
+    for result in found:
+        assert result["loss"] == pytest.approx(metrics["update/loss"], abs=1e-6)
+        assert result["trained"] < result["sampled"] == found[0]["sampled"]
+        torch.testing.assert_close(result["weights"], wanted, atol=WEIGHT_TOLERANCE, rtol=0)
+
+
+def run_three_ranks(model: Path, out: Path) -> None:
+    """The worker under torchrun, in a process group of its own so that a hang can be ended."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
+    command += ["--master-port", "0", "--standalone", str(WORKER), str(model), str(out)]
+    process = subprocess.Popen(
+        command,
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=DEADLINE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output
