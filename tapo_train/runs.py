@@ -118,9 +118,7 @@ def make_parts(
         reference=build.build_reference(recipe, policy, chat),
         objective=build.build_objective(recipe),
         nonfinite=NonFiniteGuard(
-            folder.nonfinite,
-            rank=distributed.rank(),
-            skip=recipe.learner.on_nonfinite == "skip",
+            folder.nonfinite, rank=distributed.rank(), skip=recipe.learner.on_nonfinite == "skip"
         ),
         checkpoints=CheckpointFolder(
             folder.checkpoints,
