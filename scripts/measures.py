@@ -6,6 +6,7 @@ medians over the pairs. Wall time on a shared machine says little.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -89,3 +90,25 @@ def interleaved(
             before()
             times[-1].append(cpu_s(side))
     return statistics.median(t[0] for t in times), statistics.median(t[1] for t in times)
+
+
+def peak_mb(function: Callable[[], object]) -> float:
+    """[MB] peak of one call above what is resident before it; Linux with glibc.
+
+    For a process of its own: allocations of 64 kB and more go back to the system when freed
+    from now on, so that none is served, unseen, from a pool that earlier work left behind.
+    """
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 1 << 16)
+    libc.malloc_trim(0)
+    before = _resident_mb("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    function()
+    return _resident_mb("VmHWM") - before
+
+
+def _resident_mb(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return float(line.split()[1]) * 1024 / 1e6
+    raise RuntimeError(f"/proc/self/status has no {field}")
