@@ -112,6 +112,7 @@ def batch_arithmetic(recipe: Recipe, world_size: int = 1) -> str:
             f"data.questions_per_step: found {questions} on {world_size} ranks, wanted a multiple "
             f"of {world_size}: a question's whole group stays on one rank"
         )
+    _require_whole_engines(recipe, world_size)
     trajectories = questions * group
     updates = recipe.learner.updates_per_batch * recipe.learner.epochs
     share = -(-trajectories // (world_size * recipe.learner.updates_per_batch))
@@ -124,6 +125,15 @@ def batch_arithmetic(recipe: Recipe, world_size: int = 1) -> str:
         f"({share} trajectories per rank and update, {recipe.learner.micro_batch_tokens} tokens "
         f"per micro-batch, at most {longest} tokens per trajectory)"
     )
+
+
+def _require_whole_engines(recipe: Recipe, world_size: int) -> None:
+    engine = recipe.rollout.engine
+    if engine.name == "vllm" and world_size % engine.tensor_parallel:
+        raise ConfigError(
+            f"rollout.engine.tensor_parallel: found {engine.tensor_parallel} on {world_size} "
+            f"ranks, wanted a divisor of {world_size}: neighbouring ranks share an engine"
+        )
 
 
 def _as_hydra(text: str, path: Path) -> str:

@@ -14,6 +14,7 @@ import torch
 from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
+from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
 from tapo_train.parts import Play
 from tapo_train.rollout.chat import ChatFormat
@@ -28,6 +29,7 @@ from tapo_train.rollout.remote.link import servers_of_rank
 from tapo_train.rollout.remote.listener import Served
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
+from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Group, Task
 
@@ -43,8 +45,10 @@ def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
     engine = recipe.rollout.engine
     if engine.name == "server":
         return _remote_engine(recipe, chat, engine)
-    seed = recipe.run.seed * 1000 + distributed.rank()
-    return build_local_engine(recipe, chat, engine, seed=seed)
+    ranks = engine.tensor_parallel if engine.name == "vllm" else 1
+    seed = recipe.run.seed * 1000 + distributed.rank() // ranks
+    local = build_local_engine(recipe, chat, engine, seed=seed)
+    return local if ranks == 1 else MirroredEngine(local, distributed.Subgroup(ranks))
 
 
 def build_local_engine(
@@ -69,6 +73,7 @@ def build_local_engine(
             max_images=_most_images(recipe),
             seeded=_samples_by_seed(recipe),
             seed=seed,
+            tensor_parallel=engine.tensor_parallel,
         ),
     )
 
@@ -95,6 +100,11 @@ def build_engine_server(
 ) -> EngineServer:
     """An engine of the recipe behind a port. One that itself asks servers becomes vLLM's."""
     engine = recipe.rollout.engine
+    if engine.name == "vllm" and engine.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.engine.tensor_parallel: found {engine.tensor_parallel}, wanted 1: an engine "
+            "server is one process on one device"
+        )
     if engine.name == "server":
         engine = recipes.VllmEngine(gpu_memory_utilization=SERVER_MEMORY)
     secret = shared_secret()
@@ -146,7 +156,7 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
             oversample=1.0 if greedy else rollout.oversample,
         )
 
-    return play
+    return GroupPlay(play, engine) if isinstance(engine, MirroredEngine) else play
 
 
 def seats_of(engine: Engine, *, max_tokens: int) -> int:

@@ -104,6 +104,35 @@ def broadcast_object(value: Any) -> Any:
     return holder[0]
 
 
+class Subgroup:
+    """Groups of `size` neighbouring ranks; this is the one of this rank. Over gloo.
+
+    Made by all ranks together, and each of its calls is made by all ranks of the group.
+    """
+
+    def __init__(self, size: int) -> None:
+        if world_size() % size:
+            raise LearnerError(f"{world_size()} ranks in groups of {size}; wanted a divisor")
+        self.index = rank() % size
+        """This rank's place in its group; 0 leads."""
+        self._leader = rank() - self.index
+        self._size = size
+        timeout = timedelta(seconds=DEFAULT_TIMEOUT_S)
+        self._group: Any = dist.new_subgroups(size, timeout=timeout, backend="gloo")[0]
+
+    def broadcast(self, value: Any) -> Any:
+        """The leader's value, on every rank of the group. Pickled."""
+        holder = [value]
+        dist.broadcast_object_list(holder, src=self._leader, group=self._group)
+        return holder[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of the group's ranks, in order, on each of them. Pickled."""
+        gathered: list[Any] = [None] * self._size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
+
+
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:

@@ -20,6 +20,8 @@ class VllmEngine:
     """[GiB] of KV cache on CPU; CUDA devices use gpu_memory_utilization instead."""
     gpu_memory_utilization: OpenFraction = 0.45
     """Share of the device's memory for weights and KV cache; the learner has the rest."""
+    tensor_parallel: Count = 1
+    """Ranks that share one engine, for a model too large for one device; divides their number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

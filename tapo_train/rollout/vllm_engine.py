@@ -65,13 +65,16 @@ class VllmOptions:
     """Allow `Sampling.seed`. vLLM's CPU sampler cannot seed requests while prefills are
     chunked, so this switches chunking off."""
     seed: int = 0
-    """Of the shared stream."""
+    """Of the shared stream; the same on the ranks of a tensor-parallel group."""
+    tensor_parallel: int = 1
+    """Neighbouring ranks over which the model is split; see `tensor_parallel.py`."""
 
 
 class VllmEngine:
     """The `Engine` protocol over one in-process vLLM replica.
 
-    Under torchrun every rank owns a replica (tensor parallel size 1).
+    Under torchrun every rank owns a replica, or its part of one: with `tensor_parallel`
+    above 1 the ranks of a group must make the same calls in the same order.
     """
 
     def __init__(self, chat: ChatFormat, options: VllmOptions) -> None:
@@ -222,6 +225,7 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "model": str(chat.model),
         "dtype": options.dtype,
         "seed": options.seed,
+        "tensor_parallel_size": options.tensor_parallel,
         # One more than any sequence has: `score` makes vLLM sample a token it throws away.
         "max_model_len": options.max_model_len + 1,
         "max_num_seqs": options.max_num_seqs,
