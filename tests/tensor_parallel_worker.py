@@ -16,11 +16,11 @@ from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 from test_rollout_engines import changed_weights
 
 from tapo_train.learner import distributed
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Sampling
 from tapo_train.rollout.hf_engine import HfEngine
+from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
 from tapo_train.types import Group

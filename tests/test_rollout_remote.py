@@ -31,10 +31,10 @@ from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine, turn_of
 
 from tapo_train.errors import AlignmentError, ConfigError, EngineError, EngineLostError
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.remote import server as server_module
 from tapo_train.rollout.remote import weight_stream
 from tapo_train.rollout.remote.carriers import FolderWeights

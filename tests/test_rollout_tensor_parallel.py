@@ -18,10 +18,10 @@ from scripted_engine import ScriptedEngine, turn_of
 
 from tapo_train.config import batch_arithmetic, load_recipe
 from tapo_train.errors import ConfigError, DataError, EngineError
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, GenerationRequest, Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.types import Group, Task
 

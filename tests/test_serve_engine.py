@@ -20,11 +20,11 @@ from process_environment import ROOT, environment
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 
 from tapo_train.__main__ import main
-from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.hf_engine import HfEngine
+from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.remote.carriers import StreamedWeights
 from tapo_train.rollout.remote.engine import RemoteEngine
 from tapo_train.rollout.remote.fleet import RemoteOptions

@@ -127,6 +127,10 @@ class MirroredEngine:
         """See `Engine.idle_s`."""
         return self._engine.idle_s()
 
+    def capacity_tokens(self) -> int | None:
+        """See `Engine.capacity_tokens`."""
+        return self._engine.capacity_tokens()
+
     def abort(self, ids: Sequence[str]) -> None:
         """See `Engine.abort`."""
         self._engine.abort(ids)
