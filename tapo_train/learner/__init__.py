@@ -3,6 +3,7 @@
     batch         rows -> packed micro-batches; the one place that shifts by one
     balance       which rank trains which rows: even work for all
     shape         a model's size as integers, and the FLOP it takes
+    memory        what an update takes of a device, computed
     layout        what batching must know of a model: special ids, patch size, positions
     attention     attention inside each trajectory of a packed sequence
     head          LM head on the trained positions, in chunks: log-probabilities [K]
