@@ -5,10 +5,10 @@ PY := .venv/bin/python
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench chaos docs clean
+.PHONY: help venv demo test check bench bench-gpu chaos docs clean
 
 help:  ## this menu
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
 
 venv:  ## make .venv (EXTRAS=gpu,dev for CUDA builds); instant when up to date
 	@scripts/setup_env.sh
@@ -27,6 +27,9 @@ check: venv  ## style, types and import rules
 
 bench: venv  ## measure speed and append to bench/results.jsonl
 	@set -e; for script in scripts/bench_*.py; do echo "== $$script"; $(PY) $$script; done
+
+bench-gpu: venv  ## measure an update of a 4 B model on a GPU (random weights)
+	$(PY) scripts/bench_gpu.py
 
 chaos: venv  ## train against search servers that misbehave, check it, write docs/reliability.md
 	@scripts/chaos.sh
