@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
+from engine_servers import serving, trainer_of
 from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task, teach_calls
 from transformers import AutoModelForImageTextToText
 
@@ -17,6 +18,7 @@ from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
 from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.limits import Limits
+from tapo_train.rollout.remote.engine import RemoteEngine
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
 from tapo_train.types import Trajectory
 
@@ -28,15 +30,18 @@ CACHE_BLOCK = 128
 """[tokens] largest unit in which vLLM reuses keys and values."""
 LIMITS = Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000)
 SAMPLING = Sampling(temperature=0.8)
+NAMES = ("fast", "slow", "served")
 
 
 @dataclass
 class Pair:
-    """Two engines over one folder of weights."""
+    """Engines over one folder of weights."""
 
     chat: ChatFormat
     fast: VllmEngine
     slow: HfEngine
+    served: RemoteEngine
+    """A second reference, behind a socket."""
 
 
 @pytest.fixture(scope="module", params=["tiny_qwen3_vl", "tiny_qwen2_5_vl"])
@@ -47,7 +52,11 @@ def pair(
     chat = ChatFormat(teach_calls(request.getfixturevalue(request.param), folder))
     options = VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=32, seeded=True)
     fast = VllmEngine(chat, options)
-    yield Pair(chat=chat, fast=fast, slow=HfEngine(chat))
+    with (
+        serving(HfEngine(chat), chat, max_tokens=1024) as server,
+        trainer_of([server], chat, run="r") as served,
+    ):
+        yield Pair(chat=chat, fast=fast, slow=HfEngine(chat), served=served)
     fast.close()
 
 
@@ -108,6 +117,9 @@ def require_agreement(pair: Pair) -> None:
         atol=AGREEMENT,
         rtol=0,
     )
+    np.testing.assert_array_equal(
+        pair.served.score(probe.tokens, probe.images), pair.slow.score(probe.tokens, probe.images)
+    )
 
 
 def changed_weights(chat: ChatFormat, *, seed: int) -> dict[str, torch.Tensor]:
@@ -129,7 +141,7 @@ def test_engines_agree_on_sampled_trajectories_before_and_after_three_weight_syn
     for version in (1, 2, 3):
         before = pair.fast.score(probe.tokens, probe.images)
         weights = changed_weights(pair.chat, seed=version)
-        for engine in (pair.fast, pair.slow):
+        for engine in (pair.fast, pair.slow, pair.served):
             engine.load_weights(weights.items(), version=version)
             assert engine.version == version
         after = pair.fast.score(probe.tokens, probe.images)
@@ -154,13 +166,15 @@ def test_logprobs_are_those_of_the_sampled_distribution_also_when_it_is_cut(pair
 
 def test_greedy_turns_are_the_same_on_both_engines(pair: Pair) -> None:
     requests = [request_for(pair.chat, sampling=Sampling(temperature=0))]
-    (fast,), (slow,) = serve(pair.fast, requests), serve(pair.slow, requests)
-    np.testing.assert_array_equal(fast.tokens, slow.tokens)
-    assert fast.finished == slow.finished
-    np.testing.assert_allclose(fast.logprobs, slow.logprobs, atol=AGREEMENT, rtol=0)
+    (slow,) = serve(pair.slow, requests)
+    for engine in (pair.fast, pair.served):
+        (found,) = serve(engine, requests)
+        np.testing.assert_array_equal(found.tokens, slow.tokens)
+        assert found.finished == slow.finished
+        np.testing.assert_allclose(found.logprobs, slow.logprobs, atol=AGREEMENT, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["fast", "slow"])
+@pytest.mark.parametrize("name", NAMES)
 def test_banned_tokens_are_never_sampled(pair: Pair, name: str) -> None:
     engine: Engine = getattr(pair, name)
     hot = Sampling(temperature=2.0, seed=1)
@@ -170,7 +184,7 @@ def test_banned_tokens_are_never_sampled(pair: Pair, name: str) -> None:
     assert not np.isin(tokens, pair.chat.banned_token_ids).any()
 
 
-@pytest.mark.parametrize("name", ["fast", "slow"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_seeded_request_is_the_same_in_any_company(pair: Pair, name: str) -> None:
     engine: Engine = getattr(pair, name)
     seeded = Sampling(temperature=1.0, seed=5)
@@ -191,8 +205,8 @@ def test_the_next_turn_reuses_the_keys_and_values_of_the_turns_before(pair: Pair
     longer = replace(request, tokens=np.concatenate([tokens, first.tokens]))
     (second,) = serve(pair.fast, [longer])
     assert second.cached_tokens > len(tokens) - 2 * CACHE_BLOCK
-    pair.fast.load_weights(changed_weights(pair.chat, seed=9).items(), version=9)
-    pair.slow.load_weights(changed_weights(pair.chat, seed=9).items(), version=9)
+    for engine in (pair.fast, pair.slow, pair.served):
+        engine.load_weights(changed_weights(pair.chat, seed=9).items(), version=9)
     (third,) = serve(pair.fast, [longer])
     assert third.cached_tokens == 0, "keys of old weights were reused"
 
@@ -210,7 +224,7 @@ def test_a_text_request_after_one_with_a_picture_has_its_own_positions(pair: Pai
     np.testing.assert_allclose(fast[1].logprobs, slow[1].logprobs, atol=AGREEMENT, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["fast", "slow"])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_are_refused_while_requests_are_in_flight(pair: Pair, name: str) -> None:
     engine: Engine = getattr(pair, name)
     request = request_for(pair.chat, sampling=SAMPLING)
@@ -232,8 +246,9 @@ def test_another_expansion_than_the_learners_is_refused_before_it_runs(pair: Pai
 
 def test_a_request_longer_than_the_engine_allows_is_refused(pair: Pair) -> None:
     request = replace(request_for(pair.chat, sampling=SAMPLING), max_tokens=1000)
-    with pytest.raises(EngineError, match="exceed max_model_len = 1024"):
-        pair.fast.submit(request)
+    for engine in (pair.fast, pair.served):
+        with pytest.raises(EngineError, match="exceed max_model_len = 1024"):
+            engine.submit(request)
 
 
 def test_incomplete_weights_are_refused_by_the_reference(pair: Pair) -> None:
