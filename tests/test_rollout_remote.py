@@ -7,7 +7,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -173,6 +173,32 @@ def test_an_answer_counts_once_and_only_from_the_server_that_was_asked(chat: Cha
         assert not remote.has_unfinished()
     assert completion.id == "t:0"
     np.testing.assert_array_equal(completion.tokens, written)
+
+
+def test_a_server_that_gave_a_request_back_is_not_believed_any_more(chat: ChatFormat) -> None:
+    def answers(text: str, *before: Failed) -> Callable[[Channel], None]:
+        def talk(channel: Channel) -> None:
+            say(channel, base_policy())
+            channel.receive()
+            for message in before:
+                say(channel, message)
+            written = chat.assistant(text)
+            body = written.astype("<i4").tobytes() + np.zeros(len(written), "<f4").tobytes()
+            time.sleep(0.1 if before else 0.5)
+            say(channel, Completed(id="t:0", finished="stop", cached_tokens=0), body)
+            channel.receive()
+
+        return talk
+
+    given_back = Failed(id="t:0", reason="policy", message="others sent me weights")
+    with (
+        impostor(chat, answers("first", given_back)) as first,
+        impostor(chat, answers("second")) as second,
+        trainer_of([first, second], chat) as remote,
+    ):
+        remote.submit(request_of(chat))
+        (completion,) = step_until(remote, 1)
+    np.testing.assert_array_equal(completion.tokens, chat.assistant("second"))
 
 
 def test_a_server_whose_engine_hangs_is_given_up(chat: ChatFormat) -> None:
