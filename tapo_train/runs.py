@@ -100,7 +100,7 @@ def make_parts(
     require_playable([*tasks, *validation], chat)
     policy = build.build_policy(recipe, chat)
     engine = build.build_engine(recipe, chat)
-    toolbox = build.build_toolbox(recipe)
+    toolbox = build.build_toolbox(recipe, decoder=chat.decoder)
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
     watch = build.build_watch(recipe)
@@ -182,7 +182,7 @@ def record_demonstrations(
             seed=seed,
             questions=recipe.sft.questions_per_world,
             chat=chat,
-            toolbox=lambda world: build.build_toolbox(recipe, world=world),
+            toolbox=lambda world: build.build_toolbox(recipe, world=world, decoder=chat.decoder),
             system_prompt=recipe.data.system_prompt,
         )
         able += faultless
@@ -203,7 +203,7 @@ def evaluate(
     chat = ChatFormat(Path(recipe.model.path))
     require_playable(questions, chat)
     engine = build.build_engine(recipe, chat)
-    play = build.build_play(recipe, engine, chat, build.build_toolbox(recipe))
+    play = build.build_play(recipe, engine, chat, build.build_toolbox(recipe, decoder=chat.decoder))
     reward = build.build_reward(recipe)
     groups = play(questions, rollouts=1, greedy=True, policy_version=0)
     trajectories = [t.with_reward(reward(t)) for group in groups for t in group.trajectories]

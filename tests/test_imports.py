@@ -28,7 +28,7 @@ LAYERS = (
 """From the bottom up; a module imports its own layer and those below."""
 
 DOORS = {
-    "vllm": {"rollout/vllm_engine.py"},
+    "vllm": {"rollout/vllm_engine.py", "rollout/vllm_inputs.py"},
     "deepspeed": {"learner/engine.py"},
     "httpx": {"tools/net.py"},
     "peft": {"learner/adapter.py"},

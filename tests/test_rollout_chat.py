@@ -154,12 +154,12 @@ class MiscountingProcessor:
 
 def test_damaged_bytes_name_the_picture(chat: ChatFormat) -> None:
     image = dataclasses.replace(draw_image(64, 96), data=b"\x89PNG nothing", sha256="damaged")
-    with pytest.raises(DataError, match="image damaged cannot be decoded"):
+    with pytest.raises(DataError, match="picture damaged cannot be decoded"):
         chat.rgb(image)
 
 
 def test_features_that_differ_from_the_promise_name_the_picture(chat: ChatFormat) -> None:
-    pixels = Pixels(MiscountingProcessor(chat.image_processor))
+    pixels = Pixels(MiscountingProcessor(chat.image_processor), chat.decoder)
     image = draw_image(64, 64)
     with pytest.raises(AlignmentError, match=f"{image.sha256[:12]} of 64x64 px.*promises 11"):
         pixels.process([image])

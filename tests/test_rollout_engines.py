@@ -11,6 +11,7 @@ import torch
 from engine_servers import serving, trainer_of
 from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task, teach_calls
 from transformers import AutoModelForImageTextToText
+from vllm.renderers.inputs.preprocess import parse_model_prompt
 
 from tapo_train.errors import AlignmentError, ConfigError, EngineError
 from tapo_train.rollout.chat import ChatFormat
@@ -237,11 +238,84 @@ def test_weights_are_refused_while_requests_are_in_flight(pair: Pair, name: str)
         engine.step()
 
 
-def test_another_expansion_than_the_learners_is_refused_before_it_runs(pair: Pair) -> None:
+def test_placeholders_that_do_not_fit_their_picture_are_refused_before_it_runs(
+    pair: Pair,
+) -> None:
     request = request_for(pair.chat, sampling=SAMPLING)
     wrong = replace(request, images=(draw_image(64, 64),))
-    with pytest.raises(AlignmentError, match=r"request r: .* at or after image 0 \(64x64 px\)"):
+    with pytest.raises(AlignmentError, match=r"request r: image 0 \(64x64 px\) has \d+ place"):
         pair.fast.submit(wrong)
+    with pytest.raises(AlignmentError, match="request r: 1 runs of image placeholders for 2"):
+        pair.fast.submit(replace(request, images=request.images * 2))
+    assert not pair.fast.has_unfinished()
+
+
+def test_the_engine_is_given_what_it_would_have_made_of_the_pictures_itself(pair: Pair) -> None:
+    """vLLM's own renderer, given one placeholder per picture and decoded pixels."""
+    chat, task = (
+        pair.chat,
+        replace(picture_task(), images=(draw_image(100, 80), draw_image(64, 90))),
+    )
+    tokens = chat.prompt(task, system_prompt=SYSTEM_PROMPT, tool_schemas=[])
+    engine = pair.fast._engine
+    prompt = {
+        "prompt_token_ids": chat.collapse(tokens),
+        "multi_modal_data": {"image": [chat.rgb(image) for image in task.images]},
+        "multi_modal_uuids": {"image": [image.sha256 for image in task.images]},
+    }
+    parsed = parse_model_prompt(engine.model_config, prompt)
+    renderer = engine.renderer
+    (theirs,) = renderer.render_cmpl([parsed], renderer.default_cmpl_tok_params.with_kwargs())
+    ours = pair.fast._inputs.build("r", tokens, task.images)
+    assert ours["prompt_token_ids"] == theirs["prompt_token_ids"]
+    assert ours["mm_hashes"] == theirs["mm_hashes"]
+    assert ours["mm_placeholders"] == theirs["mm_placeholders"]
+    for own, other in zip(ours["mm_kwargs"]["image"], theirs["mm_kwargs"]["image"], strict=True):
+        assert own.keys() == other.keys()
+        for key in own:
+            assert torch.equal(own[key].data, other[key].data), key
+
+
+def test_a_picture_is_processed_once_however_often_it_is_sent(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = request_for(pair.chat, sampling=SAMPLING)
+    fresh = draw_image(100, 80, seed=77)
+    renderer, rendered = pair.fast._engine.renderer, []
+    render = renderer.render_cmpl
+
+    def counted(prompts: list[object], parameters: object) -> object:
+        rendered.append(prompts)
+        return render(prompts, parameters)
+
+    monkeypatch.setattr(renderer, "render_cmpl", counted)
+    for id in "abc":
+        serve(pair.fast, [replace(request, id=id, images=(fresh,))])
+    assert len(rendered) == 1
+
+
+def test_an_aborted_request_is_not_returned_and_the_engine_goes_on(pair: Pair) -> None:
+    for id in ("kept", "dropped"):
+        pair.fast.submit(request_for(pair.chat, id=id, sampling=SAMPLING))
+    pair.fast.step()
+    pair.fast.abort(["dropped", "never there"])
+    done: list[Completion] = []
+    while pair.fast.has_unfinished():
+        done += pair.fast.step()
+    assert [completion.id for completion in done] == ["kept"]
+    pair.fast.submit(request_for(pair.chat, id="dropped", sampling=SAMPLING))
+    pair.fast.abort(["dropped"])
+    assert not pair.fast.has_unfinished()
+    pair.slow.submit(request_for(pair.chat, id="dropped", sampling=SAMPLING))
+    pair.slow.abort(["dropped"])
+    assert not pair.slow.has_unfinished()
+
+
+def test_the_engine_knows_how_many_tokens_it_holds(pair: Pair) -> None:
+    held = pair.fast.capacity_tokens()
+    assert held is not None and held > 1024
+    assert held % 32 == 0, "whole blocks"
+    assert pair.slow.capacity_tokens() is None
 
 
 def test_a_request_longer_than_the_engine_allows_is_refused(pair: Pair) -> None:

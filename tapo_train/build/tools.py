@@ -20,13 +20,16 @@ from tapo_train.tools.replay import ReplayTool
 from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
 
 
-def build_toolbox(recipe: Recipe, *, world: Path | None = None) -> Toolbox:
+def build_toolbox(
+    recipe: Recipe, *, world: Path | None = None, decoder: ImageDecoder | None = None
+) -> Toolbox:
     """The tools the recipe names, in its order.
 
     Args:
         world: a world's folder, whose indexes take the place of the recipe's back ends.
+        decoder: the policy's, so that a picture is decoded once for both; None makes one.
     """
-    tools, decoder = recipe.tools, ImageDecoder()
+    tools, decoder = recipe.tools, decoder or ImageDecoder()
     image_index, corpus = tools.image_index, tools.corpus
     remote = {} if world is not None else build_remote_tools(recipe)
     if world is not None:

@@ -26,6 +26,7 @@ from tapo_train.errors import AlignmentError, RolloutError
 from tapo_train.rollout.byte_text import ByteText, DecodedText
 from tapo_train.rollout.pixels import Pixels
 from tapo_train.rollout.template import ChatTemplate, Message, Schema
+from tapo_train.tools.images import ImageDecoder
 from tapo_train.types import Image, Observation, Task
 
 Tokens = npt.NDArray[np.int32]
@@ -61,7 +62,9 @@ class ChatFormat:
         self._plain = _plain_tokenizer(self._tokenizer)
         self._text = ByteText(self._tokenizer)
         self.image_processor: Any = self._processor.image_processor
-        self._pixels = Pixels(self.image_processor)
+        self.decoder = ImageDecoder()
+        """Decodes every picture of this process, for policy and tools."""
+        self._pixels = Pixels(self.image_processor, self.decoder)
         self.template = ChatTemplate(self._render, end=END, placeholder=PLACEHOLDER)
         self.end_token_id = self._control_id(END)
         self.image_token_id = self._control_id(PLACEHOLDER)

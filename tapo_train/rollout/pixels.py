@@ -1,12 +1,11 @@
 """Encoded pictures → what the vision tower eats, each picture once.
 
-Both caches are bounded and keyed by the picture's sha256, so a picture that is shared
+The cache is bounded and keyed by the picture's sha256, so a picture that is shared
 by the trajectories of a group, or re-sent every turn, is decoded and processed once.
 """
 
 from __future__ import annotations
 
-import io
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,9 +14,8 @@ from typing import Any, Generic, TypeVar
 import PIL.Image
 import torch
 
-from tapo_train.data.images import FORMATS
-from tapo_train.errors import AlignmentError, DataError
-from tapo_train.tools.images import on_white
+from tapo_train.errors import AlignmentError, DataError, ToolError
+from tapo_train.tools.images import ImageDecoder
 from tapo_train.types import Image
 
 Value = TypeVar("Value")
@@ -43,6 +41,11 @@ class RecentlyUsed(Generic[Value]):
             self._held -= self._entries.popitem(last=False)[1][1]
         return value
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries.clear()
+        self._held = 0
+
     def __len__(self) -> int:
         return len(self._entries)
 
@@ -52,13 +55,16 @@ class Pixels:
 
     Args:
         image_processor: of the model folder; its size limits decide the grid.
-        cache_bytes: for decoded pictures and for processed ones, each.
+        decoder: the one of this process, which the tools use as well.
+        cache_bytes: for processed pictures.
     """
 
-    def __init__(self, image_processor: Any, *, cache_bytes: int = 512 * 2**20) -> None:
+    def __init__(
+        self, image_processor: Any, decoder: ImageDecoder, *, cache_bytes: int = 512 * 2**20
+    ) -> None:
         self._processor = image_processor
         self._merge = int(image_processor.merge_size) ** 2
-        self._decoded: RecentlyUsed[PIL.Image.Image] = RecentlyUsed(limit_bytes=cache_bytes)
+        self._decoder = decoder
         self._processed: RecentlyUsed[tuple[torch.Tensor, torch.Tensor]] = RecentlyUsed(
             limit_bytes=cache_bytes
         )
@@ -78,7 +84,16 @@ class Pixels:
 
     def rgb(self, image: Image) -> PIL.Image.Image:
         """The decoded picture; transparency becomes white."""
-        return self._decoded.get(image.sha256, partial(_decode, image))
+        try:
+            rgb = self._decoder.decode(image)
+        except ToolError as error:
+            raise DataError(str(error)) from error
+        if rgb.size != (image.width, image.height):
+            raise AlignmentError(
+                f"image {image.sha256[:12]} decodes to {rgb.width}x{rgb.height} px; "
+                f"its record says {image.width}x{image.height}"
+            )
+        return rgb
 
     def process(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
         """`pixel_values` [sum of patches, D] and `image_grid_thw` [N, 3]; {} without pictures.
@@ -104,18 +119,3 @@ class Pixels:
                 f"features (grid {grid[0].tolist()}); its size promises {wanted}"
             )
         return (values, grid), values.numel() * values.element_size()
-
-
-def _decode(image: Image) -> tuple[PIL.Image.Image, int]:
-    name = f"image {image.sha256[:12]}"
-    try:
-        with PIL.Image.open(io.BytesIO(image.data), formats=FORMATS) as opened:
-            rgb = on_white(opened)
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{name} cannot be decoded: {error}") from error
-    if rgb.size != (image.width, image.height):
-        raise AlignmentError(
-            f"{name} decodes to {rgb.width}x{rgb.height} px; "
-            f"its record says {image.width}x{image.height}"
-        )
-    return rgb, rgb.width * rgb.height * 3

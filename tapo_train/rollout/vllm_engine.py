@@ -1,8 +1,6 @@
 """vLLM inside this process: no server, no worker processes, direct weight hand-over.
 
-What vLLM is given and what the learner sees are the same token sequence in two
-spellings: vLLM wants ONE placeholder per picture and expands it itself. The expansion
-it arrived at is compared with ours when the request is submitted.
+vLLM is given the very ids the learner sees, placeholders expanded (`vllm_inputs.py`).
 """
 
 from __future__ import annotations
@@ -26,9 +24,10 @@ import vllm
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
-from tapo_train.errors import AlignmentError, EngineError
+from tapo_train.errors import EngineError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
+from tapo_train.rollout.vllm_inputs import InputBuilder
 from tapo_train.types import Image
 
 if TYPE_CHECKING:
@@ -88,6 +87,7 @@ class VllmEngine:
             warnings.simplefilter("ignore", FutureWarning)
             self._llm: Any = vllm.LLM(**_arguments(chat, options))
         self._engine: Any = self._llm.llm_engine
+        self._inputs = InputBuilder(chat, self._engine)
         self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
         self._in_flight: dict[str, GenerationRequest] = {}
         self.version = 0
@@ -180,6 +180,8 @@ class VllmEngine:
             flat_logprobs=True,
             detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
+            # Made for this request alone; copying the bans is half of what submitting costs.
+            skip_clone=True,
         )
 
     def _add(
@@ -189,15 +191,7 @@ class VllmEngine:
         images: Sequence[Image],
         parameters: SamplingParams,
     ) -> None:
-        prompt: dict[str, Any] = {"prompt_token_ids": self._chat.collapse(tokens)}
-        if images:
-            prompt["multi_modal_data"] = {"image": [self._chat.rgb(image) for image in images]}
-            prompt["multi_modal_uuids"] = {"image": [image.sha256 for image in images]}
-        internal = self._engine.add_request(id, prompt, parameters)
-        state = self._engine.output_processor.request_states[internal]
-        theirs = np.asarray(state.prompt_token_ids, dtype=np.int32)
-        if not np.array_equal(tokens, theirs):
-            raise _misaligned(id, tokens, theirs, images, self._chat.image_token_id)
+        self._engine.add_request(id, self._inputs.build(id, tokens, images), parameters)
 
     def _completion(self, output: Any) -> Completion:
         request = self._in_flight.pop(output.request_id, None)
@@ -234,6 +228,8 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "limit_mm_per_prompt": {"image": options.max_images, "video": 0},
         "logprobs_mode": "processed_logprobs",
         "enable_prefix_caching": True,
+        # Processed pictures are kept by `InputBuilder`, and once is enough.
+        "mm_processor_cache_gb": 0,
         # The folder's generation_config must not change the sampled distribution.
         "generation_config": "vllm",
         "use_tqdm_on_load": False,
@@ -264,24 +260,3 @@ def _give_llvmlite_a_namespace() -> None:
     ffi: Any = sys.modules.get("llvmlite.binding.ffi")
     if ffi is not None:
         ffi.lib._fntab.setdefault("__dict__", {})
-
-
-def _misaligned(
-    id: str,
-    ours: npt.NDArray[np.int32],
-    theirs: npt.NDArray[np.int32],
-    images: Sequence[Image],
-    placeholder: int,
-) -> AlignmentError:
-    """What differs between the learner's tokens and what vLLM made of them."""
-    shared = min(len(ours), len(theirs))
-    differs = np.flatnonzero(ours[:shared] != theirs[:shared])
-    at = int(differs[0]) if len(differs) else shared
-    is_placeholder = ours[: at + 1] == placeholder
-    begun = int((is_placeholder[1:] & ~is_placeholder[:-1]).sum())
-    near = f"image {begun - 1} ({images[begun - 1].width}x{images[begun - 1].height} px)"
-    return AlignmentError(
-        f"request {id}: vLLM expanded the pictures to {len(theirs)} tokens, the learner to "
-        f"{len(ours)}; they differ first at position {at}, "
-        f"at or after {near if begun else 'no image'}"
-    )

@@ -24,6 +24,7 @@ class ImageDecoder:
     def __init__(self, *, cache_pixels: int = _CACHE_PIXELS) -> None:
         self._cache_pixels = cache_pixels
         self._cached: OrderedDict[str, PilImage.Image] = OrderedDict()
+        self._pixels = 0
         self._lock = threading.Lock()
 
     def decode(self, image: Image) -> PilImage.Image:
@@ -42,13 +43,13 @@ class ImageDecoder:
         except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
             raise ToolError(f"picture {image.sha256[:12]} cannot be decoded: {error}") from error
         with self._lock:
-            self._cached[image.sha256] = pixels
-            while len(self._cached) > 1 and self._pixels() > self._cache_pixels:
-                self._cached.popitem(last=False)
+            if image.sha256 not in self._cached:
+                self._cached[image.sha256] = pixels
+                self._pixels += pixels.width * pixels.height
+            while len(self._cached) > 1 and self._pixels > self._cache_pixels:
+                _, oldest = self._cached.popitem(last=False)
+                self._pixels -= oldest.width * oldest.height
         return pixels
-
-    def _pixels(self) -> int:
-        return sum(image.width * image.height for image in self._cached.values())
 
 
 def on_white(picture: PilImage.Image) -> PilImage.Image:

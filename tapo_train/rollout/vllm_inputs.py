@@ -1,0 +1,96 @@
+"""Our token sequences and pictures as vLLM's processed engine input.
+
+Given a prompt, vLLM would look for the placeholders, expand them, and look up and merge the
+pictures of the whole history each turn. All of that is known here: placeholders are expanded
+and a picture's name is its sha256. So vLLM's own processor sees each picture once, alone, and
+a turn costs a list of its ids and one lookup per picture.
+
+(The learner's processed pixels cannot be handed over: vLLM moves the normalisation of some
+models into the vision tower.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from vllm.inputs.engine import mm_input, tokens_input
+from vllm.multimodal.inputs import MultiModalKwargsItems, PlaceholderRange
+from vllm.renderers.inputs.preprocess import parse_model_prompt
+
+from tapo_train.errors import AlignmentError
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.pixels import RecentlyUsed
+from tapo_train.types import Image
+
+HELD_BYTES = 512 * 2**20
+"""Of processed pictures; one that was thrown out is processed again."""
+
+
+class InputBuilder:
+    """Builds engine inputs for one engine.
+
+    Args:
+        engine: vLLM's `LLMEngine`, whose renderer processes new pictures.
+    """
+
+    def __init__(self, chat: ChatFormat, engine: Any) -> None:
+        self._chat = chat
+        self._config = engine.model_config
+        self._renderer = engine.renderer
+        self._features: RecentlyUsed[tuple[Any, int]] = RecentlyUsed(limit_bytes=HELD_BYTES)
+
+    def build(self, id: str, tokens: npt.NDArray[np.int32], images: Sequence[Image]) -> Any:
+        """The input of request `id`: expanded ids, features, and where they belong.
+
+        Raises:
+            AlignmentError: placeholders and features of a picture differ in number.
+        """
+        starts, lengths = _runs(tokens == self._chat.image_token_id)
+        if len(starts) != len(images):
+            raise AlignmentError(
+                f"request {id}: {len(starts)} runs of image placeholders for {len(images)} images"
+            )
+        if not images:
+            return tokens_input(tokens.tolist())
+        features = [self._features.get(i.sha256, partial(self._process, i)) for i in images]
+        for number, (image, length) in enumerate(zip(images, lengths, strict=True)):
+            if length != features[number][1]:
+                raise AlignmentError(
+                    f"request {id}: image {number} ({image.width}x{image.height} px) has {length} "
+                    f"placeholders at position {starts[number]} and {features[number][1]} features"
+                )
+        places = [
+            PlaceholderRange(offset=start, length=length)
+            for start, length in zip(starts, lengths, strict=True)
+        ]
+        return mm_input(
+            tokens.tolist(),
+            mm_kwargs=MultiModalKwargsItems({"image": [item for item, _ in features]}),
+            mm_hashes={"image": [image.sha256 for image in images]},
+            mm_placeholders={"image": places},
+        )
+
+    def _process(self, image: Image) -> tuple[tuple[Any, int], int]:
+        """vLLM's item for a picture with its number of placeholders; and its bytes."""
+        prompt = {
+            "prompt_token_ids": [self._chat.image_token_id],
+            "multi_modal_data": {"image": [self._chat.rgb(image)]},
+            "multi_modal_uuids": {"image": [image.sha256]},
+        }
+        parameters = self._renderer.default_cmpl_tok_params.with_kwargs()
+        parsed = parse_model_prompt(self._config, prompt)
+        (rendered,) = self._renderer.render_cmpl([parsed], parameters)
+        (item,) = rendered["mm_kwargs"]["image"]
+        size = sum(element.data.nbytes for element in item.values())
+        return (item, len(rendered["prompt_token_ids"])), size
+
+
+def _runs(mask: npt.NDArray[np.bool_]) -> tuple[list[int], list[int]]:
+    """Start and length of every run of True."""
+    edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
+    starts, ends = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
+    return starts.tolist(), (ends - starts).tolist()
