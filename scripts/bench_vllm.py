@@ -8,7 +8,8 @@ slower; 128 trajectories are under way at a time.
 C3.prefix: prompt tokens served from the prefix cache, as a share of what an endless cache with
 vLLM's blocks would have served: the longest run of whole blocks that an earlier request of the
 run had, tokens and pictures alike, but never a whole request.
-vllm.busy: time inside `step` over the wall time of the rollout.
+vllm.busy: time inside `step` over the wall time of the rollout; with_input adds `submit`, in
+which vLLM processes new pictures and checks requests.
 vllm.throughput: sampled tokens per second, over those of vLLM's own `generate` when it is given
 the same trajectories as single turns: all tokens that were not sampled and all pictures as the
 prompt, as many tokens to sample. Same prefill, same decode, no turns; both start with cold
@@ -249,7 +250,7 @@ def measure(arguments: argparse.Namespace, world: Path) -> list[Measure]:
     )
     engine = VllmEngine(chat, options)
     rollout(recipe, engine, chat, slow, tasks[:2], 0)
-    busy, ratio, hits, once = [], [], [], []
+    busy, engine_s, ratio, hits, once = [], [], [], [], []
     for pair in range(arguments.pairs):
         played = rollout(recipe, engine, chat, slow, tasks, pair + 1)
         distinct = {i.sha256 for t in played.trajectories for i in t.images}
@@ -263,6 +264,7 @@ def measure(arguments: argparse.Namespace, world: Path) -> list[Measure]:
         cached = sum(completion.cached_tokens for completion in watched.completions)
         best = ideal_hits(watched.requests, watched.completions, placeholder=chat.image_token_id)
         busy.append(watched.step_s / played.wall_s)
+        engine_s.append((watched.step_s + watched.submit_s) / played.wall_s)
         ratio.append(alone_s / played.wall_s)
         hits.append(cached / best)
         print(
@@ -272,28 +274,14 @@ def measure(arguments: argparse.Namespace, world: Path) -> list[Measure]:
             f"in {watched.steps}, submit {watched.submit_s:.2f} s; generate {alone_s:.2f} s",
             flush=True,
         )
-    print(where_hits_are_lost(played, chat.image_token_id))
     engine.close()
     return [
         result("C3.prefix", hits, "of the ideal hits", 0.9),
         result("C7", once, "pictures processed per distinct one", 1.0, peer="6.9: TRL, 8 turns"),
-        result("vllm.busy", busy, "of the wall time", 0.85, peer="idle or orchestrating: the rest"),
+        result("vllm.busy", busy, "of the wall time in step", 0.85),
+        result("vllm.busy.with_input", engine_s, "of the wall time in step or submit", 0.85),
         result("vllm.throughput", ratio, "of generate's tokens/s", 0.8, peer="vLLM's generate"),
     ]
-
-
-def where_hits_are_lost(played: Played, placeholder: int) -> dict[str, int]:
-    """Tokens the ideal cache served and vLLM's did not, by turn of the trajectory."""
-    watched = played.watched
-    done = {completion.id: completion for completion in watched.completions}
-    lost: dict[str, int] = {}
-    for count, request in enumerate(watched.requests):
-        best = ideal_hits(
-            watched.requests[: count + 1], watched.completions, placeholder=placeholder
-        ) - ideal_hits(watched.requests[:count], watched.completions, placeholder=placeholder)
-        turn = "turn " + request.id.rpartition(":")[2]
-        lost[turn] = lost.get(turn, 0) + best - done[request.id].cached_tokens
-    return lost
 
 
 def result(id: str, values: list[float], unit: str, target: float, peer: str = "") -> Measure:

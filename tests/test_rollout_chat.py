@@ -16,7 +16,7 @@ from rollout_world import HOSTILE, SYSTEM_PROMPT, draw_image, draw_toolbox, pict
 from tapo_train.errors import AlignmentError, DataError, RolloutError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.pixels import Pixels, RecentlyUsed
-from tapo_train.tools.images import image_from_bytes
+from tapo_train.tools.images import ImageDecoder, image_from_bytes
 from tapo_train.types import Observation
 
 CONTROL = (
@@ -220,3 +220,18 @@ def test_a_saved_processor_gives_the_same_format(chat: ChatFormat, tmp_path: Pat
         again.prompt(task, system_prompt="", tool_schemas=schemas),
         chat.prompt(task, system_prompt="", tool_schemas=schemas),
     )
+
+
+def test_tools_and_policy_share_one_decoded_picture(chat: ChatFormat) -> None:
+    image = draw_image(80, 72, seed=6)
+    assert chat.decoder.decode(image) is chat.rgb(image)
+
+
+def test_the_decoder_forgets_the_oldest_picture_when_it_holds_too_many_pixels() -> None:
+    decoder = ImageDecoder(cache_pixels=2 * 64 * 64)
+    kept, oldest, newest = (draw_image(64, 64, seed=seed) for seed in (1, 2, 3))
+    first, second = decoder.decode(kept), decoder.decode(oldest)
+    assert decoder.decode(kept) is first
+    decoder.decode(newest)
+    assert decoder.decode(kept) is first, "used last but one"
+    assert decoder.decode(oldest) is not second
