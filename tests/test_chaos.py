@@ -56,6 +56,7 @@ def test_a_run_whose_search_servers_misbehave_ends_and_trains_on_no_failure(
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     settings = {"PYTHON": sys.executable, "WORLD": str(small_world), "KINDS": "faults"}
+    settings |= {"CHAOS_EVERY": "2", "CHAOS_DIES_AT": "40"}
     done = subprocess.run(
         ["scripts/chaos.sh", str(tmp_path / "chaos"), "2", "1"],
         cwd=ROOT,
@@ -68,5 +69,5 @@ def test_a_run_whose_search_servers_misbehave_ends_and_trains_on_no_failure(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "0 of them touched loss" in done.stdout
     assert "tried to leave the machine: 0" in done.stdout
-    for event in ("| killed | 1 |", "| refused: a private address |", "| infra_error: HTTP 5xx |"):
-        assert event in done.stdout
+    assert "| killed | 1 |" in done.stdout and "| ok |" in done.stdout
+    assert "| refused: " in done.stdout and "| infra_error: a connection that" in done.stdout
