@@ -21,6 +21,7 @@ from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.warnings import Watch
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
+from tapo_train.rollout_audit import RolloutAudit
 from tapo_train.types import Group, Image, Task
 
 Floats = npt.NDArray[np.float64]
@@ -114,6 +115,7 @@ class Parts:
     engine: Engine
     play: Play
     reward: RewardFunction
+    audit: RolloutAudit
     advantage: AdvantageFunction
     credit: CreditAssigner
     exchange: Exchange

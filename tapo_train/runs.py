@@ -111,6 +111,7 @@ def make_parts(
         engine=engine,
         play=build.build_play(recipe, engine, chat, toolbox),
         reward=build.build_reward(recipe),
+        audit=build.build_audit(recipe, toolbox, folder.spending),
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
         exchange=build.build_exchange(recipe, policy),

@@ -8,7 +8,7 @@ stage is `NoTransfer`, no importance correction is `uncorrected`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult, token_advantages
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
-from tapo_train.errors import ProbeError
+from tapo_train.errors import ProbeError, ToolBudgetError
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import MicroBatch, TrainingRow, pack
 from tapo_train.parts import Floats, Parts, Schedule
@@ -48,6 +48,7 @@ class Trainer:
     def __init__(self, parts: Parts, schedule: Schedule) -> None:
         self._parts = parts
         self._schedule = schedule
+        self._first = 0
 
     def fit(self, open_sinks: Callable[[int], Sequence[Sink]]) -> None:
         """Resume if there is something to resume, train, validate, save.
@@ -56,6 +57,7 @@ class Trainer:
             open_sinks: makes the sinks, told the first step that will be done.
         """
         schedule, first = self._schedule, self._resume()
+        self._first = first
         # Opening the sinks checks that the folder holds this very run, so before deleting.
         sinks = open_sinks(first)
         distributed.barrier()
@@ -72,7 +74,12 @@ class Trainer:
     def _one(self, step: int, sinks: Sequence[Sink]) -> None:
         """A step with what belongs to it: validation, warnings, log, checkpoint."""
         schedule = self._schedule
-        metrics = self.step(step)
+        before = self._state(step - 1)
+        try:
+            metrics = self.step(step)
+        except ToolBudgetError:
+            self._keep_before(step, before)
+            raise
         if schedule.eval_every and _is_due(step, schedule.eval_every, schedule.steps):
             metrics |= self.validate(step + 1)
         metrics |= self._parts.watch.observe(metrics)
@@ -81,6 +88,12 @@ class Trainer:
             self._parts.checkpoints.save(step, self._state(step), metrics.get("eval/accuracy"))
         self._parts.watch.check()
 
+    def _keep_before(self, step: int, state: Mapping[str, Any]) -> None:
+        """Save what was learned before a step that cannot be done, unless it is saved."""
+        every = self._schedule.save_every
+        if step > self._first and not (every > 0 and step % every == 0):
+            self._parts.checkpoints.save(step - 1, state, None)
+
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
         watch = Stopwatch()
@@ -88,6 +101,8 @@ class Trainer:
             groups, questions = self._rollout(step)
         with watch("reward"):
             groups = self._score(groups)
+        with watch("audit"):
+            audited = self._parts.audit(groups)
         with watch("advantage"):
             batch = self._advantages(groups, questions)
         with watch("credit"):
@@ -100,7 +115,7 @@ class Trainer:
             drift = self._sync(step + 1)
         with watch("dump"):
             self._dump(step, batch, credit)
-        return step_metrics(
+        return audited | step_metrics(
             groups,
             advantages=batch.advantages,
             credit_sums=credit.sums,
@@ -118,6 +133,7 @@ class Trainer:
         groups = self._score(
             parts.play(mine, rollouts=1, greedy=True, policy_version=policy_version)
         )
+        parts.audit.settle()
         return evaluation_metrics([t for group in groups for t in group.trajectories])
 
     def _resume(self) -> int:

@@ -20,7 +20,7 @@ LAYERS = (
     {"algos", "credit", "data", "tiny", "tools", "world"},
     {"learner", "report", "rewards", "rollout"},
     {"recipe", "config_errors", "config"},
-    {"demonstrate", "parts", "resume", "step_metrics", "trainer", "warm_start"},
+    {"demonstrate", "parts", "resume", "rollout_audit", "step_metrics", "trainer", "warm_start"},
     {"build"},
     {"runs"},
     {"commands", "doctor", "doctor_checks", "__main__", "__init__"},

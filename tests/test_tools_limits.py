@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from decimal import Decimal
 
 import pytest
 from process_environment import ROOT, environment
@@ -196,13 +197,13 @@ def test_each_attempt_is_paid_and_what_a_store_answered_is_not() -> None:
 
 def test_a_call_that_the_purse_cannot_pay_for_is_not_made() -> None:
     ledger, tool = Ledger(), SlowTool(0.01)
-    ledger.fill(0.3)
+    ledger.fill(Decimal("0.3"))
     box = box_of(tool, ledger, price=0.1)
     seen = calls(box, 5)
-    assert (tool.calls, ledger.spent, ledger.is_exhausted) == (3, 0.3, True)
+    assert (tool.calls, ledger.spent, ledger.is_exhausted) == (3, Decimal("0.3"), True)
     assert [answer.outcome for answer in seen] == [Outcome.OK] * 3 + [Outcome.INFRA_ERROR] * 2
-    ledger.fill(0.1)
-    assert (ledger.spent, ledger.is_exhausted) == (0.0, False)
+    ledger.fill(Decimal("0.1"))
+    assert (ledger.spent, ledger.is_exhausted) == (0, False)
     ledger.charge(0.1)
     with pytest.raises(ToolBudgetError, match=r"a call for 0\.1 is not made: 0\.1 is spent"):
         ledger.charge(0.1)

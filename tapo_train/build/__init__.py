@@ -19,11 +19,12 @@ from tapo_train.build.learner import (
 )
 from tapo_train.build.rollout import build_engine, build_engine_server, build_play
 from tapo_train.build.schedule import build_schedule, build_watch
-from tapo_train.build.tools import build_toolbox
+from tapo_train.build.tools import build_audit, build_toolbox
 
 __all__ = [
     "DEVICE",
     "build_advantage",
+    "build_audit",
     "build_correction",
     "build_credit",
     "build_engine",

@@ -9,6 +9,8 @@ from tapo_train.build.remote_tools import build_remote_tools
 from tapo_train.config import Recipe
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import tools as recipe_tools
+from tapo_train.rollout.failures import FailureBudget
+from tapo_train.rollout_audit import RolloutAudit
 from tapo_train.tools.base import Tool, Toolbox
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
@@ -62,6 +64,20 @@ def _replayed(made: Sequence[Tool], recipe: Recipe) -> list[Tool]:
     folder = Path(recipe.tools.recording or Path(recipe.run.dir) / "recording")
     recording = Recording(folder, must_exist=mode == "replay")
     return [ReplayTool(tool, recording, mode) for tool in made]
+
+
+def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudit:
+    """The budgets of a run.
+
+    Args:
+        spending: the file that keeps what tool calls have cost.
+    """
+    return RolloutAudit(
+        toolbox.ledger,
+        failures=FailureBudget(recipe.rollout.max_failed_fraction),
+        budget=recipe.tools.budget,
+        file=spending,
+    )
 
 
 def _limits(chosen: recipe_tools.ToolLimits) -> ToolLimits:

@@ -44,16 +44,16 @@ class Ledger:
         self.is_exhausted = False
         """Whether a call was not made because the purse could not pay for it."""
 
-    def fill(self, amount: float) -> None:
+    def fill(self, amount: Decimal) -> None:
         """Let the calls until the next `fill` cost `amount` together."""
-        self._purse = _exactly(amount)
+        self._purse = amount
         self._taken = Decimal(0)
         self.is_exhausted = False
 
     @property
-    def spent(self) -> float:
+    def spent(self) -> Decimal:
         """Since the last `fill`, calls included that ended with their trajectory."""
-        return float(self._taken)
+        return self._taken
 
     def charge(self, price: float) -> None:
         """Take the price of an attempt that is about to be made.

@@ -1,0 +1,113 @@
+"""How many trajectories failed outside the policy, and when that ends the run.
+
+A failed trajectory leaves loss and baseline, so a run whose tools are down goes on without
+noticing: it learns from ever fewer trajectories. The failure budget stops it, with the words of
+the tool that failed most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from tapo_train.errors import RolloutError
+from tapo_train.types import Outcome, ToolCall, Trajectory
+
+__all__ = ["FEWEST", "FailureBudget", "Failures", "failures_of"]
+
+FEWEST = 32
+"""Fewer trajectories are not judged: in a batch of four, one hiccup would be a quarter."""
+
+_MESSAGE_CHARS = 300
+_MESSAGES = 20
+"""Kept per rank; servers that put a request's number into each message make many."""
+
+_HARMLESS = (Outcome.OK, Outcome.MODEL_ERROR)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failures:
+    """Counts of one step; those of several ranks or steps add up."""
+
+    trajectories: int = 0
+    failed: int = 0
+    """Trajectories that left loss and baseline."""
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Calls that the tools' side failed, by (tool, outcome), in any trajectory."""
+    messages: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """What was said about the calls that ended a trajectory, by (tool, text)."""
+
+    def __add__(self, other: Failures) -> Failures:
+        return Failures(
+            trajectories=self.trajectories + other.trajectories,
+            failed=self.failed + other.failed,
+            calls=self.calls + other.calls,
+            messages=self.messages + other.messages,
+        )
+
+
+def failures_of(trajectories: Sequence[Trajectory]) -> Failures:
+    """Count the failures of `trajectories`."""
+    failed = [trajectory for trajectory in trajectories if trajectory.failed_outside_policy]
+    blamed = [call for call in _calls(trajectories) if call.outcome not in _HARMLESS]
+    said = Counter(
+        (call.name, call.observation.text[:_MESSAGE_CHARS])
+        for call in _calls(failed)
+        if call.outcome not in _HARMLESS and call.observation is not None
+    )
+    return Failures(
+        trajectories=len(trajectories),
+        failed=len(failed),
+        calls=Counter((call.name, call.outcome.value) for call in blamed),
+        messages=Counter(dict(said.most_common(_MESSAGES))),
+    )
+
+
+def _calls(trajectories: Iterable[Trajectory]) -> list[ToolCall]:
+    return [call for t in trajectories for turn in t.turns for call in turn.calls]
+
+
+class FailureBudget:
+    """Ends a run in which too many trajectories fail outside the policy.
+
+    Judged are the trajectories of the step; where those are fewer than FEWEST, the steps
+    before it are added until there are as many. A run that is resumed begins to count anew.
+
+    Args:
+        max_fraction: largest share that is borne; 1 bears everything.
+    """
+
+    def __init__(self, max_fraction: float) -> None:
+        self._most = max_fraction
+        self._steps: deque[Failures] = deque()
+
+    def check(self, step: Failures) -> None:
+        """Count a step of all ranks.
+
+        Raises:
+            RolloutError: more than the share failed; quotes the most frequent message.
+        """
+        self._steps.append(step)
+        while self._held(skip=1) >= FEWEST:
+            self._steps.popleft()
+        seen = sum(self._steps, start=Failures())
+        if seen.trajectories >= FEWEST and seen.failed > self._most * seen.trajectories:
+            raise RolloutError(self._report(seen))
+
+    def _held(self, *, skip: int) -> int:
+        return sum(step.trajectories for step in list(self._steps)[skip:])
+
+    def _report(self, seen: Failures) -> str:
+        counts = ", ".join(
+            f"{tool}: {count} {outcome}" for (tool, outcome), count in seen.calls.most_common(8)
+        )
+        words = "no tool said why"
+        if seen.messages:
+            (tool, text), count = seen.messages.most_common(1)[0]
+            words = f"most often ({count} times) {tool} said: {text!r}"
+        return (
+            f"rollout.max_failed_fraction: {seen.failed} of the last {seen.trajectories} "
+            f"trajectories failed outside the policy, wanted at most {self._most:g} of them; "
+            f"calls that failed: {counts or 'none'}; {words}"
+        )

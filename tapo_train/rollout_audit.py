@@ -1,0 +1,110 @@
+"""After each rollout: what the tools did, and whether the run may go on. All ranks agree.
+
+Both budgets are judged over all ranks in one exchange, so that no rank stops alone and leaves
+the others waiting in a collective.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from tapo_train.errors import DataError, ToolBudgetError
+from tapo_train.learner import distributed
+from tapo_train.report.files import write_atomically
+from tapo_train.report.tool_metrics import tool_metrics
+from tapo_train.rollout.failures import FailureBudget, Failures, failures_of
+from tapo_train.tools.ledger import Ledger
+from tapo_train.tools.threads import THREADS
+from tapo_train.types import Group
+
+__all__ = ["RolloutAudit"]
+
+
+class RolloutAudit:
+    """Gathers the ledgers of all ranks, and holds the budgets of failures and of money.
+
+    What is spent is kept in a file of the run folder and not in the checkpoint: money spent
+    after the last checkpoint is spent too. Each rank gets an equal share of the rest before a
+    rollout, so the budget cannot be overdrawn between two exchanges.
+
+    Args:
+        ledger: of this rank's toolbox.
+        failures: how many trajectories may fail.
+        budget: what a whole run may spend; None: anything.
+        file: where rank 0 keeps the sum.
+    """
+
+    def __init__(
+        self, ledger: Ledger, *, failures: FailureBudget, budget: float | None, file: Path
+    ) -> None:
+        self._ledger = ledger
+        self._failures = failures
+        self._budget = None if budget is None else Decimal(repr(budget))
+        self._file = file
+        self._spent = _read(file)
+        self._refill()
+
+    def __call__(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Metrics of the tools in a rollout of all ranks; every rank calls it.
+
+        Args:
+            groups: this rank's, scored.
+
+        Raises:
+            RolloutError: too many trajectories failed outside the policy.
+            ToolBudgetError: a call was not made because the budget could not pay for it.
+        """
+        trajectories = [t for group in groups for t in group.trajectories]
+        correct = sum(t.scored().accuracy for t in trajectories if not t.failed_outside_policy)
+        records = self._ledger.drain()
+        own = (records, correct, failures_of(trajectories), THREADS.num_abandoned)
+        ranks = distributed.all_gather_objects(own)
+        self.settle()
+        everywhere, rights, failures, hung = zip(*ranks, strict=True)
+        self._failures.check(sum(failures, start=Failures()))
+        metrics = tool_metrics([r for rank in everywhere for r in rank], num_correct=sum(rights))
+        return metrics | {"tool/spent": float(self._spent), "tool/hung_threads": float(sum(hung))}
+
+    def settle(self) -> None:
+        """Add up what all ranks spent since the last time, keep it, share out the rest.
+
+        Raises:
+            ToolBudgetError: a call was not made because the budget could not pay for it.
+        """
+        own = (self._ledger.spent, self._ledger.is_exhausted)
+        spent, exhausted = zip(*distributed.all_gather_objects(own), strict=True)
+        self._spent += sum(spent, start=Decimal(0))
+        if any(spent) and distributed.rank() == 0:
+            write_atomically(self._file, json.dumps({"spent": str(self._spent)}) + "\n")
+        self._refill()
+        if any(exhausted):
+            raise ToolBudgetError(
+                f"tools.budget: {self._spent} of {self._budget} is spent, and the rest, shared "
+                f"among {distributed.world_size()} ranks, does not pay for the next call; raise "
+                "tools.budget to go on from the last checkpoint"
+            )
+
+    def _refill(self) -> None:
+        if self._budget is None:
+            self._ledger.fill(Decimal("Infinity"))
+        else:
+            rest = max(Decimal(0), self._budget - self._spent)
+            self._ledger.fill(rest / distributed.world_size())
+
+
+def _read(file: Path) -> Decimal:
+    """What the run in this folder has spent; 0 if it never paid for anything."""
+    if not file.exists():
+        return Decimal(0)
+    try:
+        spent = Decimal(json.loads(file.read_text(encoding="utf-8"))["spent"])
+    except (OSError, ValueError, KeyError, TypeError, InvalidOperation) as error:
+        raise DataError(
+            f"{file}: {type(error).__name__}: {error}; wanted what the run has spent on tools"
+        ) from error
+    if not (spent.is_finite() and spent >= 0):
+        raise DataError(f"{file}: found {spent}, wanted a sum of 0 or more")
+    return spent

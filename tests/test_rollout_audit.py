@@ -1,0 +1,175 @@
+"""Tool metrics and budgets: exact over ranks, kept over resumptions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+from process_environment import ROOT, environment
+
+from tapo_train.errors import DataError, ToolBudgetError
+from tapo_train.report.catalogue import require_known
+from tapo_train.report.tool_metrics import tool_metrics
+from tapo_train.rollout.failures import FailureBudget
+from tapo_train.rollout_audit import RolloutAudit
+from tapo_train.tools.ledger import CallRecord, Ledger
+from tapo_train.types import Outcome
+
+
+def record(
+    latency_s: float,
+    *,
+    tool: str = "search",
+    outcome: Outcome = Outcome.OK,
+    cached: bool = False,
+    attempts: int = 1,
+    cost: float = 0.5,
+) -> CallRecord:
+    return CallRecord(
+        tool=tool,
+        outcome=outcome,
+        latency_s=latency_s,
+        queue_s=latency_s / 10,
+        attempts=attempts,
+        cached=cached,
+        cost=cost,
+    )
+
+
+def audit_of(ledger: Ledger, file: Path, budget: float | None) -> RolloutAudit:
+    return RolloutAudit(ledger, failures=FailureBudget(0.5), budget=budget, file=file)
+
+
+def test_metrics_by_tool_are_those_of_all_calls() -> None:
+    records = [record(second) for second in (1.0, 2.0, 3.0, 4.0)]
+    records += [
+        record(21.0, outcome=Outcome.TIMEOUT, attempts=3, cost=1.5),
+        record(0.0, tool="zoom", cached=True, cost=0.0),
+    ]
+    found = tool_metrics(records, num_correct=2.0)
+    assert found == {
+        "tool/search/calls": 5.0,
+        "tool/search/cached": 0.0,
+        "tool/search/retries": 2.0,
+        "tool/search/cost": 3.5,
+        "tool/search/outcome/ok": 0.8,
+        "tool/search/outcome/timeout": 0.2,
+        "time/tool/search/latency_p50_s": 3.0,
+        "time/tool/search/latency_p95_s": pytest.approx(17.6),
+        "time/tool/search/latency_max_s": 21.0,
+        "time/tool/search/queue_s": pytest.approx(0.62),
+        "tool/zoom/calls": 1.0,
+        "tool/zoom/cached": 1.0,
+        "tool/zoom/retries": 0.0,
+        "tool/zoom/cost": 0.0,
+        "tool/zoom/outcome/ok": 1.0,
+        "time/tool/zoom/latency_p50_s": 0.0,
+        "time/tool/zoom/latency_p95_s": 0.0,
+        "time/tool/zoom/latency_max_s": 0.0,
+        "time/tool/zoom/queue_s": 0.0,
+        "tool/cost": 3.5,
+        "tool/cost_per_correct": 1.75,
+    }
+    require_known(found)
+    assert tool_metrics([], num_correct=3.0) == {"tool/cost": 0.0}
+    assert "tool/cost_per_correct" not in tool_metrics(records, num_correct=0.0)
+
+
+def test_what_is_spent_is_kept_and_the_next_process_has_only_the_rest(tmp_path: Path) -> None:
+    file, ledger = tmp_path / "spent.json", Ledger()
+    audit = audit_of(ledger, file, 0.3)
+    ledger.charge(0.1)
+    found = audit([])
+    assert found == {"tool/cost": 0.0, "tool/spent": 0.1, "tool/hung_threads": 0.0}
+    require_known(found)
+    assert json.loads(file.read_text()) == {"spent": "0.1"}
+    again = Ledger()
+    audit = audit_of(again, file, 0.3)
+    again.charge(0.1)
+    again.charge(0.1)
+    audit.settle()
+    assert json.loads(file.read_text()) == {"spent": "0.3"}
+    with pytest.raises(ToolBudgetError):
+        again.charge(0.1)
+    with pytest.raises(ToolBudgetError, match=r"^tools\.budget: 0\.3 of 0\.3 is spent"):
+        audit([])
+    assert json.loads(file.read_text()) == {"spent": "0.3"}
+
+
+def test_without_prices_nothing_is_written_and_without_a_budget_nothing_ends(
+    tmp_path: Path,
+) -> None:
+    file, ledger = tmp_path / "spent.json", Ledger()
+    audit = audit_of(ledger, file, None)
+    ledger.charge(0.0)
+    audit([])
+    assert not file.exists()
+    ledger.charge(1e9)
+    assert audit([])["tool/spent"] == 1e9
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"spent": "much"}', '{"spent": "-1"}', "[]"])
+def test_a_damaged_sum_is_not_taken_for_nothing(tmp_path: Path, content: str) -> None:
+    file = tmp_path / "spent.json"
+    file.write_text(content)
+    with pytest.raises(DataError, match=r"spent\.json"):
+        audit_of(Ledger(), file, 1.0)
+
+
+WORKER = """
+import sys
+from pathlib import Path
+from tapo_train.errors import ToolBudgetError
+from tapo_train.learner import distributed
+from test_rollout_audit import audit_of, record
+from tapo_train.tools.ledger import Ledger
+
+distributed.init()
+rank, ledger = distributed.rank(), Ledger()
+audit = audit_of(ledger, Path(sys.argv[1]), 1.0)
+for latency in ((1.0, 2.0, 3.0) if rank == 0 else (21.0,)):
+    ledger.add(record(latency, cost=0.1))
+    ledger.charge(0.1)
+found = audit([])
+said = [f"{found['tool/search/calls']:g} {found['time/tool/search/latency_p50_s']:g}"]
+said.append(f"{found['tool/cost']:g} {found['tool/spent']:g} {ledger._purse}")
+try:
+    if rank == 1:
+        ledger.charge(0.31)
+except ToolBudgetError:
+    said.append("not made")
+try:
+    audit.settle()
+except ToolBudgetError as error:
+    said.append(str(error)[:29])
+sys.stdout.write(f"{rank}: {'; '.join(said)}\\n")
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_share_what_is_left_and_stop_together(tmp_path: Path) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    variables = environment()
+    variables["PYTHONPATH"] += f":{ROOT / 'tests'}"
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node=2", str(worker), str(tmp_path / "spent.json")],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    stop = "tools.budget: 0.4 of 1.0 is s"
+    assert sorted(done.stdout.splitlines()) == [
+        f"0: 4 2.5; 0.4 0.4 0.3; {stop}",
+        f"1: 4 2.5; 0.4 0.4 0.3; not made; {stop}",
+    ]
+    assert json.loads((tmp_path / "spent.json").read_text()) == {"spent": "0.4"}
+    assert Decimal("0.3") == (Decimal("1.0") - Decimal("0.4")) / 2
