@@ -121,20 +121,25 @@ def make_parts(
         nonfinite=NonFiniteGuard(
             folder.nonfinite, rank=distributed.rank(), skip=recipe.learner.on_nonfinite == "skip"
         ),
-        checkpoints=CheckpointFolder(
-            folder.checkpoints,
-            policy,
-            keep_last=recipe.run.keep_last,
-            keep_best=recipe.run.keep_best,
-            previous_good=recipe.run.resume == "previous_good",
-            texts={f"{POLICY}/{RECIPE}": to_yaml(recipe)},
-        ),
+        checkpoints=make_checkpoints(recipe, folder, policy),
         stateful={"watch": watch},
         watch=watch,
         dump=TrajectoryDump(
             folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
         ),
         probe=(prompt, tasks[0].images),
+    )
+
+
+def make_checkpoints(recipe: Recipe, folder: RunFolder, policy: Policy) -> CheckpointFolder:
+    """Where the run can be taken up again."""
+    return CheckpointFolder(
+        folder.checkpoints,
+        policy,
+        keep_last=recipe.run.keep_last,
+        keep_best=recipe.run.keep_best,
+        previous_good=recipe.run.resume == "previous_good",
+        texts={f"{POLICY}/{RECIPE}": to_yaml(recipe)},
     )
 
 

@@ -93,6 +93,7 @@ class Trainer:
         every = self._schedule.save_every
         if step > self._first and not (every > 0 and step % every == 0):
             self._parts.checkpoints.save(step - 1, state, None)
+        self._parts.checkpoints.wait()
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
