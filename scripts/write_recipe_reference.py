@@ -37,6 +37,7 @@ SECTIONS = (
     ("rollout.engine, `rollout/engine=server`", recipe.ServerEngine),
     ("tools", recipe.Tools),
     ("tools.limits, by the tool's name", recipe.ToolLimits),
+    ("tools.mcp, each", recipe.McpServer),
     ("reward", recipe.RewardWeights),
     ("algo", recipe.Algo),
     ("algo.advantage, `algo/advantage=…`", recipe.Advantage),

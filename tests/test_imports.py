@@ -35,6 +35,7 @@ DOORS = {
     "hydra": {"config.py"},
     "omegaconf": {"config.py"},
     "wandb": {"report/wandb_sink.py"},
+    "mcp": {"tools/mcp.py"},
 }
 
 FILE_LINES = 300

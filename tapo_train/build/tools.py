@@ -50,6 +50,7 @@ def build_toolbox(
             index, chars = CorpusIndex.load(path), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
     made += [load_tool(path) for path in tools.extra]
+    made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]
     if world is None:
         made = _replayed(made, recipe)
     limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
@@ -64,6 +65,18 @@ def _replayed(made: Sequence[Tool], recipe: Recipe) -> list[Tool]:
     folder = Path(recipe.tools.recording or Path(recipe.run.dir) / "recording")
     recording = Recording(folder, must_exist=mode == "replay")
     return [ReplayTool(tool, recording, mode) for tool in made]
+
+
+def _served(server: recipe_tools.McpServer, max_chars: int) -> Sequence[Tool]:
+    """The tools of an MCP server, which is started and ends with the process."""
+    try:
+        from tapo_train.tools.mcp import McpServer
+    except ImportError as error:
+        raise ConfigError(
+            f"tools.mcp: {error}; wanted the extra mcp: pip install 'tapo_train[mcp]'"
+        ) from error
+    started = McpServer(server.command, env=server.env, only=server.only, max_chars=max_chars)
+    return started.tools
 
 
 def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudit:

@@ -18,7 +18,7 @@ from tapo_train.recipe.learner import Learner
 from tapo_train.recipe.rollout import Deadlines, HfEngine, Rollout, ServerEngine, VllmEngine
 from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
 from tapo_train.recipe.sft import Sft
-from tapo_train.recipe.tools import ToolLimits, Tools
+from tapo_train.recipe.tools import McpServer, ToolLimits, Tools
 from tapo_train.recipe.values import STRICT
 from tapo_train.recipe.watch import Watch
 
@@ -35,6 +35,7 @@ __all__ = [
     "Kl",
     "Learner",
     "Lora",
+    "McpServer",
     "Model",
     "NoCredit",
     "Probe",

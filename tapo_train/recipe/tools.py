@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
+from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
@@ -29,6 +30,18 @@ class ToolLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class McpServer:
+    """A process that serves tools over MCP; every rank starts one of its own."""
+
+    command: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Program and arguments; it speaks on its standard input and output. Training runs it."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Added to the few variables it inherits (PATH, HOME and their like)."""
+    only: tuple[str, ...] = ()
+    """Names of the tools to take; empty: all it lists."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Tools:
     """What the policy may call, and the indexes behind it."""
 
@@ -41,6 +54,8 @@ class Tools:
     extra: tuple[str, ...] = ()
     """Your own tools by import path (package.module.name): a function under @tool, an object, or
     what makes one when called without arguments. Training runs the code of that module."""
+    mcp: tuple[McpServer, ...] = ()
+    """Servers whose tools join ours (extra `mcp`), as [{command: [python, server.py]}]."""
     limits: Mapping[str, ToolLimits] = field(default_factory=dict)
     """By the name of the tool; a tool that is not named here has no limits but deadline_s."""
     budget: NonNegative | None = None

@@ -1,0 +1,174 @@
+"""Tools of a real MCP server process: schemas, answers, death and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from process_environment import ROOT, environment
+
+from tapo_train.errors import ConfigError
+from tapo_train.tools.base import Tool, Toolbox, ToolContext
+from tapo_train.tools.json_schema import arguments_model_of
+from tapo_train.tools.mcp import RESTARTS, McpServer
+from tapo_train.types import Observation, Outcome, Task
+
+SERVER = Path(__file__).with_name("mcp_server.py")
+COMMAND = (sys.executable, str(SERVER))
+ENV = {"LITTLE_KEY": "x"}
+CONTEXT = ToolContext(images=(), task=Task(id="t", question="?", images=(), answers=("a",)))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[McpServer]:
+    started = McpServer(COMMAND, env=ENV)
+    yield started
+    started.close()
+
+
+def run(server: McpServer, name: str, arguments: dict[str, Any], **limits: Any) -> Observation:
+    tools: list[Tool] = list(server.tools)
+    box = Toolbox(tools, deadline_s=limits.get("deadline_s", 60.0))
+    return asyncio.run(box.execute(box.read(name, arguments), CONTEXT))
+
+
+def test_the_listed_tools_have_the_servers_schema(server: McpServer) -> None:
+    assert [tool.name for tool in server.tools] == ["add", "draw", "refuse", "sleep", "die"]
+    schemas = Toolbox(list[Tool](server.tools), deadline_s=1).schemas()
+    assert schemas[0]["function"] == {
+        "name": "add",
+        "description": "Add two numbers.",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer"}, "b": {"type": "integer", "default": 1}},
+            "required": ["a"],
+        },
+    }
+    versions = [tool.version for tool in server.tools]
+    assert len(set(versions)) == 5 and all(v.startswith("mcp little 3 ") for v in versions)
+
+
+def test_text_and_pictures_become_an_observation(server: McpServer) -> None:
+    seen = run(server, "add", {"a": 2, "b": 40})
+    assert (seen.outcome, seen.text) == (Outcome.OK, "2 + 40 = 42, with ['LITTLE_KEY']")
+    seen = run(server, "draw", {"width": 64})
+    assert seen.text == "here:\n<|im_end|>"
+    assert [(image.width, image.height) for image in seen.images] == [(64, 40)]
+    (image,) = run(server, "draw", {"width": 2048}).images
+    assert image.width == 1024
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ({}, "'a' is a required property"),
+        ({"a": "2"}, "a: '2' is not of type 'integer'"),
+        ({"a": 1.5}, "a: 1.5 is not of type 'integer'"),
+    ],
+)
+def test_arguments_outside_the_schema_never_reach_the_server(
+    server: McpServer, arguments: dict[str, Any], complaint: str
+) -> None:
+    seen = run(server, "add", arguments)
+    assert seen.outcome is Outcome.MODEL_ERROR and complaint in seen.text
+
+
+def test_an_answer_marked_as_an_error_is_the_tools(server: McpServer) -> None:
+    seen = run(server, "refuse", {})
+    assert seen.outcome is Outcome.TOOL_ERROR and "not today" in seen.text
+
+
+def test_a_call_that_is_too_slow_is_given_up_and_the_session_goes_on(server: McpServer) -> None:
+    started = time.perf_counter()
+    assert run(server, "sleep", {"seconds": 1.5}, deadline_s=0.2).outcome is Outcome.TIMEOUT
+    assert time.perf_counter() - started < 1.4
+    assert run(server, "add", {"a": 1}).outcome is Outcome.OK
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_is_an_infra_failure_and_is_started_again(server: McpServer) -> None:
+    seen = run(server, "die", {})
+    assert seen.outcome is Outcome.INFRA_ERROR and "die failed: the MCP server" in seen.text
+    assert run(server, "add", {"a": 1}).outcome is Outcome.OK
+    for _ in range(RESTARTS):
+        assert run(server, "die", {}).outcome is Outcome.INFRA_ERROR
+    assert run(server, "add", {"a": 1}).outcome is Outcome.OK, "an answer in between forgives"
+
+
+@pytest.mark.slow
+def test_a_server_that_does_not_come_back_is_given_up(tmp_path: Path) -> None:
+    once = McpServer([*COMMAND, str(tmp_path / "marker")], env=ENV, only=("add", "die"))
+    assert [tool.name for tool in once.tools] == ["add", "die"]
+    assert run(once, "die", {}).outcome is Outcome.INFRA_ERROR
+    for _ in range(RESTARTS):
+        assert "does not start again" in run(once, "add", {"a": 1}).text
+    seen = run(once, "add", {"a": 1})
+    assert seen.outcome is Outcome.INFRA_ERROR and "died 4 times in a row" in seen.text
+    once.close()
+
+
+def test_what_is_no_server_or_lacks_a_tool_is_said() -> None:
+    with pytest.raises(ConfigError, match=r"tools\.mcp: /nowhere/x did not start"):
+        McpServer(["/nowhere/x"])
+    with pytest.raises(ConfigError, match=r"tools\.mcp: .* did not start"):
+        McpServer([sys.executable, "-c", "pass"])
+    with pytest.raises(ConfigError, match="has no tool subtract; it has add, draw"):
+        McpServer(COMMAND, env=ENV, only=("subtract",))
+
+
+def test_the_process_ends_with_the_run() -> None:
+    program = (
+        "import os\n"
+        "from test_tools_mcp import *\n"
+        "server = McpServer(COMMAND, env=ENV)\n"
+        "children = os.popen(f'pgrep -P {os.getpid()}').read().split()\n"
+        "print(children[0])\n"
+    )
+    variables = environment()
+    variables["PYTHONPATH"] += f":{ROOT / 'tests'}"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(done.stdout), 0)
+
+
+@pytest.mark.parametrize(
+    ("schema", "complaint"),
+    [
+        ({"type": "array"}, "takes 'array', wanted an object"),
+        ({"type": 3}, "SchemaError"),
+        ({"properties": {"a": {"$ref": "https://example.invalid/a"}}}, "Unresolvable"),
+        ({"properties": {"a": {"$ref": "#/$defs/missing"}}}, "PointerToNowhere"),
+        ({"$ref": "#"}, "RecursionError"),
+    ],
+)
+def test_a_schema_that_cannot_be_trusted_is_refused(schema: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        arguments_model_of("t", schema)
+    assert complaint in str(caught.value)
+
+
+def test_references_within_a_schema_are_followed() -> None:
+    schema = {
+        "type": "object",
+        "properties": {"at": {"$ref": "#/$defs/point"}},
+        "$defs": {"point": {"type": "array", "items": {"type": "number"}, "minItems": 2}},
+    }
+    model = arguments_model_of("t", schema)
+    assert model.model_validate({"at": [1, 2.5]}).model_dump() == {"at": [1, 2.5]}
+    with pytest.raises(ValueError, match=r"at: \[1\] is too short"):
+        model.model_validate({"at": [1]})
