@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from decimal import Decimal
 
 import pytest
+from aiolimiter import AsyncLimiter
 from process_environment import ROOT, environment
 from pydantic import BaseModel
 
@@ -159,6 +160,18 @@ def test_only_what_may_pass_is_tried_again(
     assert (seen.outcome, tool.calls) == (outcome, attempts)
     (record,) = box.ledger.drain()
     assert (record.outcome, record.attempts) == (outcome, attempts)
+
+
+@pytest.mark.usefixtures("short_pauses")
+def test_every_attempt_counts_once_for_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[float] = []
+
+    async def acquire(limiter: AsyncLimiter, amount: float = 1) -> None:
+        taken.append(amount)
+
+    monkeypatch.setattr(AsyncLimiter, "acquire", acquire)
+    calls(box_of(FailingTool(*[ToolDownError("down")] * 3), retries=3, per_second=2.0), 1)
+    assert taken == [1, 1, 1, 1]
 
 
 @pytest.mark.usefixtures("short_pauses")
