@@ -277,10 +277,12 @@ def test_metrics_count_tokens_and_carry_no_gradient() -> None:
 
 
 def test_clips_and_gates_are_told_by_turn() -> None:
-    batch = one_trajectory([0.5, 0.5, -0.5, 2.0, 0.5, 0.0], [1.0, -1.0, -1.0, -1.0, 0.0, 1.0])
+    batch = one_trajectory([0.5, 0.5, -0.5, 2.0, -0.5, 0.0], [1.0, -1.0, -1.0, -1.0, 0.0, 1.0])
     by_turn = dataclasses.replace(batch, turn=torch.tensor([0, 0, 2, 2, 2, 2]), num_turns=4)
     pairs = {n: v.tolist() for n, v in grpo(by_turn).metrics.items() if "by_turn" in n}
-    # Held: the first from above, the third from below, the fourth by the dual clip.
+    # Held: the first from above, the third from below, the fourth by the dual clip. A token
+    # with advantage 0 is held by nothing.
+    assert grpo(by_turn).metrics["policy/clip_low"].tolist() == [1.0, 6.0]
     assert pairs == {
         "policy/clip/by_turn/0": [1.0, 2.0],
         "policy/clip/by_turn/1": [0.0, 0.0],

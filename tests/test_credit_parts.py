@@ -275,6 +275,16 @@ def test_ties_in_support_go_to_the_higher_advantage() -> None:
     assert record.reference_advantage == 1.5
 
 
+def test_ties_in_everything_go_to_the_first_cluster() -> None:
+    # Both references share two of three words with the failing query and one with each other.
+    good = row("g", UP, text("tower height"), text("tower weight"))
+    bad = row("b", DOWN, text("tower height weight"))
+    result = Tapo(TapoOptions())([good, bad])
+    assert result.metrics["tapo/n_clusters"] == 2
+    assert result.steps[1][0].similarity == 2 / 3
+    assert result.metrics["credit/turn_gap"] == 0.0
+
+
 def test_matching_by_similarity_times_support_prefers_a_farther_common_cluster() -> None:
     a = population([1, 1, 1, 0])
     asked = [f"w{i}" for i in range(10)]

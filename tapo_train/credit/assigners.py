@@ -14,7 +14,13 @@ from tapo_train.credit.diagnostics import finish, tally
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.result import CreditResult, plain_records, unchanged
 from tapo_train.credit.steps import CreditRow
-from tapo_train.credit.tapo import call_advantages, judge, step_records, turn_advantages
+from tapo_train.credit.tapo import (
+    call_advantages,
+    judge,
+    step_columns,
+    step_records,
+    turn_advantages,
+)
 
 
 class CreditAssigner(Protocol):
@@ -68,15 +74,19 @@ class Tapo:
 
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
         start = time.perf_counter()
+        # What was needed on the way is gone before the collector could look at it.
         with paused_collector():
-            judgement = judge(rows, self.options, self._reader)
-            sums = tally(rows, judgement, audit=self.options.audit)
-        metrics = finish(sums)
-        metrics["tapo/time_s"] = time.perf_counter() - start
+            result = self._assign(rows)
+        result.metrics["tapo/time_s"] = time.perf_counter() - start
+        return result
+
+    def _assign(self, rows: Sequence[CreditRow]) -> CreditResult:
+        judgement = judge(rows, self.options, self._reader)
+        sums = tally(rows, judgement, audit=self.options.audit)
         return CreditResult(
             step_advantages=turn_advantages(rows, judgement, self.options),
             call_advantages=call_advantages(rows, judgement, self.options),
-            records=partial(step_records, rows, judgement),
-            metrics=metrics,
+            records=partial(step_records, rows, step_columns(judgement)),
+            metrics=finish(sums),
             sums=sums,
         )

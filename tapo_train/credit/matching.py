@@ -111,17 +111,18 @@ def _match_block(
     library_keys, query_keys = actions.library.key, actions.queries.key
     library = [position.setdefault(library_keys[i], len(position)) for i in block.library]
     references = len(position)
-    queries = [position.setdefault(query_keys[i], len(position)) for i in block.queries]
+    where = [position.setdefault(query_keys[i], len(position)) for i in block.queries]
     if len(position) == 1:
         # Everyone asked for the same, as with tools that take no arguments.
         clusters = _build(block, [0] * len(library), actions, rows, options)
-        return clusters, np.zeros(len(queries), dtype=np.int64), np.ones(len(queries))
+        return clusters, np.zeros(len(where), dtype=np.int64), np.ones(len(where))
     space = reader.similarity(block.tool).space(list(position), references)
     compare = _remember(space, len(position), references)
     threshold = options.cluster_theta_of(block.tool)
     labels = cluster(compare, references, threshold=threshold, linkage=options.cluster)
     clusters = _build(block, [labels[i] for i in library], actions, rows, options)
     best, values = _nearest(compare, len(position), labels, clusters, options)
+    queries = np.array(where, dtype=np.int64)
     return clusters, best[queries], values[queries]
 
 

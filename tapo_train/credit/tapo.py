@@ -16,8 +16,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from tapo_train.credit.actions import Actions, Reader, gather
 from tapo_train.credit.audit import Audit
@@ -201,15 +203,24 @@ def call_advantages(
     return found
 
 
-def step_records(rows: Sequence[CreditRow], judgement: Judgement) -> list[tuple[StepRecord, ...]]:
-    """Per row, one record per tool step."""
-    records = [[StepRecord(step.turn, row.advantage) for step in row.steps] for row in rows]
+def step_columns(judgement: Judgement) -> tuple[npt.NDArray[Any], ...]:
+    """What `step_records` needs: place, then the fields of a record; [S] each.
+
+    The judgement itself, with the keys of all calls, can then be forgotten.
+    """
     matches, best = judgement.matches, judgement.best
-    columns = (
+    return (
         judgement.row, judgement.position, judgement.turn, judgement.advantage, judgement.theta,
         judgement.alpha, judgement.matched, matches.similarity[best], matches.support[best],
         matches.advantage[best], judgement.transfer, judgement.clipped,
     )  # fmt: skip
+
+
+def step_records(
+    rows: Sequence[CreditRow], columns: Sequence[npt.NDArray[Any]]
+) -> list[tuple[StepRecord, ...]]:
+    """Per row, one record per tool step, from `step_columns`."""
+    records = [[StepRecord(step.turn, row.advantage) for step in row.steps] for row in rows]
     for i, s, turn, value, theta, alpha, matched, sim, sup, adv, transfer, clipped in zip(
         *(column.tolist() for column in columns), strict=True
     ):
