@@ -182,6 +182,13 @@ def test_clusters_never_mix_tools() -> None:
     assert record.similarity is None and record.support is None and record.advantage == DOWN
 
 
+def test_each_tool_of_a_group_has_its_own_support() -> None:
+    a = population([1, 1, 0])
+    good = [row("g", a[0], search(), QUERY), row("h", a[1], search())]
+    records = assign([*good, row("b", a[2], QUERY, search())]).steps[2]
+    assert [record.support for record in records] == [0.5, 1.0]
+
+
 # 16
 def test_aliases_of_arguments_and_tools_are_the_same_action() -> None:
     other = CreditCall(name=ZOOM, arguments={"bbox": [0, 0, 500, 500], "image_index": 0})
@@ -266,6 +273,12 @@ def test_a_correction_beyond_zero_is_cut_unless_switched_off() -> None:
     assert cut.step_advantages[1][0] == 0.0 and cut.steps[1][0].clipped
     assert free.step_advantages[1][0] == a[1] + 0.8 * a[0] and not free.steps[1][0].clipped
     assert cut.metrics["tapo/clip_frac"] == 1.0 and free.metrics["tapo/clip_frac"] == 0.0
+
+
+def test_a_correction_to_exactly_zero_is_not_a_cut() -> None:
+    result = assign([row("g", UP, QUERY), row("b", DOWN, QUERY)], beta=1.0)
+    assert result.step_advantages[1][0] == 0.0 and not result.steps[1][0].clipped
+    assert result.metrics["tapo/clip_frac"] == 0.0
 
 
 # 24

@@ -394,6 +394,20 @@ def test_observation_agreement_is_the_share_of_equivalent_pairs() -> None:
     assert "credit/turn_gap" not in audited([same], [same], audit=False)
 
 
+def test_without_the_audit_no_observation_is_looked_at() -> None:
+    class Unreadable(str):
+        def __hash__(self) -> int:
+            raise AssertionError("an observation was read")
+
+        def __eq__(self, other: object) -> bool:
+            raise AssertionError("an observation was read")
+
+    same = text("one", observation=Unreadable("x"))
+    assert audited([same], [same], audit=False)["tapo/n_fail_steps_corrected"] == 1
+    with pytest.raises(AssertionError, match="was read"):
+        audited([same], [same])
+
+
 def test_observations_are_equivalent_from_nine_tenths_on_and_with_equal_pictures() -> None:
     words_of = [f"w{i}" for i in range(10)]
     long = text("one", observation=" ".join(words_of))
