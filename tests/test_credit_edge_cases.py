@@ -174,6 +174,12 @@ def test_a_first_copy_in_another_trajectory_does_not_count_as_a_repeat() -> None
     assert [steps[0].matched for steps in result.steps] == [False, True, True]
 
 
+def test_another_way_to_ask_the_same_is_no_repeat() -> None:
+    nearly = text("height of the tall tower")  # Jaccard 3/4: the same cluster, another call
+    result = assign([row("g", UP, QUERY), row("b", DOWN, QUERY, nearly)], correct_repeats="first")
+    assert [record.matched for record in result.steps[1]] == [True, True]
+
+
 # 15
 def test_clusters_never_mix_tools() -> None:
     assert after(QUERY, CreditCall(name="other_search", arguments=QUERY.arguments)) == DOWN
