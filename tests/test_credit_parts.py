@@ -234,6 +234,13 @@ def test_linkage_decides_what_a_chain_becomes(linkage: Any, labels: list[int]) -
     assert cluster(rows, 4, threshold=0.9, linkage=linkage) == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("linkage", ["single", "leader", "complete"])
+def test_every_linkage_includes_its_threshold(linkage: Any) -> None:
+    values = np.array([[1.0, 0.5], [0.5, 1.0]])
+    labels = cluster(lambda a, b: values[a:b], 2, threshold=0.5, linkage=linkage)
+    assert labels == [0, 0]
+
+
 def test_complete_linkage_joins_the_closest_pair_first() -> None:
     values = np.array([[1, 0.7, 0.0], [0.7, 1, 0.9], [0.0, 0.9, 1]])
     found = cluster(lambda a, b: values[a:b], 3, threshold=0.7, linkage="complete")
