@@ -218,6 +218,7 @@ def test_a_named_host_may_be_private_on_its_port_and_only_there() -> None:
 def test_an_address_written_out_in_the_recipe_is_the_recipes_own_doing() -> None:
     allowed = AllowedHosts.parse(["169.254.1.1", "[fd00::1]:8080"])
     assert require_address("169.254.1.1", "169.254.1.1", 80, allowed) == "169.254.1.1"
+    assert allowed.names("169.254.1.1", 443) and not allowed.names("169.254.1.1", 8080)
     assert allowed.names("[FD00:0::1]", 8080) and not allowed.names("fd00::1", 80)
 
 

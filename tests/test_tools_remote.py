@@ -18,13 +18,14 @@ from rollout_world import HOSTILE, draw_image
 
 from tapo_train.build.remote_tools import build_client, build_remote_tools
 from tapo_train.config import load_recipe
-from tapo_train.errors import ConfigError, ToolRefusedError
+from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.net import HttpClient
 from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
 from tapo_train.tools.sandbox import Sandbox
+from tapo_train.tools.text_search import TextSearchArguments
 from tapo_train.types import Observation, Outcome, Task
 
 PUBLIC = "93.184.215.14"
@@ -196,6 +197,23 @@ def test_results_that_give_the_benchmark_away_are_kept_back_and_counted(sandbox:
     ]
     assert guard.counts == {"seen": 5, "host": 1, "answer": 1}
     assert len(search(results(*found), sandbox, top_k=9).text.splitlines()) == 5, "on by default"
+
+
+def test_a_question_that_holds_its_answer_gives_nothing_away_by_itself() -> None:
+    task = Task(id="t", question="Is it iron or zinc?", images=(), answers=("zinc",))
+    guard = Contamination(answers=True)
+    assert guard.admits(task, url="", text="Is it iron, or zinc?")
+    assert not guard.admits(task, url="", text="Is it iron or zinc? It is zinc.")
+
+
+def test_an_answer_of_another_form_is_not_asked_for_again(sandbox: Sandbox) -> None:
+    async def use(client: HttpClient, loopback: Loopback) -> None:
+        tool = RemoteTextSearch("http://search.test/", client, sandbox, Contamination())
+        with pytest.raises(ToolDownError) as down:
+            await tool.run(TextSearchArguments(query="q"), ToolContext(images=(), task=TASK))
+        assert not down.value.retryable
+
+    fetching(saying(response(b"garbage")), use, resolve={"search.test": PUBLIC})
 
 
 RECIPE = "recipes/demo_cpu.yaml"
