@@ -86,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Returns:
-        The exit code: 0 done, 1 checks failed (doctor), 2 refused, 130 interrupted.
+        The exit code: 0 done or stopped by SIGTERM, 1 checks failed (doctor), 2 refused, 130
+        interrupted.
+        A run that makes no progress ends itself with 3 (`watchdog`).
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in arguments

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from tapo_train.algos.aggregation import Aggregation
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
+from tapo_train.interruption import Interruption
 from tapo_train.learner.balance import Exchange
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.objective import Objective
@@ -23,6 +24,7 @@ from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
 from tapo_train.rollout_audit import RolloutAudit
 from tapo_train.types import Group, Image, Task
+from tapo_train.watchdog import Watchdog
 
 Floats = npt.NDArray[np.float64]
 
@@ -127,6 +129,8 @@ class Parts:
     stateful: Mapping[str, Stateful]
     """By name: what a checkpoint keeps besides the policy and `order`."""
     watch: Watch
+    watchdog: Watchdog
+    interruption: Interruption
     dump: TrajectoryDump
     probe: tuple[npt.NDArray[np.int32], tuple[Image, ...]]
     """Token ids and pictures that engine and learner both score after each sync."""

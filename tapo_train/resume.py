@@ -15,7 +15,7 @@ from tapo_train.report.run_folder import RunFolder
 
 
 class CheckpointFolder:
-    """The checkpoints of one run; all ranks call every method together.
+    """The checkpoints of one run; all ranks save and load together.
 
     Args:
         keep_last: newest ones that stay.
@@ -61,13 +61,12 @@ class CheckpointFolder:
         return self._background.has_failed
 
     def wait(self) -> None:
-        """Until the last checkpoint is on the disk.
+        """Until this rank's part of the last checkpoint is on the disk; on rank 0, all of it.
 
         Raises:
             CheckpointError, OSError: it could not be written.
         """
         self._background.wait()
-        distributed.barrier()
 
     def load_latest(self) -> Mapping[str, Any] | None:
         """Restore the newest checkpoint; what was saved with it, or None if there is none.

@@ -13,6 +13,7 @@ from tapo_train.config import Recipe, recipe_to_dict, to_yaml
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import AlignmentError, DataError
+from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
@@ -38,6 +39,7 @@ from tapo_train.warm_start import (
     record_world,
     warm_start,
 )
+from tapo_train.watchdog import Watchdog
 
 transformers_logging.disable_progress_bar()
 
@@ -46,12 +48,19 @@ RECIPE = "recipe.yaml"
 
 
 def train(recipe: Recipe) -> Path:
-    """Run a recipe to its end, or on from its last checkpoint; the exported policy's folder."""
-    distributed.init(device=build.DEVICE)
+    """Run a recipe to its end, or on from its last checkpoint; the exported policy's folder.
+
+    A run that was asked to stop is checkpointed and not exported.
+    """
+    # The watchdog knows a slow rank from one that hangs; a collective's timeout does not.
+    distributed.init(
+        device=build.DEVICE, timeout_s=max(distributed.DEFAULT_TIMEOUT_S, 4 * recipe.run.stall_s)
+    )
     folder = RunFolder(recipe.run.dir)
     check_resumption(recipe, folder)
+    watchdog = Watchdog(folder.path, stall_s=recipe.run.stall_s)
     tasks, validation = read_tasks(recipe.data.train, recipe), validation_tasks(recipe)
-    parts = make_parts(recipe, folder, tasks, validation)
+    parts = make_parts(recipe, folder, tasks, validation, watchdog)
     manifest = {
         **describe_process(),
         "model": describe_model(recipe.model.path),
@@ -65,10 +74,12 @@ def train(recipe: Recipe) -> Path:
         folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
         return make_sinks(recipe, folder, step)
 
-    Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
-    export(recipe, parts.policy, folder.export)
-    if distributed.rank() == 0:
-        plot_metrics(folder.metrics, folder.curves)
+    if Trainer(parts, build.build_schedule(recipe)).fit(open_sinks):
+        watchdog.enter("export")
+        export(recipe, parts.policy, folder.export)
+        if distributed.rank() == 0:
+            plot_metrics(folder.metrics, folder.curves)
+    watchdog.close()
     parts.reference.close()
     parts.policy.close()
     parts.engine.close()
@@ -93,7 +104,11 @@ def require_playable(tasks: Sequence[Task], chat: ChatFormat) -> None:
 
 
 def make_parts(
-    recipe: Recipe, folder: RunFolder, tasks: Sequence[Task], validation: Sequence[Task]
+    recipe: Recipe,
+    folder: RunFolder,
+    tasks: Sequence[Task],
+    validation: Sequence[Task],
+    watchdog: Watchdog,
 ) -> Parts:
     """Everything the trainer works with. The probe is the first task's prompt."""
     chat = ChatFormat(Path(recipe.model.path))
@@ -101,6 +116,7 @@ def make_parts(
     policy = build.build_policy(recipe, chat)
     engine = build.build_engine(recipe, chat)
     toolbox = build.build_toolbox(recipe, decoder=chat.decoder)
+    watchdog.calls = toolbox.under_way
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
     watch = build.build_watch(recipe)
@@ -109,7 +125,7 @@ def make_parts(
         validation=validation,
         order=TaskSampler(len(tasks), seed=recipe.run.seed),
         engine=engine,
-        play=build.build_play(recipe, engine, chat, toolbox),
+        play=build.build_play(recipe, engine, chat, toolbox, on_progress=watchdog.beat),
         reward=build.build_reward(recipe),
         audit=build.build_audit(recipe, toolbox, folder.spending),
         advantage=build.build_advantage(recipe.algo.advantage),
@@ -124,6 +140,8 @@ def make_parts(
         checkpoints=make_checkpoints(recipe, folder, policy),
         stateful={"watch": watch},
         watch=watch,
+        watchdog=watchdog,
+        interruption=Interruption(),
         dump=TrajectoryDump(
             folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
         ),

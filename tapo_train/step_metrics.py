@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -27,10 +27,13 @@ class Stopwatch:
 
     seconds: dict[str, float] = field(default_factory=dict)
     """[s] by stage, in the order the stages began."""
+    on_stage: Callable[[str], None] = lambda _: None
+    """Told the name of each stage that begins."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time of the block to `stage`."""
+        self.on_stage(stage)
         started = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started

@@ -20,8 +20,9 @@ from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult, token_advantages
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
-from tapo_train.errors import ProbeError, ToolBudgetError
-from tapo_train.learner import distributed
+from tapo_train.errors import CheckpointError, ProbeError, ToolBudgetError
+from tapo_train.interruption import StepGivenUp
+from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, TrainingRow, pack
 from tapo_train.parts import Floats, Parts, Schedule
 from tapo_train.report.sinks import Sink, write_all
@@ -48,56 +49,61 @@ class Trainer:
     def __init__(self, parts: Parts, schedule: Schedule) -> None:
         self._parts = parts
         self._schedule = schedule
-        self._first = 0
+        self._saved_steps = 0
 
-    def fit(self, open_sinks: Callable[[int], Sequence[Sink]]) -> None:
+    def fit(self, open_sinks: Callable[[int], Sequence[Sink]]) -> bool:
         """Resume if there is something to resume, train, validate, save.
 
         Args:
             open_sinks: makes the sinks, told the first step that will be done.
+
+        Returns:
+            Whether all steps are done; if not, the run was asked to stop and has saved itself.
         """
-        schedule, first = self._schedule, self._resume()
-        self._first = first
+        parts, first = self._parts, self._resume()
         # Opening the sinks checks that the folder holds this very run, so before deleting.
         sinks = open_sinks(first)
         distributed.barrier()
-        self._parts.dump.discard_from(first)
+        parts.dump.discard_from(first)
         self._sync(first)
         try:
-            for step in range(first, schedule.steps):
-                self._one(step, sinks)
-            self._parts.checkpoints.wait()
+            with parts.interruption.listening():
+                done = all(self._one(step, sinks) for step in range(first, self._schedule.steps))
+                parts.watchdog.enter("checkpoint")
+                parts.checkpoints.wait()
         finally:
             for sink in sinks:
                 sink.close()
+        distributed.barrier()
+        return done
 
-    def _one(self, step: int, sinks: Sequence[Sink]) -> None:
-        """A step with what belongs to it: validation, warnings, log, checkpoint."""
-        schedule = self._schedule
-        before = self._state(step - 1)
+    def _one(self, step: int, sinks: Sequence[Sink]) -> bool:
+        """A step, validation, warnings, log and checkpoint; whether to go on."""
+        schedule, before, draws = self._schedule, self._state(step - 1), random_state.collect()
         try:
             metrics = self.step(step)
-        except ToolBudgetError:
-            self._keep_before(step, before)
+        except (StepGivenUp, ToolBudgetError) as error:
+            random_state.restore(*draws)
+            if step > self._saved_steps:
+                self._save(before)
+            if isinstance(error, StepGivenUp):
+                return False
+            self._parts.checkpoints.wait()
             raise
         if schedule.eval_every and _is_due(step, schedule.eval_every, schedule.steps):
+            self._parts.watchdog.enter("validation")
             metrics |= self.validate(step + 1)
         metrics |= self._parts.watch.observe(metrics)
         write_all(sinks, step, metrics)
-        if _is_due(step, schedule.save_every, schedule.steps):
-            self._parts.checkpoints.save(step, self._state(step), metrics.get("eval/accuracy"))
+        stop = self._agreed_to_stop()
+        if stop or _is_due(step, schedule.save_every, schedule.steps):
+            self._save(self._state(step), metrics.get("eval/accuracy"))
         self._parts.watch.check()
-
-    def _keep_before(self, step: int, state: Mapping[str, Any]) -> None:
-        """Save what was learned before a step that cannot be done, unless it is saved."""
-        every = self._schedule.save_every
-        if step > self._first and not (every > 0 and step % every == 0):
-            self._parts.checkpoints.save(step - 1, state, None)
-        self._parts.checkpoints.wait()
+        return not stop or step + 1 == schedule.steps
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
-        watch = Stopwatch()
+        watch = Stopwatch(on_stage=self._parts.watchdog.enter)
         with watch("rollout"):
             groups, questions = self._rollout(step)
         with watch("reward"):
@@ -145,7 +151,28 @@ class Trainer:
         parts = {"order": self._parts.order, **self._parts.stateful}
         for name in parts.keys() & state["parts"].keys():
             parts[name].load_state_dict(state["parts"][name])
-        return int(state["step"]) + 1
+        self._saved_steps = int(state["step"]) + 1
+        return self._saved_steps
+
+    def _agreed_to_stop(self) -> bool:
+        """Whether any rank was asked to stop.
+
+        Raises:
+            CheckpointError, OSError: on all ranks, if one could not write its checkpoint.
+        """
+        parts = self._parts
+        worst = 2 if parts.checkpoints.has_failed else int(parts.interruption.is_requested)
+        worst = distributed.all_reduce_max(worst)
+        if worst == 2:
+            if parts.checkpoints.has_failed:
+                parts.checkpoints.wait()
+            raise CheckpointError("another rank could not write the last checkpoint; it says why")
+        return worst == 1
+
+    def _save(self, state: Mapping[str, Any], score: float | None = None) -> None:
+        self._parts.watchdog.enter("checkpoint")
+        self._parts.checkpoints.save(state["step"], state, score)
+        self._saved_steps = state["step"] + 1
 
     def _state(self, step: int) -> dict[str, Any]:
         """What `_resume` wants back."""
@@ -153,16 +180,25 @@ class Trainer:
         return {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
 
     def _rollout(self, step: int) -> tuple[list[Group], list[int]]:
-        """This rank's groups, and the positions of their questions in the global batch."""
+        """This rank's groups, and the positions of their questions in the global batch.
+
+        Raises:
+            StepGivenUp: on all ranks, if one was asked to stop; no weight has changed.
+        """
         schedule = self._schedule
         batch = list(enumerate(self._parts.order.next_batch(schedule.questions_per_step)))
         mine = shard(batch, distributed.rank(), distributed.world_size())
-        groups = self._parts.play(
+        play = partial(
+            self._parts.play,
             [self._parts.tasks[index] for _, index in mine],
             rollouts=schedule.rollouts_per_question,
             greedy=False,
             policy_version=step,
         )
+        groups = self._parts.interruption.attempt(play)
+        is_given_up = distributed.all_reduce_max(int(groups is None))
+        if groups is None or is_given_up:
+            raise StepGivenUp
         return groups, [position for position, _ in mine]
 
     def _score(self, groups: Sequence[Group]) -> list[Group]:

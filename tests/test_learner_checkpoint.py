@@ -244,6 +244,27 @@ def test_an_export_converts_the_weights_if_asked(policy, tmp_path):
     assert after < 0.6 * before
 
 
+def test_an_export_takes_the_step_asked_for(policy, chat, tmp_path):
+    root = tmp_path / "run" / "checkpoints"
+    for step in (1, 2):
+        checkpoint.save(policy, root, step=step, extra={})
+        train(policy, chat, updates=1)
+    for number, (folder, options, wanted) in enumerate(
+        (
+            (tmp_path / "run", [], "step-000002"),
+            (tmp_path / "run", ["--step", "1"], "step-000001"),
+            (root, ["--step", "2"], "step-000002"),
+            (root / "step-000001", [], "step-000001"),
+        )
+    ):
+        out = tmp_path / f"out{number}"
+        assert export.main([str(folder), *options, "--out", str(out)]) == 0
+        exported, kept = (p / "model.safetensors" for p in (out, root / wanted / "policy"))
+        assert exported.read_bytes() == kept.read_bytes()
+    with pytest.raises(CheckpointError, match="found step-000001, step-000002, wanted step-000003"):
+        export.export(tmp_path / "run", tmp_path / "none", step=3)
+
+
 def test_an_export_refuses_damage_nothing_and_an_existing_folder(policy, tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint"):
         export.export(tmp_path, tmp_path / "out")

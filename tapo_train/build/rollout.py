@@ -6,7 +6,7 @@ import math
 import socket
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -125,8 +125,19 @@ def build_engine_server(
     )
 
 
-def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbox) -> Play:
-    """Rollouts with the recipe's prompt, tools and limits."""
+def build_play(
+    recipe: Recipe,
+    engine: Engine,
+    chat: ChatFormat,
+    toolbox: Toolbox,
+    *,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Play:
+    """Rollouts with the recipe's prompt, tools and limits.
+
+    Args:
+        on_progress: called when the engine has computed or a turn has ended.
+    """
     rollout = recipe.rollout
     limits = Limits(
         max_turns=rollout.max_turns,
@@ -154,6 +165,7 @@ def build_play(recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbo
             max_in_flight=seats,
             deadlines=_deadlines(rollout.deadlines, greedy=greedy),
             oversample=1.0 if greedy else rollout.oversample,
+            on_progress=on_progress,
         )
 
     return GroupPlay(play, engine) if isinstance(engine, MirroredEngine) else play

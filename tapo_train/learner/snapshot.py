@@ -199,6 +199,7 @@ def _complete(snapshot: Snapshot, hashes: Mapping[str, str]) -> None:
         durable.sync_folder(folder)
     old = final.with_name(f".{final.name}.deleted")
     if final.exists():
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     partial.rename(final)
     durable.sync_folder(snapshot.root)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from tapo_train.errors import DataError
 from tapo_train.rollout.agent import Episode
@@ -39,6 +39,7 @@ def collect(
     max_in_flight: int = 256,
     deadlines: Deadlines = NEVER,
     oversample: float = 1.0,
+    on_progress: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Play every task `rollouts_per_task` times; groups come in the order of `tasks`.
 
@@ -49,6 +50,7 @@ def collect(
             the last few long attempts, and an attempt that failed outside the policy is
             replaced. But whoever finishes first is short: long trajectories and slow tools
             are seen less often than the policy plays them, so it learns to be brief.
+        on_progress: called when the engine has computed or a turn has ended.
 
     Raises:
         DataError: the prompt of a task leaves no room for an answer.
@@ -76,7 +78,7 @@ def collect(
         )
 
     async def play() -> list[Group]:
-        driver = EngineDriver(engine, end_token_id=chat.end_token_id)
+        driver = EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
         seats = asyncio.Semaphore(max_in_flight)
         until = asyncio.get_running_loop().time() + deadlines.step_s
 

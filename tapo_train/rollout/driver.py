@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -21,9 +22,16 @@ callbacks before its next request is submitted, and each costs one round."""
 class EngineDriver:
     """Steps an engine and hands completions to the coroutines that wait for them."""
 
-    def __init__(self, engine: Engine, *, end_token_id: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        end_token_id: int,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         self._engine = engine
         self._end = end_token_id
+        self._on_progress = on_progress
         self._waiting: dict[str, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
         self._wake = asyncio.Event()
 
@@ -59,10 +67,12 @@ class EngineDriver:
                 continue
             for completion in self._engine.step():
                 self._deliver(completion)
+                self._on_progress()
             idle_s = self._engine.idle_s()
             if idle_s > 0:
                 await self._sleep(idle_s)
                 continue
+            self._on_progress()
             for _ in range(TURNS_OF_THE_LOOP):
                 await asyncio.sleep(0)
         return episodes.result()

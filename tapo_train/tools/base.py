@@ -118,6 +118,7 @@ class Toolbox:
         self._deadline_s = deadline_s
         self._gates = {name: Gate((limits or {}).get(name, ToolLimits())) for name in self._tools}
         self.ledger = ledger or Ledger()
+        self._under_way = dict.fromkeys(self._tools, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @property
@@ -148,10 +149,21 @@ class Toolbox:
         """Run one call; every way it can end is an outcome of the observation."""
         if request.tool is None:
             return _failure(Outcome.MODEL_ERROR, request.error or "")
+        self._under_way[request.name] += 1
+        try:
+            return await self._execute(request, request.tool, context)
+        finally:
+            self._under_way[request.name] -= 1
+
+    def under_way(self) -> dict[str, int]:
+        """Calls that have not been answered yet, by tool; any thread may ask."""
+        return dict(self._under_way)
+
+    async def _execute(self, request: ToolRequest, tool: Tool, context: ToolContext) -> Observation:
         self._bind()
         gate, asked = self._gates[request.name], time.perf_counter()
         async with gate.seat():
-            run = _Run(tool=request.tool, price=gate.limits.price, ledger=self.ledger)
+            run = _Run(tool=tool, price=gate.limits.price, ledger=self.ledger)
             started = time.perf_counter()
             observation = await self._outcome(run, request.arguments, context, gate)
             ended = time.perf_counter()

@@ -1,0 +1,146 @@
+"""SIGTERM in the middle of things, and stalls: whole runs in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from process_environment import ROOT, environment
+from test_training import TIMEOUT_S, command, digest_of_weights, read_rows, train
+
+from tapo_train.interruption import Interruption
+from tapo_train.learner.manifest import checkpoints
+from tapo_train.watchdog import EXIT_STALLED
+
+WORKER = Path(__file__).with_name("watchdog_worker.py")
+ENGINE = (
+    "rollout/engine=hf",
+    "learner.schedule=constant",
+    "data.questions_per_step=2",
+    "rollout.rollouts_per_question=2",
+)
+
+
+def start(world: Path, out: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """A run in a process group of its own."""
+    return subprocess.Popen(
+        command(world, out, *overrides, ranks=ranks),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for_rows(out: Path, number: int, *, ranks: int) -> list[int]:
+    """Until so many steps are logged; the process ids of the ranks."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while time.monotonic() < deadline:
+        if (out / "metrics.jsonl").exists() and len(read_rows(out)) >= number:
+            states = [json.loads(p.read_text()) for p in sorted(out.glob("watchdog/*/rank*.json"))]
+            if len(states) == ranks:
+                return [state["pid"] for state in states]
+        time.sleep(0.02)
+    raise AssertionError(f"no {number} steps in {TIMEOUT_S} s")
+
+
+def test_work_is_given_up_at_once_and_nothing_new_is_begun() -> None:
+    interruption = Interruption()
+    with interruption.listening():
+        assert interruption.attempt(lambda: 7) == 7
+        assert not interruption.is_requested
+        assert interruption.attempt(lambda: (os.kill(os.getpid(), signal.SIGTERM), 1)) is None
+        assert interruption.is_requested
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the second ends the process"
+        assert interruption.attempt(lambda: 7) is None
+    outside = Interruption()
+    with outside.listening():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert outside.is_requested, "and what is not attempted goes on"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_world: Path, tmp_path: Path) -> None:
+    ranks = 2
+    steps = (*ENGINE, "run.steps=3", "run.save_every=0")
+    out = tmp_path / "stopped"
+    process = start(small_world, out, *steps, ranks=ranks)
+    try:
+        pids = wait_for_rows(out, 1, ranks=ranks)
+        os.kill(pids[0], signal.SIGTERM)  # one rank is enough
+        said, _ = process.communicate(timeout=TIMEOUT_S)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, said[-3000:]
+    assert "SIGTERM" in said
+    done = len(read_rows(out))
+    assert 1 <= done < 3
+    assert [path.name for path in checkpoints(out / "checkpoints")] == [f"step-{done:06d}"]
+    assert not (out / "export").exists()
+    assert not list((out / "watchdog").iterdir())
+    rows = train(small_world, out, *steps, ranks=ranks)
+    assert rows == train(small_world, tmp_path / "whole", *steps, ranks=ranks)
+    ours, theirs = (digest_of_weights(tmp_path / name / "export") for name in ("stopped", "whole"))
+    assert ours == theirs
+
+
+def watched(folder: Path, kind: str, stall_s: float, *, ranks: int) -> subprocess.Popen[str]:
+    """The worker; in a process group of its own."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    return subprocess.Popen(
+        [sys.executable, *(launcher if ranks > 1 else []), WORKER, folder, kind, str(stall_s)],
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{WORKER.parent}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def outcome(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and output; a worker that goes on hanging fails the test."""
+    try:
+        said, _ = process.communicate(timeout=90)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, said
+
+
+@pytest.mark.slow
+def test_when_a_rank_hangs_all_ranks_dump_their_stacks_and_end(tmp_path: Path) -> None:
+    status, said = outcome(watched(tmp_path, "sleep", 2.0, ranks=2))
+    assert status != 0
+    assert f"exitcode  : {EXIT_STALLED}" in said
+    (folder,) = (tmp_path / "watchdog").iterdir()
+    reports = [(folder / f"stacks.rank{rank}.txt").read_text() for rank in (0, 1)]
+    assert "in main" in reports[0] and "distributed.py" in reports[0]
+    assert "in hang_here" in reports[1]
+    assert "rank 1: in rollout for" in said
+    assert "waiting for 3 calls of text_search\n" in said
+    assert "rank 0: in advantage for" in said
+
+
+@pytest.mark.slow
+def test_a_call_that_holds_the_interpreter_is_dumped_from_outside(tmp_path: Path) -> None:
+    status, _ = outcome(watched(tmp_path, "hold", 2.0, ranks=1))
+    assert status == 1
+    (stacks,) = tmp_path.glob("watchdog/*/stacks.rank0.txt")
+    assert "in hang_here" in stacks.read_text()
+
+
+@pytest.mark.slow
+def test_slow_progress_of_one_rank_is_no_stall_of_the_others(tmp_path: Path) -> None:
+    status, said = outcome(watched(tmp_path, "work", 3.0, ranks=2))
+    assert status == 0, said
+    assert not list((tmp_path / "watchdog").iterdir())

@@ -1,0 +1,71 @@
+"""A checkpoint is read by another number of ranks, and by another ZeRO stage."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_rank_worker import SETTINGS, STAGES, go_on
+from learner_rows import make_policy, weights_of
+from process_environment import ROOT, environment
+from safetensors import safe_open
+
+from tapo_train.learner import checkpoint
+from tapo_train.learner.engine import end_process_group
+from tapo_train.learner.manifest import Manifest
+from tapo_train.rollout.chat import ChatFormat
+
+WORKER = Path(__file__).with_name("checkpoint_rank_worker.py")
+TOLERANCE = 1e-5
+"""Of a weight after three further updates in float32: sums are taken in another order."""
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_from_one_and_one_from_two(tiny_qwen3_vl, tmp_path):
+    chat = ChatFormat(tiny_qwen3_vl)
+    alone = make_policy(tiny_qwen3_vl, chat, **SETTINGS)
+    go_on(alone, chat, updates=2)
+    start = weights_of(alone)
+    source = checkpoint.save(alone, tmp_path, step=2, extra={"rank": 0})
+    go_on(alone, chat, updates=3)
+    wanted = weights_of(alone)
+    assert max(float((wanted[n] - start[n]).abs().max()) for n in start) > 100 * TOLERANCE
+
+    run_two_ranks(tiny_qwen3_vl, source, tmp_path / "two")
+    go_on(alone, chat, updates=1)
+    wanted_later = weights_of(alone)
+    for stage in STAGES:
+        folder = tmp_path / "two" / f"zero{stage}" / "step-000005"
+        assert Manifest.read(folder).ranks == 2
+        assert_each_rank_wrote_about_half(folder)
+        restored = checkpoint.load(alone, folder)
+        assert restored.extra == {"rank": 0}
+        assert restored.changes == [f"zero_stage 0, was {stage}", "ranks 1, was 2"]
+        torch.testing.assert_close(weights_of(alone), wanted, atol=TOLERANCE, rtol=0)
+        go_on(alone, chat, updates=1)
+        torch.testing.assert_close(weights_of(alone), wanted_later, atol=TOLERANCE, rtol=0)
+    alone.close()
+    end_process_group()
+
+
+def assert_each_rank_wrote_about_half(folder):
+    counts = []
+    for rank in (0, 1):
+        with safe_open(folder / "learner" / f"rank{rank}.safetensors", framework="pt") as file:
+            counts.append(sum(file.get_tensor(key).numel() for key in file.keys()))  # noqa: SIM118
+    assert abs(counts[0] - counts[1]) < 0.02 * sum(counts)
+
+
+def run_two_ranks(*arguments: Path) -> None:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node=2", WORKER, *arguments],
+        env=environment() | {"PYTHONPATH": f"{ROOT}:{WORKER.parent}"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
