@@ -19,6 +19,7 @@ from tapo_train.learner.batch import pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.manifest import Manifest, checkpoints, latest, prune
 from tapo_train.learner.objective import supervised
+from tapo_train.learner.settings import AdapterSettings
 from tapo_train.rollout.chat import ChatFormat
 
 ADAM = {"optimizer": "adamw", "learning_rate": 1e-3, "warmup_updates": 4, "max_grad_norm": 1.0}
@@ -42,12 +43,24 @@ def train(policy, chat, *, updates):
     return [finalise(policy.update(batches, supervised)) for _ in range(updates)]
 
 
+LORA = AdapterSettings(rank=2, alpha=4.0, targets=("q_proj",))
+
+
 @pytest.mark.parametrize(
-    ("zero_stage", "precision"),
-    [(0, "fp32"), (0, "bf16"), (1, "bf16"), (2, "bf16"), (3, "fp32")],
+    "sharding",
+    [
+        {"zero_stage": 0, "precision": "fp32"},
+        {"zero_stage": 0, "precision": "bf16"},
+        {"zero_stage": 1, "precision": "bf16"},
+        {"zero_stage": 2, "precision": "bf16", "offload_optimizer": True},
+        {"zero_stage": 2, "precision": "bf16", "freeze_vision": True},
+        {"zero_stage": 3, "precision": "fp32"},
+        {"zero_stage": 3, "precision": "bf16", "adapter": LORA},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values())[:20],
 )
-def test_a_resumed_run_continues_bit_for_bit(tiny_qwen3_vl, chat, tmp_path, zero_stage, precision):
-    options = ADAM | {"zero_stage": zero_stage, "precision": precision}
+def test_a_resumed_run_continues_bit_for_bit(tiny_qwen3_vl, chat, tmp_path, sharding):
+    options = ADAM | sharding
     first = make_policy(tiny_qwen3_vl, chat, **options)
     train(first, chat, updates=2)
     folder = checkpoint.save(first, tmp_path, step=2, extra={"position": [1, 7]})

@@ -1,8 +1,7 @@
 """Files that survive a loss of power, hashed while they are written.
 
-`write_tensors` writes the safetensors format itself: the library's own writer holds the
-interpreter's lock for as long as it writes, and a checkpoint written in the background would
-stop the training it was meant to leave alone. Reading is the library's.
+`write_tensors` writes the safetensors format itself: the library's writer gives no hash, and
+reading a checkpoint back for one takes as long as writing it. Reading is the library's.
 """
 
 from __future__ import annotations

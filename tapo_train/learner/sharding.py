@@ -41,7 +41,7 @@ def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def fragments_of(engine: Any, model: nn.Module) -> list[Fragment]:
     """This rank's fragments of all trained parameters of `model`."""
     wrapper = engine.optimizer
-    if hasattr(wrapper, "grad_position"):
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         find = _in_stage_3
     elif hasattr(wrapper, "fp32_groups"):
         find = _in_unfused
@@ -55,7 +55,7 @@ def fragments_of(engine: Any, model: nn.Module) -> list[Fragment]:
 def refresh_model(engine: Any) -> None:
     """Make the model's weights those of the masters, on all ranks together."""
     wrapper = engine.optimizer
-    if hasattr(wrapper, "grad_position"):
+    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
         wrapper.checkpoint_event_prologue()
         for group in range(len(wrapper.fp16_groups)):
             wrapper._reassign_or_swap_out_partitioned_parameters(group)
