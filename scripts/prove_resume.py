@@ -1,7 +1,7 @@
 """Show that a run that is killed again and again is the run that never was.
 
     python scripts/prove_resume.py --world runs/world --out runs/resume --steps 20 --kills 4
-    python scripts/prove_resume.py ... --ranks 1 2      # each start on another number of ranks
+    python scripts/prove_resume.py ... --ranks 1,2      # each start on another number of ranks
 
 Trains a recipe with the reference engine to its end, and once more with `kill -9` of all its
 processes at random moments, going on each time with the same command; then compares metrics
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="recipes/demo_cpu.yaml")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--kills", type=int, default=4)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[1])
+    parser.add_argument("--ranks", type=_numbers, default=[1], metavar="N,M")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_intermixed_args()
@@ -46,6 +46,10 @@ def main() -> int:
     finish(arguments, whole, arguments.ranks[0])
     kill_and_finish(arguments, killed)
     return compare(whole, killed, is_exact=len(set(arguments.ranks)) == 1)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def command(arguments: argparse.Namespace, out: Path, ranks: int) -> list[str]:
