@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tapo_train.config import Recipe
+from tapo_train.config import Recipe, to_yaml
 from tapo_train.errors import CheckpointError, ConfigError
 from tapo_train.learner import checkpoint, distributed, snapshot
-from tapo_train.learner.manifest import Manifest, checkpoints, discard_remains, set_aside
+from tapo_train.learner.manifest import POLICY, Manifest, checkpoints, discard_remains, set_aside
 from tapo_train.learner.policy import Policy
 from tapo_train.report.run_folder import RunFolder
+
+RECIPE = "recipe.yaml"
+"""Beside exported weights: prompt, tools and limits the policy acts by."""
 
 
 class CheckpointFolder:
@@ -108,6 +111,18 @@ class CheckpointFolder:
         if damaged:
             raise CheckpointError("; ".join(str(damage) for _, damage in damaged))
         return None
+
+
+def checkpoints_of(recipe: Recipe, folder: RunFolder, policy: Policy) -> CheckpointFolder:
+    """The checkpoints of a recipe's run; each has the recipe beside the exported policy."""
+    return CheckpointFolder(
+        folder.checkpoints,
+        policy,
+        keep_last=recipe.run.keep_last,
+        keep_best=recipe.run.keep_best,
+        previous_good=recipe.run.resume == "previous_good",
+        texts={f"{POLICY}/{RECIPE}": to_yaml(recipe)},
+    )
 
 
 def check_resumption(recipe: Recipe, folder: RunFolder) -> None:

@@ -17,7 +17,6 @@ from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
-from tapo_train.learner.manifest import POLICY
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
 from tapo_train.parts import Parts
@@ -28,7 +27,7 @@ from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
 from tapo_train.report.statistics import Accuracy, accuracy_of
-from tapo_train.resume import CheckpointFolder, check_resumption
+from tapo_train.resume import RECIPE, check_resumption, checkpoints_of
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.trainer import Trainer
 from tapo_train.types import Task
@@ -42,9 +41,6 @@ from tapo_train.warm_start import (
 from tapo_train.watchdog import Watchdog
 
 transformers_logging.disable_progress_bar()
-
-RECIPE = "recipe.yaml"
-"""Beside exported weights: prompt, tools and limits the policy acts by."""
 
 
 def train(recipe: Recipe) -> Path:
@@ -137,7 +133,7 @@ def make_parts(
         nonfinite=NonFiniteGuard(
             folder.nonfinite, rank=distributed.rank(), skip=recipe.learner.on_nonfinite == "skip"
         ),
-        checkpoints=make_checkpoints(recipe, folder, policy),
+        checkpoints=checkpoints_of(recipe, folder, policy),
         stateful={"watch": watch},
         watch=watch,
         watchdog=watchdog,
@@ -146,18 +142,6 @@ def make_parts(
             folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
         ),
         probe=(prompt, tasks[0].images),
-    )
-
-
-def make_checkpoints(recipe: Recipe, folder: RunFolder, policy: Policy) -> CheckpointFolder:
-    """Where the run can be taken up again."""
-    return CheckpointFolder(
-        folder.checkpoints,
-        policy,
-        keep_last=recipe.run.keep_last,
-        keep_best=recipe.run.keep_best,
-        previous_good=recipe.run.resume == "previous_good",
-        texts={f"{POLICY}/{RECIPE}": to_yaml(recipe)},
     )
 
 
