@@ -19,7 +19,7 @@ from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
 
-STAGES = (2, 3)
+STAGES = (0, 2, 3)
 SETTINGS = {
     "optimizer": "adamw",
     "learning_rate": 1e-3,

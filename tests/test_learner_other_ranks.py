@@ -40,10 +40,11 @@ def test_two_ranks_go_on_from_one_and_one_from_two(tiny_qwen3_vl, tmp_path):
     for stage in STAGES:
         folder = tmp_path / "two" / f"zero{stage}" / "step-000005"
         assert Manifest.read(folder).ranks == 2
-        assert_each_rank_wrote_about_half(folder)
+        assert_each_rank_wrote_its_share(folder)
         restored = checkpoint.load(alone, folder)
         assert restored.extra == {"rank": 0}
-        assert restored.changes == [f"zero_stage 0, was {stage}", "ranks 1, was 2"]
+        other_stage = [f"zero_stage 0, was {stage}"] if stage else []
+        assert restored.changes == [*other_stage, "ranks 1, was 2"]
         torch.testing.assert_close(weights_of(alone), wanted, atol=TOLERANCE, rtol=0)
         go_on(alone, chat, updates=1)
         torch.testing.assert_close(weights_of(alone), wanted_later, atol=TOLERANCE, rtol=0)
@@ -51,12 +52,14 @@ def test_two_ranks_go_on_from_one_and_one_from_two(tiny_qwen3_vl, tmp_path):
     end_process_group()
 
 
-def assert_each_rank_wrote_about_half(folder):
-    counts = []
+def assert_each_rank_wrote_its_share(folder):
+    keys, counts = [], []
     for rank in (0, 1):
         with safe_open(folder / "learner" / f"rank{rank}.safetensors", framework="pt") as file:
-            counts.append(sum(file.get_tensor(key).numel() for key in file.keys()))  # noqa: SIM118
-    assert abs(counts[0] - counts[1]) < 0.02 * sum(counts)
+            keys.append(set(file.keys()))
+            counts.append(sum(file.get_tensor(key).numel() for key in keys[-1]))
+    assert not keys[0] & keys[1], "written twice"
+    assert max(counts) < 0.7 * sum(counts)
 
 
 def run_two_ranks(*arguments: Path) -> None:
