@@ -20,11 +20,12 @@ from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult, token_advantages
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
-from tapo_train.errors import CheckpointError, ProbeError, ToolBudgetError
+from tapo_train.errors import CheckpointError, ToolBudgetError
 from tapo_train.interruption import StepGivenUp
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, TrainingRow, pack
 from tapo_train.parts import Floats, Parts, Schedule
+from tapo_train.probe import require_agreement
 from tapo_train.report.sinks import Sink, write_all
 from tapo_train.step_metrics import Stopwatch, evaluation_metrics, step_metrics
 from tapo_train.types import Group, Trajectory
@@ -285,16 +286,9 @@ class Trainer:
         parts.engine.load_weights(parts.policy.named_weights(), version=version)
         tokens, images = parts.probe
         ours, theirs = parts.policy.score(tokens, images), parts.engine.score(tokens, images)
-        drift = float(np.abs(ours - theirs).max())
-        if not drift <= self._schedule.probe_tolerance:
-            raise ProbeError(
-                f"probe: after the weight sync of version {version}, engine and learner "
-                f"log-probabilities differ by {drift:.2g} nat at token "
-                f"{int(np.abs(ours - theirs).argmax()) + 1}; wanted at most probe.tolerance = "
-                f"{self._schedule.probe_tolerance}. A stale cache, a weight that was not sent "
-                "(a tied head?) or different image preprocessing would explain it"
-            )
-        return drift
+        return require_agreement(
+            ours, theirs, version=version, tolerance=self._schedule.probe_tolerance
+        )
 
     def _dump(self, step: int, batch: Batch, credit: CreditResult) -> None:
         self._parts.dump.write(step, batch.trajectories, batch.advantages.tolist(), credit)

@@ -24,6 +24,7 @@ LAYERS = (
         "demonstrate",
         "interruption",
         "parts",
+        "probe",
         "resume",
         "rollout_audit",
         "step_metrics",
