@@ -174,6 +174,18 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
             f"learner.zero_stage: found {recipe.learner.zero_stage}, wanted 3 because "
             f"learner.offload_parameters=true"
         )
+    if recipe.learner.offload_in_rollout:
+        stage = recipe.learner.zero_stage
+        if stage != 2:
+            yield (
+                f"learner.zero_stage: found {stage}, wanted 2 because "
+                f"learner.offload_in_rollout=true (DeepSpeed cannot move the states of others)"
+            )
+        if recipe.learner.offload_optimizer:
+            yield (
+                "learner.offload_in_rollout: found true, wanted false because "
+                "learner.offload_optimizer=true keeps the states outside all the time"
+            )
     updates = recipe.learner.updates_per_batch
     questions = recipe.data.questions_per_step
     if questions % updates:

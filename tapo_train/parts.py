@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapo_train.algos.aggregation import Aggregation
+from tapo_train.colocation import Turns
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.interruption import Interruption
@@ -115,6 +116,7 @@ class Parts:
     validation: Sequence[Task]
     order: TaskSampler
     engine: Engine
+    turns: Turns
     play: Play
     reward: RewardFunction
     audit: RolloutAudit

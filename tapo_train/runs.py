@@ -121,6 +121,7 @@ def make_parts(
         validation=validation,
         order=TaskSampler(len(tasks), seed=recipe.run.seed),
         engine=engine,
+        turns=build.build_turns(recipe, policy, engine),
         play=build.build_play(recipe, engine, chat, toolbox, on_progress=watchdog.beat),
         reward=build.build_reward(recipe),
         audit=build.build_audit(recipe, toolbox, folder.spending),

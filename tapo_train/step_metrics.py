@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 
 from tapo_train.algos.metrics import Metrics, finalise, merge
+from tapo_train.colocation import begin_stage, stage_memory
 from tapo_train.credit.diagnostics import finish
 from tapo_train.errors import RolloutError
 from tapo_train.learner import distributed
@@ -23,20 +24,24 @@ from tapo_train.types import Group, Trajectory
 
 @dataclass(slots=True)
 class Stopwatch:
-    """Wall time by stage."""
+    """Wall time and memory by stage."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     """[s] by stage, in the order the stages began."""
     on_stage: Callable[[str], None] = lambda _: None
     """Told the name of each stage that begins."""
+    memory: dict[str, float] = field(default_factory=dict)
+    """[GiB] by `<stage>_<kind>`; see `colocation.stage_memory`."""
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         """Add the time of the block to `stage`."""
         self.on_stage(stage)
+        begin_stage()
         started = time.perf_counter()
         yield
         self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
+        self.memory |= {f"{stage}_{kind}": value for kind, value in stage_memory().items()}
 
 
 def step_metrics(
@@ -47,6 +52,7 @@ def step_metrics(
     learned: Metrics,
     drift: float,
     seconds: Mapping[str, float],
+    memory: Mapping[str, float],
 ) -> dict[str, float]:
     """What a step did. Every rank calls it with its own part and gets the whole row.
 
@@ -56,6 +62,7 @@ def step_metrics(
         learned: (sum, count) pairs of this rank's updates.
         drift: the probe's largest disagreement [nat].
         seconds: this rank's wall time by stage; rank 0's are logged.
+        memory: [GiB] of this rank by stage and kind; the largest of the ranks is logged.
     """
     own = {
         "trajectories": trajectory_sums(groups),
@@ -63,6 +70,7 @@ def step_metrics(
         "abs_advantage": float(np.abs(advantages).sum()),
         "drift": drift,
         "seconds": dict(seconds),
+        "memory": dict(memory),
     }
     ranks = distributed.all_gather_objects(own)
     rolled = combine([rank["trajectories"] for rank in ranks])
@@ -78,6 +86,7 @@ def step_metrics(
         | (finish(sums) if sums else {})
         | {"credit/time_frac": times["credit"] / step_s}
         | {f"time/{stage}_s": duration for stage, duration in times.items()}
+        | {f"memory/{name}_gib": max(r["memory"][name] for r in ranks) for name in memory}
         | {
             "advantage/abs": sum(rank["abs_advantage"] for rank in ranks) / count,
             "probe/max_abs_diff": max(rank["drift"] for rank in ranks),

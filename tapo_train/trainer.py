@@ -9,7 +9,6 @@ stage is `NoTransfer`, no importance correction is `uncorrected`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,31 +16,19 @@ import numpy as np
 
 from tapo_train.algos.advantages import informative_rows
 from tapo_train.algos.metrics import Metrics, merge
-from tapo_train.credit.result import CreditResult, token_advantages
+from tapo_train.credit.result import CreditResult
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
 from tapo_train.errors import CheckpointError, ToolBudgetError
 from tapo_train.interruption import StepGivenUp
 from tapo_train.learner import distributed, random_state
-from tapo_train.learner.batch import MicroBatch, TrainingRow, pack
-from tapo_train.parts import Floats, Parts, Schedule
+from tapo_train.learner.batch import MicroBatch, pack
+from tapo_train.parts import Parts, Schedule
 from tapo_train.probe import require_agreement
 from tapo_train.report.sinks import Sink, write_all
+from tapo_train.step_batch import Batch, rows_of_updates
 from tapo_train.step_metrics import Stopwatch, evaluation_metrics, step_metrics
-from tapo_train.types import Group, Trajectory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """This rank's scored trajectories with their advantages."""
-
-    trajectories: list[Trajectory]
-    question: list[int]
-    """Position of each trajectory's question in the step's global batch."""
-    advantages: Floats
-    """[N] as the group gave them."""
-    trained: list[bool]
-    """Which trajectories take part in the loss."""
+from tapo_train.types import Group
 
 
 class Trainer:
@@ -115,6 +102,7 @@ class Trainer:
             batch = self._advantages(groups, questions)
         with watch("credit"):
             credit = self._credit(batch)
+        self._parts.turns.learning()
         with watch("batch"):
             updates, balance = self._cut(batch, credit)
         with watch("update"):
@@ -130,6 +118,7 @@ class Trainer:
             learned=learned,
             drift=drift,
             seconds=watch.seconds,
+            memory=watch.memory,
         )
 
     def validate(self, policy_version: int) -> dict[str, float]:
@@ -244,13 +233,12 @@ class Trainer:
         And how even the ranks' work is.
         """
         schedule = self._schedule
-        cuts: list[list[TrainingRow]] = [[] for _ in range(schedule.updates_per_batch)]
-        for row, trajectory in enumerate(batch.trajectories):
-            if batch.trained[row]:
-                turns, calls = credit.step_advantages[row], credit.call_advantages[row]
-                advantages = token_advantages(trajectory, turns, calls)
-                share = batch.question[row] * len(cuts) // schedule.questions_per_step
-                cuts[share].append(TrainingRow.from_tokens(trajectory, advantages))
+        cuts = rows_of_updates(
+            batch,
+            credit,
+            updates=schedule.updates_per_batch,
+            questions=schedule.questions_per_step,
+        )
         balance: Metrics = {}
         packed = []
         for rows in cuts:
@@ -283,6 +271,7 @@ class Trainer:
             ProbeError: engine and learner disagree by more than the tolerance.
         """
         parts = self._parts
+        parts.turns.sampling()
         parts.engine.load_weights(parts.policy.named_weights(), version=version)
         tokens, images = parts.probe
         ours, theirs = parts.policy.score(tokens, images), parts.engine.score(tokens, images)

@@ -153,6 +153,15 @@ def test_a_wrong_override_is_refused_with_path_found_and_wanted(
         (["learner.old_logprobs=engine"], "algo.importance.mode: found 'truncate', wanted 'off'"),
         (["learner.offload_optimizer=true", "learner.zero_stage=0"], "learner.zero_stage"),
         (["learner.offload_parameters=true", "learner.zero_stage=2"], "learner.zero_stage"),
+        (["learner.offload_in_rollout=true", "learner.zero_stage=3"], "learner.zero_stage"),
+        (
+            [
+                "learner.offload_in_rollout=true",
+                "learner.offload_optimizer=true",
+                "learner.zero_stage=2",
+            ],
+            "learner.offload_in_rollout",
+        ),
         (["learner.updates_per_batch=3"], "wanted a divisor of data.questions_per_step (16)"),
         (["tools.corpus=null"], "tools.corpus: found nothing, wanted a file"),
         (["tools.image_index=null"], "tools.image_index: found nothing, wanted a file"),

@@ -15,6 +15,7 @@ from tapo_train.build.learner import (
     build_exchange,
     build_policy,
     build_reference,
+    build_turns,
     learner_settings,
 )
 from tapo_train.build.rollout import build_engine, build_engine_server, build_play
@@ -37,6 +38,7 @@ __all__ = [
     "build_reward",
     "build_schedule",
     "build_toolbox",
+    "build_turns",
     "build_watch",
     "is_recomputed_in_passing",
     "learner_settings",

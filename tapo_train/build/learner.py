@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from tapo_train.build.device import DEVICE
+from tapo_train.build.rollout import sleeps_in_update
+from tapo_train.colocation import Turns
 from tapo_train.config import Recipe
 from tapo_train.learner.balance import Balanced, Exchange, RowCost, keep
 from tapo_train.learner.policy import Policy
@@ -12,6 +15,7 @@ from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReferen
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
 from tapo_train.learner.shape import ModelShape
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.engine import Engine, Sleeper
 
 
 def build_policy(recipe: Recipe, chat: ChatFormat, *, updates: int | None = None) -> Policy:
@@ -55,6 +59,20 @@ def build_exchange(recipe: Recipe, policy: Policy) -> Exchange:
         return keep
     shape = ModelShape.of(policy.model.config)
     return Balanced(cost=RowCost(shape=shape, image_token_id=policy.layout.image_token_id))
+
+
+def build_turns(recipe: Recipe, policy: Policy, engine: Engine) -> Turns:
+    """Who holds the device's memory when."""
+    learning: list[Callable[[], None]] = []
+    sampling: list[Callable[[], None]] = []
+    if recipe.learner.offload_in_rollout:
+        learning.append(policy.reload_states)
+        sampling.append(policy.offload_states)
+    if isinstance(engine, Sleeper) and sleeps_in_update(recipe):
+        # The engine leaves before the states come, and comes after they have left.
+        learning.insert(0, engine.sleep)
+        sampling.append(engine.wake)
+    return Turns(before_learning=learning, before_sampling=sampling)
 
 
 def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:

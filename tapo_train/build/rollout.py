@@ -71,11 +71,28 @@ def build_local_engine(
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
             max_images=_most_images(recipe),
+            can_sleep=sleeps_in_update(recipe),
             seeded=_samples_by_seed(recipe),
             seed=seed,
             tensor_parallel=engine.tensor_parallel,
         ),
     )
+
+
+def sleeps_in_update(recipe: Recipe) -> bool:
+    """Whether the engine in this process gives its memory back while the learner learns.
+
+    Raises:
+        ConfigError: it should, without a GPU.
+    """
+    engine = recipe.rollout.engine
+    wanted = engine.name == "vllm" and engine.sleep_in_update
+    if wanted and DEVICE == "cpu":
+        raise ConfigError(
+            "rollout.engine.sleep_in_update: found true without a GPU, wanted false: vLLM can "
+            "give back the memory of a GPU only"
+        )
+    return wanted
 
 
 def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerEngine) -> Engine:

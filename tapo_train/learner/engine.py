@@ -141,6 +141,25 @@ def set_updates(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
+def offload_states(engine: Any, *, device: torch.device) -> None:
+    """Move what only an update needs (master weights, optimizer states) to the host's memory.
+
+    DeepSpeed can do so for ZeRO-2; for ZeRO-1 not in bfloat16, for ZeRO-3 only with an
+    optimizer of its own.
+    """
+    if not engine.optimizer.offloaded_states:
+        kinds = deepspeed.runtime.zero.offload_config.OffloadStateTypeEnum
+        engine.offload_states(
+            include=[kinds.optim_states, kinds.hp_params], pin_memory=device.type == "cuda"
+        )
+
+
+def reload_states(engine: Any) -> None:
+    """Undo `offload_states`."""
+    if engine.optimizer.offloaded_states:
+        engine.reload_states()
+
+
 def gathered(parameters: list[nn.Parameter], *, settings: LearnerSettings) -> Any:
     """A context in which `parameters` are whole on every rank (ZeRO-3 shards them)."""
     return deepspeed.zero.GatheredParameters(parameters, enabled=settings.zero_stage == 3)

@@ -180,6 +180,17 @@ class Policy:
         """What `export` writes, as of now; on rank 0."""
         return weights.model_files(self.model, source=self.source, settings=self.settings)
 
+    def offload_states(self) -> None:
+        """Move master weights and optimizer states off the device until `reload_states`.
+
+        Scores, exports and the sync work as before; ZeRO-2 only.
+        """
+        engine.offload_states(self._engine, device=self.device)
+
+    def reload_states(self) -> None:
+        """Move the states back: an update needs them."""
+        engine.reload_states(self._engine)
+
     def learner_state(self) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Copies of this rank's share of master weights and optimizer state, with metadata."""
         return fragments.collect(self._engine, self.model)

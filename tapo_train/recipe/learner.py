@@ -34,6 +34,9 @@ class Learner:
     """Keep optimizer states in the host's memory; needs zero_stage 1 or more."""
     offload_parameters: bool = False
     """Keep the shards of the weights there too; needs zero_stage 3."""
+    offload_in_rollout: bool = False
+    """Keep optimizer states and master weights in the host's memory while the engine samples;
+    needs zero_stage 2 without offload_optimizer, and pays on a GPU only."""
     micro_batch_tokens: Count = 16_384
     """[tokens] in one forward pass; a longer trajectory goes alone."""
     balance: bool = True

@@ -22,6 +22,8 @@ class VllmEngine:
     """Share of the device's memory for weights and KV cache; the learner has the rest."""
     tensor_parallel: Count = 1
     """Ranks that share one engine, for a model too large for one device; divides their number."""
+    sleep_in_update: bool = False
+    """Give that memory back while the learner learns; the weights wait in the host's. GPU only."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -128,6 +128,8 @@ METRICS: dict[str, str] = {
     "time/<stage>_s": "[s] wall time of this stage of the step",
     "throughput/tokens_per_s": "tokens of all trajectories per second of the step, all ranks",
     "throughput/sampled_tokens_per_s": "sampled tokens per second of the rollout, all ranks",
+    "memory/<stage>_<kind>_gib": "[GiB] after this stage (cuda_allocated, _reserved: its peak), "
+    "largest of the ranks",
     "memory/rss_gib": "[GiB] peak resident memory of rank 0",
 }
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -92,6 +92,19 @@ class Completion:
     """"stop": the end token was sampled; "length": `max_tokens` were sampled without it."""
     cached_tokens: int = 0
     """Tokens of the request whose keys and values were reused."""
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """An engine that can give the device's memory back between rollouts."""
+
+    def sleep(self) -> None:
+        """Give it back; nothing may be in flight. Asleep already: no effect."""
+        ...
+
+    def wake(self) -> None:
+        """Take it again, before weights are loaded or anything is submitted. Awake: no effect."""
+        ...
 
 
 class Engine(Protocol):

@@ -60,6 +60,8 @@ class VllmOptions:
     enforce_eager: bool | None = None
     """No compilation and no CUDA graphs. None is True on CPU, where compiling needs a C++
     compiler and about 20 s of a core for 1.5 times the tokens per second."""
+    can_sleep: bool = False
+    """Allow `sleep`: vLLM then takes its memory in a way that it can give back (GPU only)."""
     seeded: bool = False
     """Allow `Sampling.seed`. vLLM's CPU sampler cannot seed requests while prefills are
     chunked, so this switches chunking off."""
@@ -90,6 +92,7 @@ class VllmEngine:
         self._inputs = InputBuilder(chat, self._engine)
         self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
         self._in_flight: dict[str, GenerationRequest] = {}
+        self._is_asleep = False
         self.version = 0
 
     def submit(self, request: GenerationRequest) -> None:
@@ -157,6 +160,19 @@ class VllmEngine:
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
         self.version = version
+
+    def sleep(self) -> None:
+        """See `Sleeper.sleep`. The weights go to the host's memory, keys and values are lost."""
+        self._require_idle("sleep")
+        if not self._is_asleep:
+            self._llm.sleep(level=1)
+            self._is_asleep = True
+
+    def wake(self) -> None:
+        """See `Sleeper.wake`."""
+        if self._is_asleep:
+            self._llm.wake_up()
+            self._is_asleep = False
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -234,6 +250,8 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "generation_config": "vllm",
         "use_tqdm_on_load": False,
     }
+    if options.can_sleep:
+        arguments["enable_sleep_mode"] = True
     if options.seeded:
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(MIN_PREFILL, options.max_model_len + 1)
