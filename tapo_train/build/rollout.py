@@ -86,13 +86,19 @@ def sleeps_in_update(recipe: Recipe) -> bool:
         ConfigError: it should, without a GPU.
     """
     engine = recipe.rollout.engine
-    wanted = engine.name == "vllm" and engine.sleep_in_update
-    if wanted and DEVICE == "cpu":
+    if engine.name != "vllm" or not engine.sleep_in_update:
+        return False
+    if DEVICE == "cpu":
         raise ConfigError(
             "rollout.engine.sleep_in_update: found true without a GPU, wanted false: vLLM can "
             "give back the memory of a GPU only"
         )
-    return wanted
+    if engine.tensor_parallel > 1:
+        raise ConfigError(
+            f"rollout.engine.sleep_in_update: found true with tensor_parallel = "
+            f"{engine.tensor_parallel}, wanted false: engines that ranks share do not sleep yet"
+        )
+    return True
 
 
 def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerEngine) -> Engine:
