@@ -153,7 +153,7 @@ def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> L
         gate = ((ratio - 1) * tau).sigmoid_()
         weight = torch.addcmul(gate, gate, gate, value=-1).mul_(4)  # 4 p (1 - p)
         metrics["policy/gate_weight"] = pair(weight)
-        metrics |= by_turn("policy/gate_weight", weight, batch.turn, batch.num_turns)
+        metrics |= by_turn("policy/gate_weight/by_turn", weight, batch.turn, batch.num_turns)
         slope = weight.mul_(ratio).mul_(batch.advantages).neg_().mul_(is_free)
         value = gate.mul_(-4).div_(tau).mul_(batch.advantages)
     return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
@@ -247,7 +247,9 @@ def _clip_metrics(ratio: Tensor, held: Tensor, batch: TokenBatch) -> Metrics:
         "policy/clip_high": pair(is_above & (advantages > 0)),
         "policy/clip_low": pair((held > ratio) & (advantages < 0)),
         "policy/clip_dual": pair(is_above & (advantages < 0)),
-    } | by_turn("policy/clip", (held != ratio) & (advantages != 0), batch.turn, batch.num_turns)
+    } | by_turn(
+        "policy/clip/by_turn", (held != ratio) & (advantages != 0), batch.turn, batch.num_turns
+    )
 
 
 def _check_clip(name: str, clip_low: float, clip_high: float) -> None:

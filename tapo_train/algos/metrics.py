@@ -24,7 +24,7 @@ def pair(values: Tensor) -> Tensor:
 
 
 def by_turn(name: str, values: Tensor, turn: Tensor | None, num_turns: int) -> Metrics:
-    """`name/by_turn/<turn>` pairs of per-token values.
+    """`name/<turn>` pairs of per-token values.
 
     Args:
         values: [K] numbers or booleans.
@@ -36,7 +36,7 @@ def by_turn(name: str, values: Tensor, turn: Tensor | None, num_turns: int) -> M
     sums = wide.new_zeros(2, num_turns)
     sums[0].index_add_(0, turn, wide)
     sums[1].index_add_(0, turn, torch.ones_like(wide))
-    return {f"{name}/by_turn/{number}": sums[:, number] for number in range(num_turns)}
+    return {f"{name}/{number}": sums[:, number] for number in range(num_turns)}
 
 
 def merge(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Metrics:
