@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -37,6 +37,28 @@ class Play(Protocol):
         self, tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
     ) -> list[Group]:
         """One group of `rollouts` trajectories per task, in order."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rolled:
+    """This rank's part of a step's rollout."""
+
+    groups: list[Group]
+    """What is trained; scored or not."""
+    questions: list[int]
+    """Position of each group's question in the step's global batch."""
+    replaced: list[Group] = field(default_factory=list)
+    """Groups that were played and scored, but whose places others took: counted, not trained."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The same on all ranks."""
+
+
+class Rounds(Protocol):
+    """Asks a step's questions with the engine's present weights."""
+
+    def __call__(self, step: int) -> Rolled:
+        """Called by all ranks together, at every step once."""
         ...
 
 
@@ -118,6 +140,7 @@ class Parts:
     engine: Engine
     turns: Turns
     play: Play
+    rounds: Rounds
     reward: RewardFunction
     audit: RolloutAudit
     advantage: AdvantageFunction

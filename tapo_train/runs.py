@@ -115,15 +115,18 @@ def make_parts(
     watchdog.calls = toolbox.under_way
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
-    watch = build.build_watch(recipe)
+    watch, interruption = build.build_watch(recipe), Interruption()
+    play = build.build_play(recipe, engine, chat, toolbox, on_progress=watchdog.beat)
+    order, reward = TaskSampler(len(tasks), seed=recipe.run.seed), build.build_reward(recipe)
     return Parts(
         tasks=tasks,
         validation=validation,
-        order=TaskSampler(len(tasks), seed=recipe.run.seed),
+        order=order,
         engine=engine,
         turns=build.build_turns(recipe, policy, engine),
-        play=build.build_play(recipe, engine, chat, toolbox, on_progress=watchdog.beat),
-        reward=build.build_reward(recipe),
+        play=play,
+        rounds=build.build_rounds(recipe, tasks, order, play, reward, interruption),
+        reward=reward,
         audit=build.build_audit(recipe, toolbox, folder.spending),
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
@@ -138,7 +141,7 @@ def make_parts(
         stateful={"watch": watch},
         watch=watch,
         watchdog=watchdog,
-        interruption=Interruption(),
+        interruption=interruption,
         dump=TrajectoryDump(
             folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
         ),

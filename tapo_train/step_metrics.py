@@ -57,8 +57,9 @@ def step_metrics(
     """What a step did. Every rank calls it with its own part and gets the whole row.
 
     Args:
-        groups: this rank's, scored.
-        advantages: [N] of this rank's trajectories, before the credit stage.
+        groups: this rank's, scored, with those that others replaced.
+        advantages: [N] of this rank's trajectories that were not replaced, before the credit
+            stage.
         learned: (sum, count) pairs of this rank's updates.
         drift: the probe's largest disagreement [nat].
         seconds: this rank's wall time by stage; rank 0's are logged.
@@ -68,6 +69,7 @@ def step_metrics(
         "trajectories": trajectory_sums(groups),
         "credit": dict(credit_sums),
         "abs_advantage": float(np.abs(advantages).sum()),
+        "advantages": len(advantages),
         "drift": drift,
         "seconds": dict(seconds),
         "memory": dict(memory),
@@ -88,7 +90,10 @@ def step_metrics(
         | {f"time/{stage}_s": duration for stage, duration in times.items()}
         | {f"memory/{name}_gib": max(r["memory"][name] for r in ranks) for name in memory}
         | {
-            "advantage/abs": sum(rank["abs_advantage"] for rank in ranks) / count,
+            "advantage/abs": (
+                sum(rank["abs_advantage"] for rank in ranks)
+                / sum(rank["advantages"] for rank in ranks)
+            ),
             "probe/max_abs_diff": max(rank["drift"] for rank in ranks),
             "time/step_s": step_s,
             "throughput/tokens_per_s": rolled["rollout/tokens"] * count / step_s,

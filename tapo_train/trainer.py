@@ -26,6 +26,7 @@ from tapo_train.learner.batch import MicroBatch, pack
 from tapo_train.parts import Parts, Schedule
 from tapo_train.probe import require_agreement
 from tapo_train.report.sinks import Sink, write_all
+from tapo_train.rounds import scored_groups
 from tapo_train.step_batch import Batch, rows_of_updates
 from tapo_train.step_metrics import Stopwatch, evaluation_metrics, step_metrics
 from tapo_train.types import Group
@@ -93,13 +94,14 @@ class Trainer:
         """One batch of questions from rollout to synced weights; its metrics."""
         watch = Stopwatch(on_stage=self._parts.watchdog.enter)
         with watch("rollout"):
-            groups, questions = self._rollout(step)
+            rolled = self._parts.rounds(step)
         with watch("reward"):
-            groups = self._score(groups)
+            groups = self._score(rolled.groups)
+            played = [*groups, *rolled.replaced]
         with watch("audit"):
-            audited = self._parts.audit(groups)
+            audited = self._parts.audit(played)
         with watch("advantage"):
-            batch = self._advantages(groups, questions)
+            batch = self._advantages(groups, rolled.questions)
         with watch("credit"):
             credit = self._credit(batch)
         self._parts.turns.learning()
@@ -111,14 +113,18 @@ class Trainer:
             drift = self._sync(step + 1)
         with watch("dump"):
             self._dump(step, batch, credit)
-        return audited | step_metrics(
-            groups,
-            advantages=batch.advantages,
-            credit_sums=credit.sums,
-            learned=learned,
-            drift=drift,
-            seconds=watch.seconds,
-            memory=watch.memory,
+        return (
+            audited
+            | dict(rolled.metrics)
+            | step_metrics(
+                played,
+                advantages=batch.advantages,
+                credit_sums=credit.sums,
+                learned=learned,
+                drift=drift,
+                seconds=watch.seconds,
+                memory=watch.memory,
+            )
         )
 
     def validate(self, policy_version: int) -> dict[str, float]:
@@ -169,37 +175,8 @@ class Trainer:
         parts = {"order": self._parts.order, **self._parts.stateful}
         return {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
 
-    def _rollout(self, step: int) -> tuple[list[Group], list[int]]:
-        """This rank's groups, and the positions of their questions in the global batch.
-
-        Raises:
-            StepGivenUp: on all ranks, if one was asked to stop; no weight has changed.
-        """
-        schedule = self._schedule
-        batch = list(enumerate(self._parts.order.next_batch(schedule.questions_per_step)))
-        mine = shard(batch, distributed.rank(), distributed.world_size())
-        play = partial(
-            self._parts.play,
-            [self._parts.tasks[index] for _, index in mine],
-            rollouts=schedule.rollouts_per_question,
-            greedy=False,
-            policy_version=step,
-        )
-        groups = self._parts.interruption.attempt(play)
-        is_given_up = distributed.all_reduce_max(int(groups is None))
-        if groups is None or is_given_up:
-            raise StepGivenUp
-        return groups, [position for position, _ in mine]
-
     def _score(self, groups: Sequence[Group]) -> list[Group]:
-        reward = self._parts.reward
-        return [
-            Group(
-                task=group.task,
-                trajectories=tuple(t.with_reward(reward(t)) for t in group.trajectories),
-            )
-            for group in groups
-        ]
+        return scored_groups(groups, self._parts.reward)
 
     def _advantages(self, groups: Sequence[Group], questions: Sequence[int]) -> Batch:
         """Advantages over the rows of all ranks; ranks wait for the slowest rollout here."""

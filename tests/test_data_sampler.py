@@ -50,6 +50,39 @@ def test_batches_hold_no_task_twice_and_epochs_stay_complete(
     assert max(counts) - min(counts) <= 1
 
 
+def test_excluded_tasks_are_passed_over_and_keep_their_place() -> None:
+    sampler = TaskSampler(6, seed=0, shuffle=False)
+    assert sampler.next_batch(2, exclude=[0, 2]) == [1, 3]
+    assert sampler.next_batch(3, exclude=[4, 3]) == [0, 2, 5]
+    assert sampler.next_batch(2, exclude=[0, 4]) == [1, 2]
+    assert sampler.next_batch(3, exclude=[1, 1]) == [0, 3, 4]
+
+
+@given(num_tasks=st.integers(2, 9), seed=st.integers(0, 99), data=st.data())
+def test_steps_of_several_draws_ask_nothing_twice_and_epochs_stay_complete(
+    num_tasks: int, seed: int, data: st.DataObject
+) -> None:
+    sampler = TaskSampler(num_tasks, seed=seed)
+    drawn: list[int] = []
+    for _ in range(data.draw(st.integers(1, 6))):
+        step: list[int] = []
+        while len(step) < num_tasks and data.draw(st.booleans()):
+            size = data.draw(st.integers(1, num_tasks - len(step)))
+            step += sampler.next_batch(size, exclude=step)
+        assert len(set(step)) == len(step)
+        drawn += step
+        sampler.load_state_dict(json.loads(json.dumps(sampler.state_dict())))
+    counts = [drawn.count(task) for task in range(num_tasks)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_more_tasks_than_are_not_excluded_cannot_be_drawn() -> None:
+    sampler = TaskSampler(5, seed=0)
+    with pytest.raises(DataError, match="a batch of 3 different tasks was asked of 2"):
+        sampler.next_batch(3, exclude=[0, 1, 2, 2])
+    assert len(sampler.next_batch(2, exclude=[0, 1, 2, 2])) == 2
+
+
 @pytest.mark.parametrize("done", [0, 1, 4, 7])
 def test_a_sampler_restored_from_json_goes_on_as_if_never_stopped(done: int) -> None:
     whole, stopped = (TaskSampler(7, seed=5) for _ in range(2))

@@ -28,6 +28,7 @@ LAYERS = (
         "probe",
         "resume",
         "rollout_audit",
+        "rounds",
         "step_batch",
         "step_metrics",
         "trainer",

@@ -129,6 +129,20 @@ def test_stopping_and_resuming_gives_the_run_that_was_never_stopped(
     assert ours == theirs
 
 
+def test_a_run_refills_its_batches_and_counts_everything_that_was_played(
+    small_world: Path, tmp_path: Path
+) -> None:
+    overrides = ("rollout/engine=hf", "rollout.refill_rounds=2", "run.steps=1")
+    (row,) = train(small_world, tmp_path / "run", *overrides)
+    require_known(name for name in row if name != "step")
+    played, uniform = row["rollout/groups_played"], row["advantage/uniform_groups"]
+    assert row["rollout/rounds"] > 1, "nothing was refilled"
+    assert row["rollout/trajectories"] == 4 * played > 4 * 4
+    assert row["rollout/groups_informative"] == pytest.approx((1 - uniform) * played)
+    dumped = (tmp_path / "run/tokens/step_000000.jsonl").read_text().splitlines()
+    assert len(dumped) == 4 * 4, "what was replaced is not trained and not dumped"
+
+
 def test_a_run_stops_at_the_sign_it_was_told_to_stop_at(small_world: Path, tmp_path: Path) -> None:
     watch = ("watch.early_steps=1", "watch.recent_steps=1", "watch.stop_after=2")
     # A reward that is always 0 makes every group uniform.

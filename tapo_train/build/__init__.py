@@ -18,7 +18,12 @@ from tapo_train.build.learner import (
     build_turns,
     learner_settings,
 )
-from tapo_train.build.rollout import build_engine, build_engine_server, build_play
+from tapo_train.build.rollout import (
+    build_engine,
+    build_engine_server,
+    build_play,
+    build_rounds,
+)
 from tapo_train.build.schedule import build_schedule, build_watch
 from tapo_train.build.tools import build_audit, build_toolbox
 
@@ -36,6 +41,7 @@ __all__ = [
     "build_policy",
     "build_reference",
     "build_reward",
+    "build_rounds",
     "build_schedule",
     "build_toolbox",
     "build_turns",

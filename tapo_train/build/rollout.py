@@ -14,9 +14,12 @@ import torch
 from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
 from tapo_train.config import Recipe
+from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
+from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
-from tapo_train.parts import Play
+from tapo_train.parts import Play, Rounds
+from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
@@ -30,6 +33,7 @@ from tapo_train.rollout.remote.listener import Served
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
+from tapo_train.rounds import OneRound, Questions, Refill
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Group, Task
 
@@ -192,6 +196,28 @@ def build_play(
         )
 
     return GroupPlay(play, engine) if isinstance(engine, MirroredEngine) else play
+
+
+def build_rounds(
+    recipe: Recipe,
+    tasks: Sequence[Task],
+    order: TaskSampler,
+    play: Play,
+    reward: RewardFunction,
+    interruption: Interruption,
+) -> Rounds:
+    """How a step fills its batch."""
+    questions = Questions(
+        tasks=tasks,
+        order=order,
+        play=play,
+        interruption=interruption,
+        per_step=recipe.data.questions_per_step,
+        rollouts=recipe.rollout.rollouts_per_question,
+    )
+    if not recipe.rollout.refill_rounds:
+        return OneRound(questions)
+    return Refill(questions, reward, most=recipe.rollout.refill_rounds)
 
 
 def seats_of(engine: Engine, *, max_tokens: int) -> int:

@@ -34,22 +34,33 @@ class TaskSampler:
         self._pending = self._order(0)
 
     @property
+    def num_tasks(self) -> int:
+        """How many tasks there are."""
+        return self._num_tasks
+
+    @property
     def epoch(self) -> int:
         """0-based epoch the next index is taken from."""
         return self._epoch if self._pending else self._epoch + 1
 
-    def next_batch(self, num: int) -> list[int]:
-        """The next `num` different task indices; DataError if there are not that many tasks."""
-        if not 1 <= num <= self._num_tasks:
+    def next_batch(self, num: int, *, exclude: Sequence[int] = ()) -> list[int]:
+        """The next `num` different task indices; DataError if there are not that many tasks.
+
+        Args:
+            exclude: tasks that must not be among them. They are passed over and stay where
+                they are; those that have not come when the epoch ends are left out of it.
+        """
+        available = self._num_tasks - len(set(exclude))
+        if not 1 <= num <= available:
             raise DataError(
-                f"a batch of {num} different tasks was asked of {self._num_tasks}; "
-                f"wanted between 1 and {self._num_tasks}"
+                f"a batch of {num} different tasks was asked of {available}; "
+                f"wanted between 1 and {available}"
             )
-        batch = self._take(num, exclude=())
+        batch = self._take(num, exclude=exclude)
         if len(batch) < num:
             self._epoch += 1
             self._pending = self._order(self._epoch)
-            batch += self._take(num - len(batch), exclude=batch)
+            batch += self._take(num - len(batch), exclude=[*exclude, *batch])
         return batch
 
     def _take(self, num: int, *, exclude: Sequence[int]) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count, Fraction, OpenFraction, Positive
+from tapo_train.recipe.values import STRICT, Count, CountOrZero, Fraction, OpenFraction, Positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -99,4 +99,8 @@ class Rollout:
     """Times G attempts are started per question; the first G to finish are kept, the others
     aborted. Above 1 the slow tail costs no time, but short trajectories finish first: the
     policy is taught to be brief. 1 is off."""
+    refill_rounds: CountOrZero = 0
+    """Dynamic sampling: most further rounds of a step, in which questions whose trajectories all
+    earned the same are replaced by the next ones. 0 is off. Each round has its own
+    deadlines.step_s."""
     deadlines: Deadlines = field(default_factory=Deadlines)

@@ -27,6 +27,10 @@ METRICS: dict[str, str] = {
     "rollout/trajectories": "number of trajectories sampled",
     "rollout/failed_outside_policy": "share that left loss and baseline",
     "rollout/surplus": "attempts started and dropped (oversample), per trajectory kept",
+    "rollout/rounds": "rounds of the step's rollout (refill_rounds)",
+    "rollout/groups_played": "groups played in all rounds; the metrics of rollout, reward and "
+    "advantage/uniform_groups speak about all of them",
+    "rollout/groups_informative": "groups of the step's batch whose rewards differ",
     "rollout/turns": "assistant turns per trajectory",
     "rollout/calls": "tool calls per trajectory",
     "rollout/call_rate": "share of trajectories with at least one executed tool call",

@@ -1,0 +1,157 @@
+"""A step's questions to groups: in one round, or in several until the batch is informative.
+
+Positions in the global batch decide which update a group belongs to, so a question that
+replaces another takes over its position, and neither draw nor positions depend on the
+number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from tapo_train.algos.advantages import informative_rows
+from tapo_train.data.sampler import TaskSampler, shard
+from tapo_train.interruption import Interruption, StepGivenUp
+from tapo_train.learner import distributed
+from tapo_train.parts import Play, Rolled
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.types import Group, Task
+
+__all__ = ["OneRound", "Questions", "Refill", "is_informative", "scored_groups"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Questions:
+    """What a step asks, and of whom."""
+
+    tasks: Sequence[Task]
+    order: TaskSampler
+    play: Play
+    interruption: Interruption
+    per_step: int
+    """Over all ranks."""
+    rollouts: int
+    """Per question."""
+
+    def ask(self, places: Mapping[int, int], step: int) -> dict[int, Group]:
+        """This rank's share of `places` (position -> task) played, by position.
+
+        Called by all ranks together, with the same places.
+
+        Raises:
+            StepGivenUp: on all ranks, if one was asked to stop.
+        """
+        mine = shard(list(places.items()), distributed.rank(), distributed.world_size())
+        play = partial(
+            self.play,
+            [self.tasks[index] for _, index in mine],
+            rollouts=self.rollouts,
+            greedy=False,
+            policy_version=step,
+        )
+        groups = self.interruption.attempt(play)
+        is_given_up = distributed.all_reduce_max(int(groups is None))
+        if groups is None or is_given_up:
+            raise StepGivenUp
+        return dict(zip([position for position, _ in mine], groups, strict=True))
+
+
+class OneRound:
+    """Asks the next questions once, whatever comes of it."""
+
+    def __init__(self, questions: Questions) -> None:
+        self._questions = questions
+
+    def __call__(self, step: int) -> Rolled:
+        """This rank's groups; called by all ranks together."""
+        questions = self._questions
+        batch = questions.order.next_batch(questions.per_step)
+        played = questions.ask(dict(enumerate(batch)), step)
+        return Rolled(groups=list(played.values()), questions=list(played))
+
+
+class Refill:
+    """Dynamic sampling (DAPO, 2503.14476): groups that teach nothing give way to new questions.
+
+    After each round the groups whose usable trajectories all earned the same are replaced
+    by the next questions in data order, dealt anew to the ranks, until every group is
+    informative, `most` further rounds are over, or every question has been asked in this
+    step. A group that nothing replaced stays, with advantages of 0;
+    `algo.advantage.drop_uniform_groups` decides whether its tokens count in the loss's
+    denominators. Deviates from DAPO, which throws surplus informative groups away: no more
+    questions are asked than places are free.
+
+    All ranks play equally often, some perhaps nothing: engines over several ranks need that.
+    """
+
+    def __init__(self, questions: Questions, reward: RewardFunction, *, most: int) -> None:
+        self._questions = questions
+        self._reward = reward
+        self._most = most
+
+    def __call__(self, step: int) -> Rolled:
+        """This rank's groups, scored; called by all ranks together."""
+        free = list(range(self._questions.per_step))
+        asked: list[int] = []
+        held: dict[int, Group] = {}
+        replaced: list[Group] = []
+        rounds = 0
+        while free and rounds <= self._most:
+            drawn = self._draw(len(free), asked)
+            if not drawn:
+                break
+            asked += drawn
+            rounds += 1
+            taken = dict(zip(free, drawn, strict=False))
+            replaced += [held.pop(position) for position in taken if position in held]
+            asked_groups = self._questions.ask(taken, step)
+            scored = scored_groups(list(asked_groups.values()), self._reward)
+            played = dict(zip(asked_groups, scored, strict=True))
+            held |= played
+            uniform = _everywhere([p for p, group in played.items() if not is_informative(group)])
+            free = sorted({*free[len(drawn) :], *uniform})
+        positions = sorted(held)
+        return Rolled(
+            groups=[held[position] for position in positions],
+            questions=positions,
+            replaced=replaced,
+            metrics={
+                "rollout/rounds": float(rounds),
+                "rollout/groups_played": float(len(asked)),
+                "rollout/groups_informative": float(self._questions.per_step - len(free)),
+            },
+        )
+
+    def _draw(self, wanted: int, asked: Sequence[int]) -> list[int]:
+        """Up to `wanted` questions that were not asked in this step."""
+        order = self._questions.order
+        num = min(wanted, order.num_tasks - len(asked)) if asked else wanted
+        return order.next_batch(num, exclude=asked) if num else []
+
+
+def is_informative(group: Group) -> bool:
+    """Whether the usable trajectories of a scored group earned different rewards."""
+    rewards = [t.scored().total for t in group.trajectories]
+    left_out = [t.failed_outside_policy for t in group.trajectories]
+    return bool(informative_rows(rewards, [0] * len(rewards), leave_out=left_out).any())
+
+
+def scored_groups(groups: Sequence[Group], reward: RewardFunction) -> list[Group]:
+    """Groups whose trajectories carry a reward; one that is there already stays."""
+    return [
+        replace(
+            group,
+            trajectories=tuple(
+                t if t.reward is not None else t.with_reward(reward(t)) for t in group.trajectories
+            ),
+        )
+        for group in groups
+    ]
+
+
+def _everywhere(positions: Sequence[int]) -> list[int]:
+    """The positions of all ranks."""
+    ranks = distributed.all_gather_objects(list(positions))
+    return [position for rank in ranks for position in rank]
