@@ -7,6 +7,7 @@ the others waiting in a collective.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
@@ -60,12 +61,14 @@ class RolloutAudit:
         trajectories = [t for group in groups for t in group.trajectories]
         correct = sum(t.scored().accuracy for t in trajectories if not t.failed_outside_policy)
         records = self._ledger.drain()
-        own = (records, correct, failures_of(trajectories), THREADS.num_abandoned)
+        events = self._ledger.drain_events()
+        own = (records, correct, failures_of(trajectories), THREADS.num_abandoned, events)
         ranks = distributed.all_gather_objects(own)
         self.settle()
-        everywhere, rights, failures, hung = zip(*ranks, strict=True)
+        everywhere, rights, failures, hung, guarded = zip(*ranks, strict=True)
         self._failures.check(sum(failures, start=Failures()))
         metrics = tool_metrics([r for rank in everywhere for r in rank], num_correct=sum(rights))
+        metrics |= {f"tool/guard/{k}": float(n) for k, n in sum(guarded, start=Counter()).items()}
         return metrics | {"tool/spent": float(self._spent), "tool/hung_threads": float(sum(hung))}
 
     def settle(self) -> None:

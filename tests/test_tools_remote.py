@@ -7,6 +7,7 @@ import base64
 import gzip
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,7 +196,7 @@ def test_results_that_give_the_benchmark_away_are_kept_back_and_counted(sandbox:
         "2. Answer only",
         "3. Neighbour",
     ]
-    assert guard.counts == {"seen": 5, "host": 1, "answer": 1}
+    assert guard.counts == {"results": 5, "kept_back_host": 1, "kept_back_answer": 1}
     assert len(search(results(*found), sandbox, top_k=9).text.splitlines()) == 5, "on by default"
 
 
@@ -222,11 +223,11 @@ RECIPE = "recipes/demo_cpu.yaml"
 def test_a_recipe_names_its_endpoints_and_a_strict_replay_has_no_network() -> None:
     endpoints = ["tools.text_endpoint=http://127.0.0.1:9/s", "tools.corpus=null"]
     recipe = load_recipe(RECIPE, endpoints)
-    assert list(build_remote_tools(recipe)) == ["text_search_tool"]
+    assert list(build_remote_tools(recipe, Counter())) == ["text_search_tool"]
     strict = load_recipe(RECIPE, [*endpoints, "tools.replay=replay"])
     with pytest.raises(ToolRefusedError, match="forbids the network"):
         asyncio.run(build_client(strict).get("http://127.0.0.1:9/s"))
-    assert build_remote_tools(load_recipe(RECIPE)) == {}
+    assert build_remote_tools(load_recipe(RECIPE), Counter()) == {}
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from tapo_train.config import Recipe
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 from tapo_train.tools.base import Tool
@@ -11,8 +13,12 @@ from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
 from tapo_train.tools.sandbox import Sandbox, SandboxLimits
 
 
-def build_remote_tools(recipe: Recipe) -> dict[str, Tool]:
-    """The searches whose endpoint the recipe names, by the tool's name; one client, one sandbox."""
+def build_remote_tools(recipe: Recipe, events: Counter[str]) -> dict[str, Tool]:
+    """The searches whose endpoint the recipe names, by the tool's name; one client, one sandbox.
+
+    Args:
+        events: where guards count what they did.
+    """
     tools = recipe.tools
     made: dict[str, Tool] = {}
     # Several inputs of one call have to fit into its deadline, hostile ones too.
@@ -21,6 +27,7 @@ def build_remote_tools(recipe: Recipe) -> dict[str, Tool]:
     contamination = Contamination(
         hosts=frozenset(host.lower() for host in tools.blocked_hosts),
         answers=tools.filter_answers,
+        counts=events,
     )
     if tools.text_endpoint is not None:
         made["text_search_tool"] = RemoteTextSearch(

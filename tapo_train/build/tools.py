@@ -15,6 +15,7 @@ from tapo_train.tools.base import Tool, Toolbox
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
 from tapo_train.tools.recording import Recording
 from tapo_train.tools.registry import load_tool
@@ -33,7 +34,8 @@ def build_toolbox(
     """
     tools, decoder = recipe.tools, decoder or ImageDecoder()
     image_index, corpus = tools.image_index, tools.corpus
-    remote = {} if world is not None else build_remote_tools(recipe)
+    ledger = Ledger()
+    remote = {} if world is not None else build_remote_tools(recipe, ledger.events)
     if world is not None:
         image_index, corpus = str(world / "image_index.jsonl"), str(world / "corpus.jsonl")
     made: list[Tool] = []
@@ -54,7 +56,7 @@ def build_toolbox(
     if world is None:
         made = _replayed(made, recipe)
     limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
-    return Toolbox(made, deadline_s=tools.deadline_s, limits=limits)
+    return Toolbox(made, deadline_s=tools.deadline_s, limits=limits, ledger=ledger)
 
 
 def _replayed(made: Sequence[Tool], recipe: Recipe) -> list[Tool]:

@@ -49,6 +49,7 @@ METRICS: dict[str, str] = {
     "tool/<tool>/cost": "their price, all attempts, in the unit of tools.limits",
     "tool/cost": "price of all calls of the step's rollout",
     "tool/cost_per_correct": "that per right answer; not logged without cost or right answer",
+    "tool/guard/<event>": "search results seen, kept back by a guard, thumbnails dropped",
     "tool/spent": "price of all calls of the run so far, validation and resumptions included",
     "tool/hung_threads": "threads held by calls that were given up and have not returned",
     "time/tool/<tool>/latency_p50_s": "[s] median time of a call, its queue not counted",

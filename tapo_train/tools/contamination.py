@@ -32,7 +32,7 @@ class Contamination:
     hosts: frozenset[str] = frozenset()
     answers: bool = False
     counts: Counter[str] = field(default_factory=Counter)
-    """Results seen (`seen`), left out for their host (`host`) or their content (`answer`)."""
+    """Results seen, and how many were kept back for their host or their content."""
 
     @property
     def version(self) -> str:
@@ -46,12 +46,12 @@ class Contamination:
 
     def admits(self, task: Task, *, url: str, text: str) -> bool:
         """Whether the policy may see a result; counts it."""
-        self.counts["seen"] += 1
+        self.counts["results"] += 1
         if self.hosts and _is_below(_host(url), self.hosts):
-            self.counts["host"] += 1
+            self.counts["kept_back_host"] += 1
             return False
         if self.answers and _gives_away(task, text):
-            self.counts["answer"] += 1
+            self.counts["kept_back_answer"] += 1
             return False
         return True
 

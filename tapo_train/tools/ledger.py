@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -39,6 +40,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self._records: list[CallRecord] = []
+        self.events: Counter[str] = Counter()
+        """What guards did since the last `drain_events`, by kind; guards count here."""
         self._taken = Decimal(0)
         self._purse = Decimal("Infinity")
         self.is_exhausted = False
@@ -79,6 +82,12 @@ class Ledger:
         """The records since the last time."""
         records, self._records = self._records, []
         return records
+
+    def drain_events(self) -> Counter[str]:
+        """What guards did since the last time."""
+        events = Counter(self.events)
+        self.events.clear()
+        return events
 
 
 @cache

@@ -214,7 +214,9 @@ class McpServer:
 
 
 class McpTool:
-    """A tool of a server."""
+    """A tool of a server. It is told its arguments and nothing else of the conversation."""
+
+    reads: frozenset[str] = frozenset()
 
     def __init__(
         self, server: McpServer, listed: Any, *, about: str, sandbox: Sandbox, max_chars: int

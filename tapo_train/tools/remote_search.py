@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections import Counter
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -155,8 +154,6 @@ class RemoteImageSearch:
         self._contamination = contamination
         self._top_k = top_k
         self._side_px = thumbnail_side_px
-        self.dropped: Counter[str] = Counter()
-        """Thumbnails left out, by the kind of error."""
         self.version = (
             f"1 endpoint={endpoint} top_k={top_k} side={thumbnail_side_px} {contamination.version}"
         )
@@ -196,7 +193,8 @@ class RemoteImageSearch:
                 data = _from_base64(found.thumbnail)
             return await asyncio.to_thread(self._sandbox.picture, data, longest_px=self._side_px)
         except (ToolError, TimeoutError) as error:
-            self.dropped[type(error).__name__] += 1
+            is_refused = isinstance(error, ToolRefusedError)
+            self._contamination.counts[f"thumbnail_{'refused' if is_refused else 'failed'}"] += 1
             return None
 
 
