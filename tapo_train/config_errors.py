@@ -138,6 +138,27 @@ def _rollout_problems(recipe: Recipe) -> Iterable[str]:
             f"rollout.max_turn_tokens: found {rollout.max_turn_tokens}, wanted at most "
             f"rollout.max_tokens ({rollout.max_tokens})"
         )
+    if rollout.carry_over:
+        yield from _carry_over_problems(recipe)
+
+
+def _carry_over_problems(recipe: Recipe) -> Iterable[str]:
+    rollout = recipe.rollout
+    if rollout.deadlines.step_s is None:
+        yield (
+            f"rollout.deadlines.step_s: found null, wanted a time because rollout.carry_over is "
+            f"{rollout.carry_over}: nothing else interrupts a trajectory"
+        )
+    if rollout.refill_rounds:
+        yield (
+            f"rollout.refill_rounds: found {rollout.refill_rounds}, wanted 0 because "
+            f"rollout.carry_over is {rollout.carry_over}: a group that waits cannot be judged"
+        )
+    if recipe.learner.old_logprobs != "engine" and recipe.algo.importance.mode == "off":
+        yield (
+            "algo.importance.mode: found 'off', wanted a correction because rollout.carry_over "
+            "trains on what older weights sampled (or learner.old_logprobs=engine)"
+        )
 
 
 def _data_problems(recipe: Recipe) -> Iterable[str]:

@@ -54,7 +54,19 @@ class Rolled:
     """The same on all ranks."""
 
 
-class Rounds(Protocol):
+class Stateful(Protocol):
+    """A part whose state a resumed run needs."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """The state of this rank, as JSON can hold it."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from there. With another number of ranks it is that of rank % former ranks."""
+        ...
+
+
+class Rounds(Stateful, Protocol):
     """Asks a step's questions with the engine's present weights."""
 
     def __call__(self, step: int) -> Rolled:
@@ -67,18 +79,6 @@ class AdvantageFunction(Protocol):
 
     def __call__(self, rewards: Floats, group: Sequence[str], leave_out: Sequence[bool]) -> Floats:
         """One advantage per row; rows left out get 0."""
-        ...
-
-
-class Stateful(Protocol):
-    """A part whose state a resumed run needs."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """The state of this rank, as JSON can hold it."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from there. With another number of ranks it is that of rank % former ranks."""
         ...
 
 
@@ -152,7 +152,7 @@ class Parts:
     nonfinite: NonFiniteGuard
     checkpoints: Checkpoints
     stateful: Mapping[str, Stateful]
-    """By name: what a checkpoint keeps besides the policy and `order`."""
+    """By name: what a checkpoint keeps besides the policy, `order` and `rounds`."""
     watch: Watch
     watchdog: Watchdog
     interruption: Interruption

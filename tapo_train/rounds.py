@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from tapo_train.algos.advantages import informative_rows
 from tapo_train.data.sampler import TaskSampler, shard
+from tapo_train.errors import DataError
 from tapo_train.interruption import Interruption, StepGivenUp
 from tapo_train.learner import distributed
 from tapo_train.parts import Play, Rolled
 from tapo_train.rewards.reward import RewardFunction
-from tapo_train.types import Group, Task
+from tapo_train.types import Group, JsonObject, Task
 
-__all__ = ["OneRound", "Questions", "Refill", "is_informative", "scored_groups"]
+__all__ = ["CarriedOver", "OneRound", "Questions", "Refill", "is_informative", "scored_groups"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,18 +37,19 @@ class Questions:
     rollouts: int
     """Per question."""
 
-    def ask(self, places: Mapping[int, int], step: int) -> dict[int, Group]:
-        """This rank's share of `places` (position -> task) played, by position.
+    def share(self, places: Mapping[int, int]) -> dict[int, int]:
+        """This rank's share of the `places` (position -> task) of all ranks."""
+        return dict(shard(list(places.items()), distributed.rank(), distributed.world_size()))
 
-        Called by all ranks together, with the same places.
+    def ask(self, mine: Mapping[int, int], step: int) -> dict[int, Group]:
+        """Play the tasks of this rank's places; groups by position. On all ranks together.
 
         Raises:
             StepGivenUp: on all ranks, if one was asked to stop.
         """
-        mine = shard(list(places.items()), distributed.rank(), distributed.world_size())
         play = partial(
             self.play,
-            [self.tasks[index] for _, index in mine],
+            [self.tasks[index] for index in mine.values()],
             rollouts=self.rollouts,
             greedy=False,
             policy_version=step,
@@ -55,10 +58,21 @@ class Questions:
         is_given_up = distributed.all_reduce_max(int(groups is None))
         if groups is None or is_given_up:
             raise StepGivenUp
-        return dict(zip([position for position, _ in mine], groups, strict=True))
+        return dict(zip(mine, groups, strict=True))
 
 
-class OneRound:
+class _Stateless:
+    """Nothing is left over between two steps."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: JsonObject) -> None:
+        """Whatever was left over is dropped: its questions come again in the next epoch."""
+
+
+class OneRound(_Stateless):
     """Asks the next questions once, whatever comes of it."""
 
     def __init__(self, questions: Questions) -> None:
@@ -68,11 +82,11 @@ class OneRound:
         """This rank's groups; called by all ranks together."""
         questions = self._questions
         batch = questions.order.next_batch(questions.per_step)
-        played = questions.ask(dict(enumerate(batch)), step)
+        played = questions.ask(questions.share(dict(enumerate(batch))), step)
         return Rolled(groups=list(played.values()), questions=list(played))
 
 
-class Refill:
+class Refill(_Stateless):
     """Dynamic sampling (DAPO, 2503.14476): groups that teach nothing give way to new questions.
 
     After each round the groups whose usable trajectories all earned the same are replaced
@@ -106,7 +120,7 @@ class Refill:
             rounds += 1
             taken = dict(zip(free, drawn, strict=False))
             replaced += [held.pop(position) for position in taken if position in held]
-            asked_groups = self._questions.ask(taken, step)
+            asked_groups = self._questions.ask(self._questions.share(taken), step)
             scored = scored_groups(list(asked_groups.values()), self._reward)
             played = dict(zip(asked_groups, scored, strict=True))
             held |= played
@@ -129,6 +143,74 @@ class Refill:
         order = self._questions.order
         num = min(wanted, order.num_tasks - len(asked)) if asked else wanted
         return order.next_batch(num, exclude=asked) if num else []
+
+
+class CarriedOver:
+    """Groups that the step's deadline interrupted go on in the next step, with its weights.
+
+    A group stays together, on its rank and at its position in the batch; it is trained in the
+    step in which its last attempt ends, so advantages and credit always see the whole group.
+    New questions are asked for the other positions only. A step in which no group at all
+    became complete is played on; that ends because an attempt goes on a bounded number of
+    times.
+
+    Groups that wait are in memory. A checkpoint keeps their questions and positions: a resumed
+    run asks them again from the start, so it is not the run that was never stopped. At the end
+    of a run they are lost.
+    """
+
+    def __init__(self, questions: Questions) -> None:
+        self._questions = questions
+        self._waiting: dict[int, int] = {}
+        self._mine: dict[int, int] = {}
+
+    def __call__(self, step: int) -> Rolled:
+        """This rank's complete groups; called by all ranks together."""
+        questions, places = self._questions, self._waiting
+        free = [position for position in range(questions.per_step) if position not in places]
+        if free:
+            drawn = questions.order.next_batch(len(free), exclude=list(places.values()))
+            new = dict(zip(free, drawn, strict=True))
+            self._mine |= questions.share(new)
+            places = places | new
+        complete: dict[int, Group] = {}
+        while not _everywhere(list(complete)):
+            played = questions.ask(self._mine, step)
+            complete |= {p: group for p, group in played.items() if not group.waiting}
+            self._mine = {p: index for p, index in self._mine.items() if p not in complete}
+        self._waiting = {position: places[position] for position in _everywhere(list(self._mine))}
+        positions = sorted(complete)
+        groups = [complete[position] for position in positions]
+        metrics = _staleness(groups, step) | {"rollout/groups_waiting": float(len(self._waiting))}
+        return Rolled(groups=groups, questions=positions, metrics=metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The questions that wait, on all ranks."""
+        return {"waiting": sorted(map(list, self._waiting.items()))}
+
+    def load_state_dict(self, state: JsonObject) -> None:
+        """Ask them first. DataError if positions or tasks are not those of this run."""
+        places = dict(state["waiting"])
+        most, num_tasks = self._questions.per_step, self._questions.order.num_tasks
+        if not all(0 <= p < most and 0 <= index < num_tasks for p, index in places.items()):
+            raise DataError(
+                f"rounds state: found questions {sorted(places.values())} waiting at positions "
+                f"{sorted(places)}; wanted positions below {most} and questions below {num_tasks}"
+            )
+        self._waiting, self._mine = places, self._questions.share(places)
+
+
+def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
+    """How many steps old the weights were that sampled the tokens of all ranks' groups."""
+    turns = [turn for g in groups for t in g.trajectories for turn in t.turns]
+    own = [(step - turn.policy_version, len(turn.span)) for turn in turns]
+    ranks = distributed.all_gather_objects(own)
+    ages = [pair for rank in ranks for pair in rank]
+    tokens = sum(length for _, length in ages)
+    return {
+        "rollout/staleness": sum(age * length for age, length in ages) / max(tokens, 1),
+        "rollout/staleness_max": float(max((age for age, _ in ages), default=0)),
+    }
 
 
 def is_informative(group: Group) -> bool:

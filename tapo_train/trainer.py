@@ -23,7 +23,7 @@ from tapo_train.errors import CheckpointError, ToolBudgetError
 from tapo_train.interruption import StepGivenUp
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, pack
-from tapo_train.parts import Parts, Schedule
+from tapo_train.parts import Parts, Schedule, Stateful
 from tapo_train.probe import require_agreement
 from tapo_train.report.sinks import Sink, write_all
 from tapo_train.rounds import scored_groups
@@ -144,7 +144,7 @@ class Trainer:
         state = self._parts.checkpoints.load_latest()
         if state is None:
             return 0
-        parts = {"order": self._parts.order, **self._parts.stateful}
+        parts = self._stateful()
         for name in parts.keys() & state["parts"].keys():
             parts[name].load_state_dict(state["parts"][name])
         self._saved_steps = int(state["step"]) + 1
@@ -172,8 +172,13 @@ class Trainer:
 
     def _state(self, step: int) -> dict[str, Any]:
         """What `_resume` wants back."""
-        parts = {"order": self._parts.order, **self._parts.stateful}
-        return {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}}
+        states = {name: part.state_dict() for name, part in self._stateful().items()}
+        return {"step": step, "parts": states}
+
+    def _stateful(self) -> dict[str, Stateful]:
+        """What a resumed run needs besides the policy, by name."""
+        parts = self._parts
+        return {"order": parts.order, "rounds": parts.rounds, **parts.stateful}
 
     def _score(self, groups: Sequence[Group]) -> list[Group]:
         return scored_groups(groups, self._parts.reward)

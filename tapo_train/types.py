@@ -193,6 +193,7 @@ class Trajectory:
     """Text inside the last turn's `<answer>`; None if there is none."""
     stop: StopReason
     policy_version: int = 0
+    """Of the weights that played it last; a trajectory that was carried over has older turns."""
     reward: Reward | None = None
 
     @property
@@ -224,3 +225,5 @@ class Group:
     trajectories: tuple[Trajectory, ...]
     surplus: int = 0
     """Attempts that were started and dropped because others were there first."""
+    waiting: int = 0
+    """Attempts that go on in a later step; the group has no trajectories before that."""

@@ -128,3 +128,16 @@ def test_a_budget_of_one_bears_everything_and_of_zero_nothing() -> None:
 def test_failures_without_a_tool_say_so() -> None:
     with pytest.raises(RolloutError, match="calls that failed: none; no tool said why"):
         FailureBudget(0.5).check(Failures(trajectories=64, failed=64))
+
+
+def test_trajectories_that_a_deadline_cut_are_not_judged() -> None:
+    late = [trajectory(stop=StopReason.DEADLINE)] * 40
+    done = [trajectory(stop=StopReason.ANSWER)] * 20
+    down = [trajectory(("search", Outcome.INFRA_ERROR, "502"), stop=StopReason.INFRA)] * 15
+    counted = failures_of([*late, *done, *down])
+    assert (counted.trajectories, counted.failed) == (35, 15)
+    assert set(counted.messages) == {("search", "502")}
+    FailureBudget(0.1).check(failures_of(late))
+    with pytest.raises(RolloutError, match="15 of the last 35"):
+        FailureBudget(0.4).check(counted)
+    FailureBudget(0.45).check(counted)

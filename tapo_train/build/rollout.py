@@ -20,6 +20,7 @@ from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
 from tapo_train.parts import Play, Rounds
 from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
@@ -33,7 +34,7 @@ from tapo_train.rollout.remote.listener import Served
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
-from tapo_train.rounds import OneRound, Questions, Refill
+from tapo_train.rounds import CarriedOver, OneRound, Questions, Refill
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Group, Task
 
@@ -175,6 +176,8 @@ def build_play(
     seed = recipe.run.seed if _samples_by_seed(recipe) else None
     seats = rollout.max_in_flight or seats_of(engine, max_tokens=rollout.max_tokens)
 
+    carry_over = CarryOver(most=rollout.carry_over) if rollout.carry_over else None
+
     def play(
         tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
     ) -> list[Group]:
@@ -192,6 +195,7 @@ def build_play(
             max_in_flight=seats,
             deadlines=_deadlines(rollout.deadlines, greedy=greedy),
             oversample=1.0 if greedy else rollout.oversample,
+            carry_over=None if greedy else carry_over,
             on_progress=on_progress,
         )
 
@@ -215,6 +219,8 @@ def build_rounds(
         per_step=recipe.data.questions_per_step,
         rollouts=recipe.rollout.rollouts_per_question,
     )
+    if recipe.rollout.carry_over:
+        return CarriedOver(questions)
     if not recipe.rollout.refill_rounds:
         return OneRound(questions)
     return Refill(questions, reward, most=recipe.rollout.refill_rounds)

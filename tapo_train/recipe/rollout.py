@@ -90,8 +90,8 @@ class Rollout:
     """Tool calls of one turn that are run, side by side; further ones are recorded only."""
     max_failed_fraction: Fraction = 0.5
     """The run stops when more than this share of trajectories failed outside the policy (a tool
-    timed out or broke), counted over the step and, where it is small, over those before it
-    until there are 32. 1: never."""
+    timed out or broke; what a deadline cut is not counted), over the step and, where it is small,
+    over those before it until there are 32. 1: never."""
     max_in_flight: Count | None = None
     """Trajectories under way at a time on one rank. null: as many as the engine's KV cache holds
     at their full length (max_tokens), so that none loses its keys to another, and at most 256."""
@@ -103,4 +103,8 @@ class Rollout:
     """Dynamic sampling: most further rounds of a step, in which questions whose trajectories all
     earned the same are replaced by the next ones. 0 is off. Each round has its own
     deadlines.step_s."""
+    carry_over: CountOrZero = 0
+    """Times a trajectory that deadlines.step_s interrupts goes on in the next step, with its
+    weights, instead of being cut. Its group waits for it and is trained when it is complete;
+    meanwhile fewer new questions are asked. A resumed run asks what waited anew. 0 is off."""
     deadlines: Deadlines = field(default_factory=Deadlines)

@@ -30,6 +30,9 @@ METRICS: dict[str, str] = {
     "rollout/rounds": "rounds of the step's rollout (refill_rounds)",
     "rollout/groups_played": "groups played in all rounds; the metrics of rollout, reward and "
     "advantage/uniform_groups speak about all of them",
+    "rollout/groups_waiting": "groups that go on in the next step (carry_over)",
+    "rollout/staleness": "[steps] age of the weights that sampled a trained token (carry_over)",
+    "rollout/staleness_max": "[steps] that of the oldest",
     "rollout/groups_informative": "groups of the step's batch whose rewards differ",
     "rollout/turns": "assistant turns per trajectory",
     "rollout/calls": "tool calls per trajectory",

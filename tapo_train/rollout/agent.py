@@ -17,6 +17,8 @@ Rules, in order:
 7. An observation that would not fit is left out and ends it at the border (MAX_TOKENS).
 8. When its time is up (`Deadlines`), a turn that is being sampled is given up, a turn whose
    tools have not answered is kept without their answers, and that ends it (DEADLINE).
+   Where the step's time is up, the episode can be advanced later instead, with other weights:
+   the turn is then sampled anew, or its tools are called again.
 
 The work of a turn is proportional to its new tokens: nothing is rendered, tokenised,
 parsed or copied again.
@@ -27,15 +29,15 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from tapo_train.errors import AlignmentError
-from tapo_train.rollout.byte_text import DecodedText
 from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.parse import ParsedCall, parse_turn
 from tapo_train.rollout.transcript import Transcript
+from tapo_train.rollout.written import Written
 from tapo_train.tools.base import Toolbox, ToolContext, ToolRequest
 from tapo_train.types import (
     Observation,
@@ -52,19 +54,6 @@ OUTSIDE_POLICY = frozenset({Outcome.INFRA_ERROR, Outcome.TIMEOUT})
 """Outcomes that end a trajectory without judging it."""
 
 Generate = Callable[[GenerationRequest], Awaitable[Completion]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Written:
-    """A sampled turn whose tools have not answered yet."""
-
-    span: Span
-    decoded: DecodedText
-    calls: tuple[ParsedCall, ...]
-    requests: list[ToolRequest]
-    """The calls as the toolbox read them."""
-    num_images: int
-    """Registered before the turn."""
 
 
 class Episode:
@@ -100,7 +89,11 @@ class Episode:
         self._transcript = Transcript(prompt, task.images, capacity=limits.max_tokens)
         self._answer: str | None = None
         self._unanswered: Written | None = None
+        self._stop: StopReason | None = None
         self._version = 0
+        self._used_s = 0.0
+        self.interruptions = 0
+        """How often the step's time was up before the episode was over."""
 
     async def run(self, *, policy_version: int, until: float = math.inf) -> Trajectory:
         """Play until a rule ends the episode.
@@ -108,11 +101,38 @@ class Episode:
         Args:
             until: when it has to be over, on the event loop's clock [s].
         """
+        await self.advance(policy_version=policy_version, until=until)
+        return self.trajectory()
+
+    def move_to(self, generate: Generate) -> None:
+        """Ask another engine from now on, or the same one on another event loop."""
+        self._generate = generate
+
+    async def advance(self, *, policy_version: int, until: float = math.inf) -> bool:
+        """Play until the episode is over; False if `until` was there first.
+
+        Then it may be advanced again. The time between does not count for
+        `Deadlines.trajectory_s`.
+        """
         self._version = policy_version
-        until = min(until, asyncio.get_running_loop().time() + self._deadlines.trajectory_s)
-        stop = None
-        while stop is None:
-            stop = await self._turn_in_time(until)
+        clock = asyncio.get_running_loop().time
+        started = clock()
+        last = started + self._deadlines.trajectory_s - self._used_s
+        while self._stop is None:
+            own = min(last, clock() + self._deadlines.turn_s)
+            if await self._turn_until(min(own, until)):
+                continue
+            if until <= own:
+                self._used_s += clock() - started
+                self.interruptions += 1
+                return False
+            self._stop = StopReason.DEADLINE
+        return True
+
+    def trajectory(self) -> Trajectory:
+        """What was played; if that is not over, it is cut here (DEADLINE)."""
+        if self._unanswered is not None:
+            self._record(self._unanswered, self._unanswered.calls_with(()), None)
         transcript = self._transcript
         return Trajectory(
             id=self._id,
@@ -122,52 +142,56 @@ class Episode:
             turns=tuple(transcript.turns),
             images=transcript.images,
             answer=self._answer,
-            stop=stop,
-            policy_version=policy_version,
+            stop=self._stop or StopReason.DEADLINE,
+            policy_version=self._version,
         )
 
-    async def _turn_in_time(self, until: float) -> StopReason | None:
-        """A turn, or as much of it as can be kept when its time is up."""
-        now = asyncio.get_running_loop().time()
-        until = min(until, now + self._deadlines.turn_s)
+    async def _turn_until(self, until: float) -> bool:
+        """A turn, and whether the episode ends with it; False if there was no time for it."""
         if until == math.inf:
-            return await self._turn()
-        if until <= now:
-            return StopReason.DEADLINE
+            self._stop = await self._turn()
+            return True
+        if until <= asyncio.get_running_loop().time():
+            return False
         scope = asyncio.timeout_at(until)
         try:
             async with scope:
-                return await self._turn()
+                self._stop = await self._turn()
+                return True
         except TimeoutError:
             if not scope.expired():
                 raise
-        if self._unanswered is not None:
-            self._record(self._unanswered, _records(self._unanswered, ()), None)
-        return StopReason.DEADLINE
+        return False
 
     async def _turn(self) -> StopReason | None:
         """One turn with its tools; the reason to stop, or None to go on."""
-        completion = await self._generate(self._request())
+        if self._unanswered is None:
+            self._unanswered = self._write(await self._generate(self._request()))
+        written = self._unanswered
+        allowed = 0 if written.stop else self._limits.max_parallel_calls
+        calls = written.calls_with(await self._run_calls(written.requests[:allowed]))
+        stop, observation_span = written.stop, None
+        if stop is None:
+            stop, observation_span = self._observe(calls)
+        self._record(written, calls, observation_span)
+        return stop
+
+    def _write(self, completion: Completion) -> Written:
+        """Append what was sampled, and read it."""
         is_cut = completion.finished == "length"
         decoded = self._chat.decode(completion.tokens if is_cut else completion.tokens[:-1])
         parsed = parse_turn(decoded.text)
         if not parsed.calls:
             self._answer = parsed.answer
-        written = self._unanswered = Written(
+        return Written(
             span=self._transcript.append_sampled(completion),
             decoded=decoded,
             calls=parsed.calls,
             requests=[self._read(call) for call in parsed.calls],
             num_images=len(self._transcript.images),
+            policy_version=self._version,
+            stop=self._stop_before_tools(is_cut, bool(parsed.calls)),
         )
-        stop = self._stop_before_tools(is_cut, bool(parsed.calls))
-        allowed = 0 if stop else self._limits.max_parallel_calls
-        calls = _records(written, await self._run_calls(written.requests[:allowed]))
-        observation_span = None
-        if stop is None:
-            stop, observation_span = self._observe(calls)
-        self._record(written, calls, observation_span)
-        return stop
 
     def _record(
         self, written: Written, calls: tuple[ToolCall, ...], observation_span: Span | None
@@ -182,15 +206,17 @@ class Episode:
                 calls=calls,
                 observation_span=observation_span,
                 num_images_before=written.num_images,
-                policy_version=self._version,
+                policy_version=written.policy_version,
             )
         )
         self._unanswered = None
 
     def _request(self) -> GenerationRequest:
         transcript = self._transcript
+        # What is sampled anew draws other numbers than what was given up.
+        anew = f"~{self.interruptions}" if self.interruptions else ""
         return GenerationRequest(
-            id=f"{self._id}:{len(transcript.turns)}",
+            id=f"{self._id}{anew}:{len(transcript.turns)}",
             tokens=transcript.tokens,
             images=transcript.images,
             max_tokens=min(self._limits.max_turn_tokens, transcript.room),
@@ -241,24 +267,3 @@ class Episode:
             return StopReason.MAX_TOKENS, None
         images = tuple(image for observation in observations for image in observation.images)
         return None, self._transcript.append_observation(tokens, images)
-
-
-def _records(written: Written, observations: Sequence[Observation]) -> tuple[ToolCall, ...]:
-    """The calls of a turn, of which the first ones were answered."""
-    records = []
-    for index, (call, request) in enumerate(zip(written.calls, written.requests, strict=True)):
-        span = written.decoded.token_span(call.start, call.end)
-        observation = observations[index] if index < len(observations) else None
-        is_wrong = observation is not None and observation.outcome is Outcome.MODEL_ERROR
-        start = written.span.start
-        records.append(
-            ToolCall(
-                name=call.name,
-                arguments=call.arguments,
-                valid=request.error is None and not is_wrong,
-                executed=observation is not None and request.error is None,
-                span=Span(start=start + span.start, end=start + span.end),
-                observation=observation,
-            )
-        )
-    return tuple(records)

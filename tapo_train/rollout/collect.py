@@ -12,17 +12,18 @@ import asyncio
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 from tapo_train.errors import DataError
-from tapo_train.rollout.agent import Episode
+from tapo_train.rollout.agent import Episode, Generate
+from tapo_train.rollout.carry_over import Attempt, CarryOver
 from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.tools.base import Toolbox
 from tapo_train.types import Group, Task, Trajectory
-
-Attempt = asyncio.Task[Trajectory]
 
 
 def collect(
@@ -39,6 +40,7 @@ def collect(
     max_in_flight: int = 256,
     deadlines: Deadlines = NEVER,
     oversample: float = 1.0,
+    carry_over: CarryOver | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Play every task `rollouts_per_task` times; groups come in the order of `tasks`.
@@ -50,6 +52,10 @@ def collect(
             the last few long attempts, and an attempt that failed outside the policy is
             replaced. But whoever finishes first is short: long trajectories and slow tools
             are seen less often than the policy plays them, so it learns to be brief.
+        carry_over: what goes on instead of being cut by `deadlines.step_s`. A group with an
+            attempt that goes on waits as a whole: it comes without trajectories, and is gone
+            on with when its task is asked again. The spare attempts of a group (`oversample`)
+            wait with it; those of a group that is complete are dropped.
         on_progress: called when the engine has computed or a turn has ended.
 
     Raises:
@@ -79,45 +85,88 @@ def collect(
 
     async def play() -> list[Group]:
         driver = EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
-        seats = asyncio.Semaphore(max_in_flight)
-        until = asyncio.get_running_loop().time() + deadlines.step_s
-
-        async def attempt(position: int, rollout: int) -> Trajectory:
-            async with seats:
-                playing = episode(driver, position, rollout)
-                return await playing.run(policy_version=policy_version, until=until)
-
-        async def group(position: int) -> Group:
-            started = range(math.ceil(rollouts_per_task * oversample))
-            attempts = [asyncio.create_task(attempt(position, rollout)) for rollout in started]
-            kept = await _first_usable(attempts, rollouts_per_task)
-            return Group(task=tasks[position], trajectories=kept, surplus=len(attempts) - len(kept))
-
-        return await driver.drive(asyncio.gather(*map(group, range(len(tasks)))))
+        groups = _Groups(
+            begin=partial(episode, driver),
+            generate=driver.generate,
+            policy_version=policy_version,
+            until=asyncio.get_running_loop().time() + deadlines.step_s,
+            seats=asyncio.Semaphore(max_in_flight),
+            rollouts=rollouts_per_task,
+            started=math.ceil(rollouts_per_task * oversample),
+            carry_over=carry_over,
+        )
+        return await driver.drive(asyncio.gather(*map(groups.play, range(len(tasks)), tasks)))
 
     return asyncio.run(play()) if tasks else []
 
 
-async def _first_usable(attempts: Sequence[Attempt], wanted: int) -> tuple[Trajectory, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Groups:
+    """How attempts at tasks become groups, within one call of `collect`."""
+
+    begin: Callable[[int, int], Episode]
+    """A new episode of (position of the task, number of the rollout)."""
+    generate: Generate
+    policy_version: int
+    until: float
+    """When the step's time is up, on the event loop's clock [s]."""
+    seats: asyncio.Semaphore
+    rollouts: int
+    started: int
+    """Attempts, spare ones included."""
+    carry_over: CarryOver | None
+
+    async def play(self, position: int, task: Task) -> Group:
+        """The group of a task, or that it waits."""
+        waited = self.carry_over.take(task.id) if self.carry_over else []
+        begun: Sequence[Attempt | None] = waited or [None] * self.started
+        attempts = [
+            asyncio.create_task(self._attempt(position, *numbered)) for numbered in enumerate(begun)
+        ]
+        kept, interrupted = await _first_usable(attempts, self.rollouts)
+        if self.carry_over and interrupted:
+            self.carry_over.keep(task.id, [attempt.result() for attempt in attempts])
+            return Group(task=task, trajectories=(), waiting=interrupted)
+        return Group(task=task, trajectories=kept, surplus=len(attempts) - len(kept))
+
+    async def _attempt(self, position: int, rollout: int, begun: Attempt | None) -> Attempt:
+        if isinstance(begun, Trajectory):
+            return begun
+        async with self.seats:
+            episode = begun or self.begin(position, rollout)
+            episode.move_to(self.generate)
+            is_over = await episode.advance(policy_version=self.policy_version, until=self.until)
+        most = self.carry_over.most if self.carry_over else 0
+        return episode.trajectory() if is_over or episode.interruptions > most else episode
+
+
+async def _first_usable(
+    attempts: Sequence[asyncio.Task[Attempt]], wanted: int
+) -> tuple[tuple[Trajectory, ...], int]:
     """The first `wanted` attempts to end usably, in the order they were started.
 
     What failed outside the policy fills the places that nothing better takes. The other
-    attempts are cancelled; an error of one ends them all.
+    attempts are cancelled; an error of one ends them all. Second, how many were interrupted
+    that are needed; all have come to rest then.
     """
     is_race = len(attempts) > wanted
     until = asyncio.FIRST_COMPLETED if is_race else asyncio.FIRST_EXCEPTION
-    running, usable, failed = set(attempts), list[Attempt](), list[Attempt]()
+    running, usable, failed = set(attempts), list[int](), list[int]()
+    over: dict[int, Trajectory] = {}
     try:
         while running and len(usable) < wanted:
             done, running = await asyncio.wait(running, return_when=until)
-            for attempt in sorted(done, key=attempts.index):
-                (failed if attempt.result().failed_outside_policy else usable).append(attempt)
+            for number in sorted(map(attempts.index, done)):
+                result = attempts[number].result()
+                if isinstance(result, Trajectory):
+                    over[number] = result
+                    (failed if result.failed_outside_policy else usable).append(number)
     finally:
         for attempt in running:
             attempt.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-    kept = sorted((usable + failed)[:wanted], key=attempts.index)
-    return tuple(attempt.result() for attempt in kept)
+    interrupted = len(attempts) - len(over) if len(usable) < wanted else 0
+    return tuple(over[number] for number in sorted((usable + failed)[:wanted])), interrupted
 
 
 def _occurrences(ids: Sequence[str]) -> list[int]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from tapo_train.errors import RolloutError
-from tapo_train.types import Outcome, ToolCall, Trajectory
+from tapo_train.types import Outcome, StopReason, ToolCall, Trajectory
 
 __all__ = ["FEWEST", "FailureBudget", "Failures", "failures_of"]
 
@@ -31,8 +31,9 @@ class Failures:
     """Counts of one step; those of several ranks or steps add up."""
 
     trajectories: int = 0
+    """Those that a deadline cut are not among them: that is slowness, which the recipe chose."""
     failed: int = 0
-    """Trajectories that left loss and baseline."""
+    """Trajectories whose tools broke or gave no answer in time."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Calls that the tools' side failed, by (tool, outcome), in any trajectory."""
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -49,7 +50,8 @@ class Failures:
 
 def failures_of(trajectories: Sequence[Trajectory]) -> Failures:
     """Count the failures of `trajectories`."""
-    failed = [trajectory for trajectory in trajectories if trajectory.failed_outside_policy]
+    failed = [trajectory for trajectory in trajectories if trajectory.stop is StopReason.INFRA]
+    num_late = sum(trajectory.stop is StopReason.DEADLINE for trajectory in trajectories)
     blamed = [call for call in _calls(trajectories) if call.outcome not in _HARMLESS]
     said = Counter(
         (call.name, call.observation.text[:_MESSAGE_CHARS])
@@ -57,7 +59,7 @@ def failures_of(trajectories: Sequence[Trajectory]) -> Failures:
         if call.outcome not in _HARMLESS and call.observation is not None
     )
     return Failures(
-        trajectories=len(trajectories),
+        trajectories=len(trajectories) - num_late,
         failed=len(failed),
         calls=Counter((call.name, call.outcome.value) for call in blamed),
         messages=Counter(dict(said.most_common(_MESSAGES))),
