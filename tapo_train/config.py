@@ -113,16 +113,24 @@ def batch_arithmetic(recipe: Recipe, world_size: int = 1) -> str:
             f"of {world_size}: a question's whole group stays on one rank"
         )
     _require_whole_engines(recipe, world_size)
+    together = recipe.learner.sequence_parallel
+    if world_size % together:
+        raise ConfigError(
+            f"learner.sequence_parallel: found {together} on {world_size} ranks, wanted a divisor "
+            f"of {world_size}: neighbouring ranks share a micro-batch"
+        )
+    learners = world_size // together
+    unit, units = ("rank", "ranks") if together == 1 else ("group", f"groups of {together} ranks")
     trajectories = questions * group
     updates = recipe.learner.updates_per_batch * recipe.learner.epochs
-    share = -(-trajectories // (world_size * recipe.learner.updates_per_batch))
+    share = -(-trajectories // (learners * recipe.learner.updates_per_batch))
     longest = recipe.rollout.max_tokens
     per_micro_batch = max(1, recipe.learner.micro_batch_tokens // longest)
     most = -(-share // per_micro_batch)
     return (
         f"{questions} questions × {group} rollouts = {trajectories} trajectories "
-        f"→ at most {most} micro-batches × {world_size} ranks × {updates} updates "
-        f"({share} trajectories per rank and update, {recipe.learner.micro_batch_tokens} tokens "
+        f"→ at most {most} micro-batches × {learners} {units} × {updates} updates "
+        f"({share} trajectories per {unit} and update, {recipe.learner.micro_batch_tokens} tokens "
         f"per micro-batch, at most {longest} tokens per trajectory)"
     )
 

@@ -26,7 +26,6 @@ import numpy as np
 from tapo_train.data.sampler import shard
 from tapo_train.data.tasks import load_tasks
 from tapo_train.demonstrate import Demonstrator
-from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
@@ -105,7 +104,7 @@ def warm_start(
     )
     for update, batch in enumerate(batches):
         started = time.perf_counter()
-        mine = shard(batch, distributed.rank(), distributed.world_size())
+        mine = shard(batch, policy.sequence.number, policy.sequence.count)
         micro_batches = pack(mine, budget_tokens=settings.micro_batch_tokens)
         metrics = means_over_ranks(policy.update(micro_batches, supervised))
         seconds = time.perf_counter() - started

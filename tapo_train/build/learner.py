@@ -9,7 +9,7 @@ from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
 from tapo_train.colocation import Turns
 from tapo_train.config import Recipe
-from tapo_train.learner.balance import Balanced, Exchange, RowCost, keep
+from tapo_train.learner.balance import Balanced, Exchange, RowCost, Shared, keep
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
@@ -50,15 +50,20 @@ def build_reference(recipe: Recipe, policy: Policy, chat: ChatFormat) -> Referen
         pixels=chat.pixels,
         device=policy.device,
         distribution=policy.distribution,
+        sequence=policy.sequence,
     )
 
 
 def build_exchange(recipe: Recipe, policy: Policy) -> Exchange:
     """Which rank trains which rows."""
-    if not recipe.learner.balance:
-        return keep
-    shape = ModelShape.of(policy.model.config)
-    return Balanced(cost=RowCost(shape=shape, image_token_id=policy.layout.image_token_id))
+    exchange: Exchange = keep
+    if recipe.learner.balance:
+        shape = ModelShape.of(policy.model.config)
+        cost = RowCost(shape=shape, image_token_id=policy.layout.image_token_id)
+        exchange = Balanced(cost=cost, ranks_per_group=policy.sequence.size)
+    if policy.sequence.size > 1:
+        return Shared(inner=exchange, sequence=policy.sequence)
+    return exchange
 
 
 def build_turns(recipe: Recipe, policy: Policy, engine: Engine) -> Turns:
@@ -91,6 +96,7 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         final_ratio=learner.min_lr_ratio,
         warmup_updates=learner.warmup_updates,
         total_updates=updates,
+        sequence_parallel=learner.sequence_parallel,
         gradient_checkpointing=learner.gradient_checkpointing,
         freeze_vision=recipe.model.freeze_vision,
         adapter=adapter_settings(recipe),

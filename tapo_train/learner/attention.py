@@ -17,6 +17,8 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from tapo_train.learner.sequence import ALONE, SequenceGroup
+
 PACKED = "packed"
 """Name of the attention implementation."""
 
@@ -29,6 +31,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     *,
     boundaries: Sequence[int],
+    sequence: SequenceGroup = ALONE,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
@@ -36,15 +39,18 @@ def packed_attention(
     """Causal attention within [boundaries[i], boundaries[i + 1]) for each i.
 
     Args:
-        query: [1, heads, S, d]; key and value [1, kv heads, S, d].
+        query: [1, heads, S, d]; key and value [1, kv heads, S, d]; of S / P tokens in a
+            sequence group of P ranks.
         boundaries: 0, ..., S; ascending, on the host.
 
     Returns:
-        [1, S, heads, d], and None for the weights nobody asks for.
+        [1, S, heads, d] of the same tokens, and None for the weights nobody asks for.
     """
+    query, key, value = sequence.to_heads(query, key, value)
     grouped = query.shape[1] != key.shape[1]
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _flash(query, key, value, boundaries, scaling, grouped), None
+        mixed = _flash(query, key, value, boundaries, scaling, grouped)
+        return sequence.to_tokens(mixed.transpose(1, 2)).transpose(1, 2), None
     pieces = [
         scaled_dot_product_attention(
             query[:, :, start:end],
@@ -58,7 +64,7 @@ def packed_attention(
         for start, end in pairwise(boundaries)
     ]
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
-    return joined.transpose(1, 2), None
+    return sequence.to_tokens(joined).transpose(1, 2), None
 
 
 def _flash(

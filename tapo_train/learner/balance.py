@@ -21,6 +21,7 @@ import torch
 from tapo_train.algos.metrics import Metrics, pair
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
+from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.shape import ModelShape
 from tapo_train.types import Image
 
@@ -36,6 +37,20 @@ class Exchange(Protocol):
 def keep(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
     """Every rank trains the rows it brings."""
     return list(rows), {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """The ranks of a sequence group train the rows of all of them, in the same order."""
+
+    inner: Exchange
+    """Deals the rows to ranks first."""
+    sequence: SequenceGroup
+
+    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
+        """The rows of this rank's group. Pictures travel even where they are known."""
+        mine, metrics = self.inner(rows)
+        return [row for part in self.sequence.objects(mine) for row in part], metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,6 +99,14 @@ def assign(
     return chosen
 
 
+def same_place(home: Sequence[int], groups: Sequence[int], *, ranks_per_group: int) -> list[int]:
+    """The rank of each row in the group chosen for it: at home there, home itself."""
+    return [
+        group * ranks_per_group + rank % ranks_per_group
+        for rank, group in zip(home, groups, strict=True)
+    ]
+
+
 def imbalance(costs: Sequence[float], ranks: Sequence[int], *, num_ranks: int) -> float:
     """The most work of a rank, over the mean: 1 is even, the time of a step grows with it."""
     work = np.bincount(ranks, weights=costs, minlength=num_ranks)
@@ -92,9 +115,14 @@ def imbalance(costs: Sequence[float], ranks: Sequence[int], *, num_ranks: int) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balanced:
-    """Moves rows until the ranks' costs are even."""
+    """Moves rows until the ranks' costs are even.
+
+    With groups of ranks it is the groups' costs: which rank of its group has a row does not
+    matter then.
+    """
 
     cost: RowCost
+    ranks_per_group: int = 1
 
     def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
         """This rank's share, in the order of the ranks that brought them."""
@@ -104,7 +132,10 @@ class Balanced:
         brought = distributed.all_gather_objects([_describe(row, self.cost(row)) for row in rows])
         home = [rank for rank, entries in enumerate(brought) for _ in entries]
         costs = [cost for entries in brought for cost, _ in entries]
-        chosen = assign(costs, num_ranks=num_ranks, home=home)
+        size = self.ranks_per_group
+        homes = [rank // size for rank in home]
+        groups = assign(costs, num_ranks=num_ranks // size, home=homes)
+        chosen = same_place(home, groups, ranks_per_group=size)
         parcels = pack_parcels(rows, brought, chosen, rank=own)
         arrived = [
             pickle.loads(data)  # from a process of this very run
@@ -113,8 +144,8 @@ class Balanced:
         start = sum(len(entries) for entries in brought[:own])
         stays = [to == own for to in chosen[start : start + len(rows)]]
         mine = _unpack(rows, stays, arrived)
-        before = imbalance(costs, home, num_ranks=num_ranks)
-        after = imbalance(costs, chosen, num_ranks=num_ranks)
+        before = imbalance(costs, homes, num_ranks=num_ranks // size)
+        after = imbalance(costs, groups, num_ranks=num_ranks // size)
         return mine, {
             "balance/sampled": pair(torch.tensor(before, dtype=torch.float64)),
             "balance/trained": pair(torch.tensor(after, dtype=torch.float64)),

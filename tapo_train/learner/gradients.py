@@ -1,8 +1,10 @@
 """The gradient of a step: scaling over ranks, finiteness, norm and clipping.
 
 DeepSpeed averages gradients over ranks; the shares of a step's loss are to be summed,
-so each is multiplied by the number of ranks. Nothing that is not finite reaches the
-weights: the loss is checked on all ranks before the step, the gradient inside it.
+so each is multiplied by the number of ranks. In a sequence group all ranks have the same
+shares and each a part of their gradient, so the same factor holds. Nothing that is not
+finite reaches the weights: the loss is checked on all ranks before the step, the gradient
+inside it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class GradientGuard:
         """
         values = torch.stack(list(shares)).double().tolist()
         (loss,) = distributed.all_reduce_sum([sum(values)])
+        loss /= self._settings.sequence_parallel
         if loss == loss and abs(loss) != float("inf"):
             return loss
         self._engine.zero_grad()

@@ -42,9 +42,17 @@ class ModelInputs:
 
 
 def model_inputs(
-    batch: MicroBatch, *, layout: ModelLayout, pixels: PixelSource, device: torch.device
+    batch: MicroBatch,
+    *,
+    layout: ModelLayout,
+    pixels: PixelSource,
+    device: torch.device,
+    multiple_of: int = 1,
 ) -> ModelInputs:
     """Pixels, positions and token types of a micro-batch, on `device`.
+
+    Args:
+        multiple_of: a row of padding, untrained and seen by no other, makes S one.
 
     Raises:
         AlignmentError: image tokens and pictures of a row disagree.
@@ -62,6 +70,9 @@ def model_inputs(
         layout.check_alignment(row, grids[pictures], where=f"row {name}")
     if not distinct:
         rows, shown = _with_dummy(rows, shown, layout)
+    if missing := -sum(map(len, rows)) % multiple_of:
+        rows = [*rows, torch.full((missing,), layout.vision_end_token_id)]
+        shown = [*shown, []]
     types = [(row == layout.image_token_id).long() for row in rows]
     positions = [
         layout.positions(row, kind, grids[pictures])

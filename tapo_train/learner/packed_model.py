@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +16,56 @@ from tapo_train.learner import adapter, engine
 from tapo_train.learner.attention import PACKED
 from tapo_train.learner.head import LogprobHead
 from tapo_train.learner.inputs import ModelInputs
+from tapo_train.learner.sequence import ALONE, SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 
 
 class PackedModel(nn.Module):
-    """Body on all tokens, head on the trained ones: the module DeepSpeed wraps."""
+    """Body on all tokens, head on the trained ones: the module DeepSpeed wraps.
 
-    def __init__(self, model: Any) -> None:
+    Args:
+        sequence: the ranks that share each micro-batch.
+    """
+
+    def __init__(self, model: Any, sequence: SequenceGroup = ALONE) -> None:
         super().__init__()
         self.model = model
+        self.sequence = sequence
 
     def forward(
         self, inputs: ModelInputs, trained_index: Tensor, targets: Tensor, **head: Any
     ) -> Tensor:
         """Log-probabilities and entropies [2, K]; see `LogprobHead` for the keywords."""
-        body = self.model.model
-        seen = body.get_image_features(inputs.pixel_values, inputs.grids, return_dict=True)
-        seen.pooler_output = [seen.pooler_output[i] for i in inputs.pictures]
-        if hasattr(seen, "deepstack_features"):
-            seen.deepstack_features = [
-                [layer[i] for i in inputs.pictures] for layer in seen.deepstack_features
-            ]
+        body, part = self.model.model, self.sequence.part(inputs.input_ids.shape[1])
         hidden = body(
-            input_ids=inputs.input_ids,
-            position_ids=inputs.positions,
-            mm_token_type_ids=inputs.token_types,
-            mm_encoder_outputs={"image": seen},
+            input_ids=inputs.input_ids[:, part],
+            position_ids=inputs.positions[:, :, part],
+            mm_token_type_ids=inputs.token_types[:, part],
+            mm_encoder_outputs={"image": self._seen(inputs, part)},
             use_cache=False,
             boundaries=inputs.boundaries,
+            sequence=self.sequence,
         )[0]
-        answer: Tensor = self.model.lm_head(hidden[0, trained_index], targets, **head)
-        return answer
+        own = self.sequence.entries(trained_index, part)
+        answer = self.model.lm_head(
+            hidden[0, trained_index[own] - part.start], targets[own], **head
+        )
+        return self.sequence.all_entries(answer, own, len(targets))
+
+    def _seen(self, inputs: ModelInputs, part: slice) -> Any:
+        """The tower's output at the placeholders in `part`."""
+        seen = self.model.model.get_image_features(
+            inputs.pixel_values, inputs.grids, return_dict=True
+        )
+
+        def placed(features: Sequence[Tensor]) -> list[Tensor]:
+            shown = [features[i] for i in inputs.pictures]
+            return self.sequence.features(shown, inputs.token_types[0], part)
+
+        seen.pooler_output = placed(seen.pooler_output)
+        if hasattr(seen, "deepstack_features"):
+            seen.deepstack_features = [placed(layer) for layer in seen.deepstack_features]
+        return seen
 
 
 class PatchProjection(nn.Conv3d):

@@ -1,7 +1,8 @@
 """The policy being trained: a vision-language model inside a DeepSpeed engine.
 
 All ranks call every method together (collectives run inside), `logprobs` and `score`
-with as many micro-batches as each likes unless the weights are sharded.
+with as many micro-batches as each likes unless the weights are sharded. Ranks of one
+sequence group (`sequence`) bring the same micro-batches.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tapo_train.learner.gradients import GradientGuard
 from tapo_train.learner.layout import ModelLayout, PixelSource
 from tapo_train.learner.objective import Objective
 from tapo_train.learner.scorer import RAW, Distribution, Scorer
+from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.types import Image, Span
 
@@ -56,11 +58,15 @@ class Policy:
             temperature=temperature, banned_token_ids=tuple(banned_token_ids)
         )
         self.device = distributed.init(device=device)
+        self.sequence = SequenceGroup(settings.sequence_parallel)
         self._measure_entropy = measure_entropy
         self.model = packed_model.load(model, settings=settings, device=self.device)
+        self.sequence.check_heads(self.model.config.text_config.num_attention_heads)
         self.layout = ModelLayout.of(self.model)
         self._engine = engine.start(
-            packed_model.PackedModel(self.model), settings=settings, device=self.device
+            packed_model.PackedModel(self.model, self.sequence),
+            settings=settings,
+            device=self.device,
         )
         self._guard = GradientGuard(self._engine, settings=settings)
         self._score = Scorer(
@@ -70,6 +76,7 @@ class Policy:
             device=self.device,
             chunk=settings.head_chunk_tokens,
             distribution=self.distribution,
+            sequence=self.sequence,
         )
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -115,7 +122,10 @@ class Policy:
         """
         counts = [len(batches), *_totals(batches)]
         num_steps = distributed.all_reduce_max(len(batches))
-        step_tokens, step_sequences = distributed.all_reduce_sum(counts[1:])
+        # The ranks of a sequence group bring the same rows.
+        step_tokens, step_sequences = (
+            int(total) // self.sequence.size for total in distributed.all_reduce_sum(counts[1:])
+        )
         if not step_tokens:
             return {}
         padded = [*batches, *(join([]) for _ in range(num_steps - len(batches)))]
@@ -132,8 +142,8 @@ class Policy:
                     moved.trajectory,
                     moved.lengths,
                     mode=aggregation,
-                    step_tokens=int(step_tokens),
-                    step_sequences=int(step_sequences),
+                    step_tokens=step_tokens,
+                    step_sequences=step_sequences,
                     norm_length=norm_length,
                 )
                 metrics = merge(metrics, output.metrics)

@@ -20,6 +20,7 @@ from tapo_train.learner.batch import MicroBatch
 from tapo_train.learner.layout import ModelLayout, PixelSource
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.scorer import Distribution, Scorer
+from tapo_train.learner.sequence import ALONE, SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 
 
@@ -73,6 +74,7 @@ class FrozenReference:
         pixels: pictures -> patches, as the learner's.
         device: where the learner's tensors are.
         distribution: the one the learner's log-probabilities are of.
+        sequence: the ranks that share each micro-batch, as the learner's.
     """
 
     def __init__(
@@ -83,12 +85,13 @@ class FrozenReference:
         pixels: PixelSource,
         device: torch.device,
         distribution: Distribution,
+        sequence: SequenceGroup = ALONE,
     ) -> None:
         loaded = packed_model.load(model, settings=replace(settings, adapter=None), device=device)
         loaded.requires_grad_(False)
         layout = ModelLayout.of(loaded)
         self._engine = engine.start_frozen(
-            packed_model.PackedModel(loaded), settings=settings, device=device
+            packed_model.PackedModel(loaded, sequence), settings=settings, device=device
         )
         self._score = Scorer(
             module=self._engine,
@@ -97,6 +100,7 @@ class FrozenReference:
             device=device,
             chunk=settings.head_chunk_tokens,
             distribution=distribution,
+            sequence=sequence,
         )
 
     def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:

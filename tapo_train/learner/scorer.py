@@ -13,6 +13,7 @@ from tapo_train.learner import distributed
 from tapo_train.learner.batch import MicroBatch, join
 from tapo_train.learner.inputs import model_inputs
 from tapo_train.learner.layout import ModelLayout, PixelSource
+from tapo_train.learner.sequence import ALONE, SequenceGroup
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,8 @@ class Scorer:
     chunk: int
     """Rows of logits in memory at a time."""
     distribution: Distribution
+    sequence: SequenceGroup = ALONE
+    """The module's."""
 
     def __call__(
         self,
@@ -57,7 +60,13 @@ class Scorer:
             distribution: another than the sampler's.
         """
         asked = distribution or self.distribution
-        inputs = model_inputs(batch, layout=self.layout, pixels=self.pixels, device=self.device)
+        inputs = model_inputs(
+            batch,
+            layout=self.layout,
+            pixels=self.pixels,
+            device=self.device,
+            multiple_of=self.sequence.size,
+        )
         banned = torch.tensor(sorted(asked.banned_token_ids), dtype=torch.int64)
         logprobs, entropy = self.module(
             inputs,

@@ -64,6 +64,8 @@ class LearnerSettings:
     """Where a cosine ends; unused by a constant schedule."""
     final_ratio: float = 0.0
     """Learning rate at the end of the cosine, as a share of learning_rate."""
+    sequence_parallel: int = 1
+    """Neighbouring ranks that share each micro-batch, a slice of its tokens each."""
     gradient_checkpointing: bool = False
     """Recompute activations of each layer in the backward pass."""
     freeze_vision: bool = False
@@ -79,6 +81,7 @@ class LearnerSettings:
         self._check("schedule", self.schedule in get_args(Schedule), "one of constant, cosine")
         self._check("zero_stage", self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
         self._check("learning_rate", self.learning_rate > 0, "> 0")
+        self._check("sequence_parallel", self.sequence_parallel >= 1, ">= 1")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0")
         self._check("warmup_updates", self.warmup_updates >= 0, ">= 0")
         self._check("final_ratio", 0 <= self.final_ratio <= 1, "in [0, 1]")

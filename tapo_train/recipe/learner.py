@@ -39,6 +39,10 @@ class Learner:
     needs zero_stage 2 without offload_optimizer, and pays on a GPU only."""
     micro_batch_tokens: Count = 16_384
     """[tokens] in one forward pass; a longer trajectory goes alone."""
+    sequence_parallel: Count = 1
+    """Neighbouring ranks that share each micro-batch, a slice of its tokens each, for trajectories
+    that do not fit on one device (Ulysses): micro_batch_tokens is then over these ranks. Must
+    divide the number of ranks and the model's attention heads. 1: off."""
     balance: bool = True
     """Even out the ranks' work before an update: rows move from ranks with more to ranks with
     less. false: each trains what it sampled. One rank: no difference."""

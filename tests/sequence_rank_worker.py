@@ -1,0 +1,112 @@
+"""One rank of the tests of sequence parallelism: three SGD steps with a KL penalty.
+
+    torchrun --nproc-per-node 2 sequence_rank_worker.py OUT SIZE NAMES MODEL...
+
+Every model runs the variants NAMES (between semicolons, or all) in groups of SIZE ranks. Rank 0
+writes losses, gradient norms, metrics and weights.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from learner_rows import make_policy, some_rows, weights_of
+
+from tapo_train.algos.losses import grpo, gspo
+from tapo_train.learner import distributed
+from tapo_train.learner.balance import Balanced, RowCost, Shared
+from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.learner.engine import end_process_group
+from tapo_train.learner.objective import policy_gradient
+from tapo_train.learner.reference import FrozenReference
+from tapo_train.learner.shape import ModelShape
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.step_metrics import means_over_ranks
+
+# Without these two a tiny model is never sharded, and what hangs with a large one does not here.
+SHARDED = {"zero_stage": 3, "persistent_elements": 0, "live_elements": 1}
+STAGES: dict[str, tuple[int, dict[str, Any]]] = {
+    "zero 0": (10_000, {"zero_stage": 0}),
+    "zero 2": (60, {"zero_stage": 2}),
+    "zero 3": (10_000, SHARDED),
+    "zero 3 recomputing": (60, SHARDED | {"gradient_checkpointing": True}),
+}
+"""Name -> [tokens] in a micro-batch, settings."""
+# Wide enough that no ratio stands on a clip's edge, where 1e-7 decides.
+LOSSES = {"grpo": grpo, "gspo": partial(gspo, clip_low=0.02, clip_high=0.02)}
+VARIANTS = {
+    f"{stage}, {loss}": (*settings, loss) for stage, settings in STAGES.items() for loss in LOSSES
+}
+
+SHARES = (
+    ((0,), (1,), (2,), (3,)),
+    ((1,), (), (), ()),
+    ((), (2,), (0, 3), (1,)),
+)
+"""Rows each of four ranks brings to each update, two of them the first two and the last two;
+row 1 has no picture, and is alone in the second update."""
+
+EPOCHS = 2
+"""Ratios are 1 in the first, and all losses alike."""
+
+
+def outcome(model: Path, name: str, *, size: int) -> dict[str, Any]:
+    """Means over the step of three updates, and the weights after them."""
+    budget, settings, loss = VARIANTS[name]
+    chat = ChatFormat(model)
+    policy = make_policy(model, chat, learning_rate=0.05, sequence_parallel=size, **settings)
+    reference = FrozenReference(
+        model,
+        settings=policy.settings,
+        pixels=chat.pixels,
+        device=policy.device,
+        distribution=policy.distribution,
+        sequence=policy.sequence,
+    )
+    cost = RowCost(
+        shape=ModelShape.of(policy.model.config), image_token_id=policy.layout.image_token_id
+    )
+    exchange = Shared(inner=Balanced(cost=cost, ranks_per_group=size), sequence=policy.sequence)
+    rows = some_rows(chat, policy.layout)
+    objective = policy_gradient(
+        LOSSES[loss], kl_kind="k3+", kl_coefficient=0.5, entropy_coefficient=0.1
+    )
+    steps = []
+    for share in SHARES:
+        mine, _ = exchange(brought(rows, share))
+        batches = reference(policy.with_old_logprobs(pack(mine, budget_tokens=budget)))
+        for _ in range(EPOCHS):
+            metrics = policy.update(batches, objective, aggregation="seq-mean-token-mean")
+            steps.append(means_over_ranks(metrics))
+    rows_seen = policy.logprobs_of_all(pack(rows, budget_tokens=budget))
+    weights = weights_of(policy)
+    reference.close()
+    policy.close()
+    return {"steps": steps, "weights": weights, "logprobs": torch.cat(rows_seen)}
+
+
+def brought(rows: list[TrainingRow], share: tuple[tuple[int, ...], ...]) -> list[TrainingRow]:
+    """What this rank brings; in a process alone, what all would."""
+    ranks = distributed.world_size()
+    own = share[distributed.rank() * 4 // ranks : (distributed.rank() + 1) * 4 // ranks]
+    return [rows[i] for i in sorted(i for part in own for i in part)]
+
+
+def main(out: Path, size: int, names: list[str], models: list[Path]) -> None:
+    results = {
+        f"{model.name}: {name}": outcome(model, name, size=size)
+        for model in models
+        for name in names
+    }
+    if distributed.rank() == 0:
+        torch.save(results, out / "results.pt")
+    end_process_group()
+
+
+if __name__ == "__main__":
+    chosen = list(VARIANTS) if sys.argv[3] == "all" else sys.argv[3].split(";")
+    main(Path(sys.argv[1]), int(sys.argv[2]), chosen, [Path(name) for name in sys.argv[4:]])
