@@ -1,9 +1,9 @@
 """One rank of the tests of sequence parallelism: three SGD steps with a KL penalty.
 
-    torchrun --nproc-per-node 2 sequence_rank_worker.py OUT SIZE NAMES MODEL...
+    torchrun --nproc-per-node 2 sequence_rank_worker.py OUT JOB...
 
-Every model runs the variants NAMES (between semicolons, or all) in groups of SIZE ranks. Rank 0
-writes losses, gradient norms, metrics and weights.
+A job is a model's folder, how many ranks share a micro-batch and a variant, as
+`tiny:2:zero 3, gspo`. Rank 0 writes losses, gradient norms, metrics and weights of each.
 """
 
 from __future__ import annotations
@@ -96,17 +96,15 @@ def brought(rows: list[TrainingRow], share: tuple[tuple[int, ...], ...]) -> list
     return [rows[i] for i in sorted(i for part in own for i in part)]
 
 
-def main(out: Path, size: int, names: list[str], models: list[Path]) -> None:
-    results = {
-        f"{model.name}: {name}": outcome(model, name, size=size)
-        for model in models
-        for name in names
-    }
+def main(out: Path, jobs: list[str]) -> None:
+    results = {}
+    for job in jobs:
+        model, size, name = job.rsplit(":", 2)
+        results[job] = outcome(Path(model), name, size=int(size))
     if distributed.rank() == 0:
         torch.save(results, out / "results.pt")
     end_process_group()
 
 
 if __name__ == "__main__":
-    chosen = list(VARIANTS) if sys.argv[3] == "all" else sys.argv[3].split(";")
-    main(Path(sys.argv[1]), int(sys.argv[2]), chosen, [Path(name) for name in sys.argv[4:]])
+    main(Path(sys.argv[1]), sys.argv[2:])

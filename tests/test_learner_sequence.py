@@ -28,50 +28,27 @@ TOLERANCE = 1e-5
 DEADLINE_S = 200
 
 
+JOBS = (("qwen3_vl", 2, "zero 3 recomputing, grpo"), ("qwen2_5_vl", 4, "zero 2, gspo"))
+"""Of four ranks: two groups of two; and one of more ranks than heads of keys."""
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    ("ranks", "size", "family", "names"),
-    [
-        (2, 2, "qwen2_5_vl", ("zero 0, gspo", "zero 2, grpo")),
-        (2, 2, "qwen3_vl", ("zero 2, gspo", "zero 3 recomputing, gspo")),
-        (4, 2, "qwen3_vl", ("zero 3, grpo",)),
-        (4, 4, "qwen3_vl", ("zero 0, gspo",)),
-    ],
-    ids=[
-        "two share",
-        "two share with features of inner layers",
-        "two pairs",
-        "more ranks than keys",
-    ],
-)
 def test_ranks_that_share_a_micro_batch_learn_what_one_rank_learns(
-    request: pytest.FixtureRequest,
-    tmp_path: Path,
-    ranks: int,
-    size: int,
-    family: str,
-    names: tuple[str, ...],
+    request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    model: Path = request.getfixturevalue(f"tiny_{family}")
-    run_ranks(ranks, WORKER, tmp_path, size, ";".join(names), model, deadline_s=DEADLINE_S)
+    models: list[Path] = [request.getfixturevalue(f"tiny_{family}") for family, _, _ in JOBS]
+    named = [f"{model}:{size}:{name}" for model, (_, size, name) in zip(models, JOBS, strict=True)]
+    run_ranks(4, WORKER, tmp_path, *named, deadline_s=DEADLINE_S)
     found = torch.load(tmp_path / "results.pt", weights_only=True)
-    wanted = {loss: alone(model, loss) for loss in {name.split(", ")[1] for name in names}}
-    for name in names:
-        theirs, ours = found[f"{model.name}: {name}"], wanted[name.split(", ")[1]]
+    for model, job, (_, _, name) in zip(models, named, JOBS, strict=True):
+        theirs, ours = found[job], outcome(model, f"zero 0, {name.split(', ')[1]}", size=1)
         assert min(step["update/grad_norm"] for step in ours["steps"]) > 0.1
         for here, there in zip(ours["steps"], theirs["steps"], strict=True):
-            assert there == pytest.approx(here, abs=TOLERANCE, rel=TOLERANCE), name
+            assert there == pytest.approx(here, abs=TOLERANCE, rel=TOLERANCE), job
         for key in ("weights", "logprobs"):
-            torch.testing.assert_close(
-                theirs[key], ours[key], atol=TOLERANCE, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
-            )
+            torch.testing.assert_close(theirs[key], ours[key], atol=TOLERANCE, rtol=0)
     end_process_group()
-
-
-def alone(model: Path, loss: str) -> dict[str, object]:
-    """What one rank does, all rows in one micro-batch."""
-    return outcome(model, f"zero 0, {loss}", size=1)
 
 
 def test_a_rank_computes_its_slice_and_padding_fills_the_last(tiny_qwen3_vl: Path) -> None:

@@ -99,16 +99,19 @@ def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
     assert digest_of_weights(tmp_path / "acting" / "export") != weights["none"]
 
 
-def test_two_ranks_compute_the_loss_of_one_on_the_same_batch(
+def test_two_ranks_compute_the_loss_of_one_on_the_same_batch_also_when_they_share_micro_batches(
     small_world: Path, tmp_path: Path
 ) -> None:
     engine = ("rollout/engine=hf", "run.steps=1")
     alone = train(small_world, tmp_path / "one", *engine)
     together = train(small_world, tmp_path / "two", *engine, ranks=2)
-    for name in ("reward/mean", "rollout/tokens", "tapo/n_fail_steps_corrected"):
-        assert alone[0][name] == together[0][name]
-    for name in ("update/loss", "update/grad_norm"):
-        assert alone[0][name] == pytest.approx(together[0][name], abs=LOSS_TOLERANCE)
+    engine = (*engine, "learner.sequence_parallel=2")
+    sharing = train(small_world, tmp_path / "sharing", *engine, ranks=2)
+    for run in (together, sharing):
+        for name in ("reward/mean", "rollout/tokens", "tapo/n_fail_steps_corrected"):
+            assert alone[0][name] == run[0][name]
+        for name in ("update/loss", "update/grad_norm"):
+            assert alone[0][name] == pytest.approx(run[0][name], abs=LOSS_TOLERANCE)
     assert alone[0]["update/grad_norm"] > 0.01
 
 

@@ -76,7 +76,8 @@ class SequenceGroup:
         if self.size == 1:
             return slice(None)
         is_here = (trained_index >= part.start) & (trained_index < part.stop)
-        return is_here.nonzero().flatten()
+        places: Tensor = is_here.nonzero().flatten()
+        return places
 
     def features(self, pictures: Sequence[Tensor], is_image: Tensor, part: slice) -> list[Tensor]:
         """The features [n, width] of the placeholders in `part`, in order.
