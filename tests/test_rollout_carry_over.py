@@ -7,24 +7,29 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from process_environment import ROOT
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine, turn_of
+from test_outcomes import trainer as outcome_trainer
 from test_rollout_deadlines import ANSWER, SilentEngine, call, rollout_of
 
 from tapo_train.config import load_recipe
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError, DataError
 from tapo_train.interruption import Interruption
+from tapo_train.parts import Parts, Schedule
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rounds import CarriedOver, Questions
+from tapo_train.trainer import Trainer
 from tapo_train.types import Group, Span, StopReason, Task, Trajectory, Turn
 
 STEP = Deadlines(step_s=0.3)
@@ -304,6 +309,58 @@ def test_a_resumed_run_asks_what_waited_first() -> None:
     rolled = resumed(1)
     assert [g.task.id for g in rolled.groups] == ["3", "1", "4"]
     assert rolled.questions == [0, 1, 2]
+
+
+class Kept:
+    """A checkpoint in memory, as JSON."""
+
+    def __init__(self) -> None:
+        self.text = "null"
+
+    def load_latest(self) -> Any:
+        return json.loads(self.text)
+
+
+def test_a_checkpoint_holds_what_waits_and_the_order_it_was_drawn_from() -> None:
+    kept = Kept()
+
+    def trainer_of(rounds: CarriedOver) -> Trainer:
+        order = rounds._questions.order
+        parts = SimpleNamespace(order=order, rounds=rounds, stateful={}, checkpoints=kept)
+        return Trainer(cast(Parts, parts), cast(Schedule, SimpleNamespace(save_every=1)))
+
+    stopped, resumed = carried(LatePlay({"0": 9, "2": 9})), carried(LatePlay({}))
+    stopped(0)
+    kept.text = json.dumps(trainer_of(stopped)._state(0))
+    assert trainer_of(resumed)._resume() == 1
+    rolled = resumed(1)
+    assert [g.task.id for g in rolled.groups] == ["0", "3", "2"]
+
+
+def test_a_carried_group_is_compared_and_trained_as_one_with_the_samplers_own_numbers(
+    chat: ChatFormat,
+) -> None:
+    carry_over = CarryOver(most=1)
+
+    def script(request: GenerationRequest) -> str:
+        if turn_of(request) == 0:
+            return call(0)
+        return f"<answer>{'no' if '.1~' in request.id else 'Velor'}</answer>"
+
+    engine = SilentEngine(chat, script)
+    engine.silent = ("task/0.0.1:1",)
+    assert play(engine, carry_over, version=0, rollouts=2).waiting == 1
+    group = play(engine, carry_over, version=1, rollouts=2)
+    assert [versions(t) for t in group.trajectories] == [[0, 0], [0, 1]]
+    run = outcome_trainer()
+    batch = run._advantages(run._score([group]), [0])
+    np.testing.assert_allclose(batch.advantages, [1.0, -1.0], atol=1e-6)
+    credit = run._credit(batch)
+    assert list(credit.step_advantages[1]) == pytest.approx([-0.2, -1.0]), "0.8 of the blame"
+    ((micro_batch,),), _ = run._cut(batch, credit)
+    own = {t.id: t.logprobs for t in group.trajectories}
+    expected = np.concatenate([own[id] for id in micro_batch.row_ids])
+    np.testing.assert_array_equal(micro_batch.sampler_logprobs.numpy(), expected)
 
 
 @pytest.mark.parametrize("waiting", [[[3, 0]], [[-1, 0]], [[0, 9]], [[0, -1]]])
