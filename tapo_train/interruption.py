@@ -2,19 +2,25 @@
 
 A rollout is given up at once, as it may take long and what launchers leave between SIGTERM
 and SIGKILL is short; the run goes on before that step. What comes after the rollout is
-finished. A second SIGTERM ends the process on the spot.
+finished. A later SIGTERM ends the process on the spot; one within `RELAYED_S` is the same request,
+which a scheduler sent to every process and torchrun passes on to its ranks once more.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
+
+RELAYED_S = 5.0
+"""[s] after a SIGTERM in which further ones say nothing new."""
 
 
 class StepGivenUp(Exception):
@@ -29,11 +35,18 @@ class _GivenUp(KeyboardInterrupt):
 
 
 class Interruption:
-    """Whether this process has been asked to stop."""
+    """Whether this process has been asked to stop.
 
-    def __init__(self) -> None:
+    Args:
+        gives_up: False where ranks play in lockstep: one that left a rollout, or did not begin
+            it, would leave the others waiting for it. The step is then finished.
+    """
+
+    def __init__(self, *, gives_up: bool = True) -> None:
         self.is_requested = False
+        self._gives_up = gives_up
         self._may_give_up = False
+        self._requested_at = 0.0
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -46,6 +59,8 @@ class Interruption:
 
     def attempt(self, work: Callable[[], T]) -> T | None:
         """The result of `work`, or None if it was given up because the run is to stop."""
+        if not self._gives_up:
+            return work()
         if self.is_requested:
             return None
         try:
@@ -59,9 +74,14 @@ class Interruption:
         return result
 
     def _on_signal(self, number: int, frame: types.FrameType | None) -> None:
-        self.is_requested = True
-        signal.signal(number, signal.SIG_DFL)
-        print("SIGTERM: stopping with a checkpoint; again: at once", file=sys.stderr, flush=True)
+        if self.is_requested:
+            if time.monotonic() - self._requested_at > RELAYED_S:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        self.is_requested, self._requested_at = True, time.monotonic()
+        text = "SIGTERM: stopping with a checkpoint; another one later: at once"
+        print(text, file=sys.stderr, flush=True)
         if self._may_give_up:
             self._may_give_up = False
             raise _GivenUp

@@ -74,11 +74,15 @@ class RolloutAudit:
     def settle(self) -> None:
         """Add up what all ranks spent since the last time, keep it, share out the rest.
 
+        Records of calls go, too: those of a validation are no metrics of the next step.
+
         Raises:
             ToolBudgetError: a call was not made because the budget could not pay for it.
         """
         own = (self._ledger.spent, self._ledger.is_exhausted)
         spent, exhausted = zip(*distributed.all_gather_objects(own), strict=True)
+        self._ledger.drain()
+        self._ledger.drain_events()
         self._spent += sum(spent, start=Decimal(0))
         if any(spent) and distributed.rank() == 0:
             write_atomically(self._file, json.dumps({"spent": str(self._spent)}) + "\n")

@@ -13,7 +13,6 @@ from tapo_train.config import Recipe, recipe_to_dict, to_yaml
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import AlignmentError, DataError
-from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
@@ -115,7 +114,7 @@ def make_parts(
     watchdog.calls = toolbox.under_way
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
-    watch, interruption = build.build_watch(recipe), Interruption()
+    watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
     play = build.build_play(recipe, engine, chat, toolbox, on_progress=watchdog.beat)
     order, reward = TaskSampler(len(tasks), seed=recipe.run.seed), build.build_reward(recipe)
     return Parts(

@@ -19,7 +19,7 @@ from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
-from tapo_train.errors import CheckpointError, ToolBudgetError
+from tapo_train.errors import CheckpointError, CollapseError, ToolBudgetError
 from tapo_train.interruption import StepGivenUp
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, pack
@@ -58,8 +58,7 @@ class Trainer:
         try:
             with parts.interruption.listening():
                 done = all(self._one(step, sinks) for step in range(first, self._schedule.steps))
-                parts.watchdog.enter("checkpoint")
-                parts.checkpoints.wait()
+                self._finish_writing()
         finally:
             for sink in sinks:
                 sink.close()
@@ -77,17 +76,27 @@ class Trainer:
                 self._save(before)
             if isinstance(error, StepGivenUp):
                 return False
-            self._parts.checkpoints.wait()
+            self._finish_writing()
             raise
+        out_of_budget: ToolBudgetError | None = None
         if schedule.eval_every and _is_due(step, schedule.eval_every, schedule.steps):
             self._parts.watchdog.enter("validation")
-            metrics |= self.validate(step + 1)
+            try:
+                metrics |= self.validate(step + 1)
+            except ToolBudgetError as error:
+                out_of_budget = error  # the step is done, and was paid for
         metrics |= self._parts.watch.observe(metrics)
         write_all(sinks, step, metrics)
         stop = self._agreed_to_stop()
-        if stop or _is_due(step, schedule.save_every, schedule.steps):
+        if stop or out_of_budget or _is_due(step, schedule.save_every, schedule.steps):
             self._save(self._state(step), metrics.get("eval/accuracy"))
-        self._parts.watch.check()
+        try:
+            if out_of_budget:
+                raise out_of_budget
+            self._parts.watch.check()
+        except (ToolBudgetError, CollapseError):
+            self._finish_writing()
+            raise
         return not stop or step + 1 == schedule.steps
 
     def step(self, step: int) -> dict[str, float]:
@@ -169,6 +178,15 @@ class Trainer:
         self._parts.watchdog.enter("checkpoint")
         self._parts.checkpoints.save(state["step"], state, score)
         self._saved_steps = state["step"] + 1
+
+    def _finish_writing(self) -> None:
+        """Until the last checkpoint is whole, on all ranks together.
+
+        A rank that ended before would have its launcher kill the one that still writes.
+        """
+        self._parts.watchdog.enter("checkpoint")
+        self._parts.checkpoints.wait()
+        distributed.barrier()
 
     def _state(self, step: int) -> dict[str, Any]:
         """What `_resume` wants back."""

@@ -44,10 +44,11 @@ class _Peer:
     def look(self, state: Mapping[str, Any]) -> float:
         """Compare with what the file held before; [s] since it last changed."""
         now = time.monotonic()
-        if state.get("beats", -1) != self._beats:
-            self._beats, self.progress_at = state["beats"], now
-        if state.get("ticks", -1) != self._ticks:
-            self._ticks, self._alive_at = state["ticks"], now
+        # A rank that has closed took its file away, which is nothing new.
+        if (beats := state.get("beats", self._beats)) != self._beats:
+            self._beats, self.progress_at = beats, now
+        if (ticks := state.get("ticks", self._ticks)) != self._ticks:
+            self._ticks, self._alive_at = ticks, now
         return now - self._alive_at
 
 
@@ -109,8 +110,9 @@ class Watchdog:
             try:
                 write_atomically(self._heartbeat(self._rank), json.dumps(self._state()))
                 cause = self._cause(peers)
-            except OSError:
-                # A shared folder may be out of reach for a while; the next tick tries again.
+            except (OSError, ValueError):
+                # A shared folder may be out of reach for a while, or show an old file half;
+                # the next tick tries again.
                 continue
             if cause:
                 self._end(cause)

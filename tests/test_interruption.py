@@ -14,9 +14,11 @@ import pytest
 from process_environment import ROOT, environment
 from test_training import TIMEOUT_S, command, digest_of_weights, read_rows, train
 
+from tapo_train.build import build_interruption
 from tapo_train.interruption import Interruption
 from tapo_train.learner.manifest import checkpoints
-from tapo_train.watchdog import EXIT_STALLED
+from tapo_train.rollout.tensor_parallel import MirroredEngine
+from tapo_train.watchdog import EXIT_STALLED, _Peer
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 ENGINE = (
@@ -59,12 +61,46 @@ def test_work_is_given_up_at_once_and_nothing_new_is_begun() -> None:
         assert not interruption.is_requested
         assert interruption.attempt(lambda: (os.kill(os.getpid(), signal.SIGTERM), 1)) is None
         assert interruption.is_requested
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "the second ends the process"
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun passing on what this process got itself
         assert interruption.attempt(lambda: 7) is None
     outside = Interruption()
     with outside.listening():
         os.kill(os.getpid(), signal.SIGTERM)
         assert outside.is_requested, "and what is not attempted goes on"
+
+
+TWICE = """
+import os, signal, time
+from tapo_train import interruption
+asked = interruption.Interruption()
+with asked.listening():
+    os.kill(os.getpid(), signal.SIGTERM)
+    interruption.RELAYED_S = 0.01
+    time.sleep(0.1)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(20)
+"""
+
+
+def test_a_later_sigterm_ends_the_process() -> None:
+    done = subprocess.run([sys.executable, "-c", TWICE], cwd=ROOT, env=environment(), timeout=15)
+    assert done.returncode == -signal.SIGTERM
+
+
+def test_a_rollout_on_an_engine_that_ranks_share_is_finished() -> None:
+    shared = build_interruption(MirroredEngine(None, None))  # type: ignore[arg-type]
+    with shared.listening():
+        assert shared.attempt(lambda: (os.kill(os.getpid(), signal.SIGTERM), 1)) == (None, 1)
+        assert shared.is_requested
+        assert shared.attempt(lambda: 7) == 7, "the others of the group wait for it"
+
+
+def test_a_rank_that_has_taken_its_file_away_has_said_nothing_new() -> None:
+    peer = _Peer(0.0)
+    peer.look({"beats": 3, "ticks": 2})
+    seen = peer.progress_at
+    assert seen > 0.0
+    assert peer.look({}) >= 0.0 and peer.progress_at == seen
 
 
 @pytest.mark.slow

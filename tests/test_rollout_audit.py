@@ -100,6 +100,19 @@ def test_what_is_spent_is_kept_and_the_next_process_has_only_the_rest(tmp_path: 
     assert json.loads(file.read_text()) == {"spent": "0.3"}
 
 
+def test_calls_of_a_validation_are_no_metrics_of_the_next_step(tmp_path: Path) -> None:
+    ledger = Ledger()
+    audit = audit_of(ledger, tmp_path / "spent.json", None)
+    ledger.add(record(9.0))
+    ledger.events["private_address"] += 1
+    audit.settle()
+    ledger.add(record(1.0))
+    found = audit([])
+    assert found["tool/search/calls"] == 1.0
+    assert found["time/tool/search/latency_max_s"] == 1.0
+    assert not [name for name in found if name.startswith("tool/guard/")]
+
+
 def test_without_prices_nothing_is_written_and_without_a_budget_nothing_ends(
     tmp_path: Path,
 ) -> None:

@@ -21,6 +21,7 @@ from tapo_train.build.learner import (
 from tapo_train.build.rollout import (
     build_engine,
     build_engine_server,
+    build_interruption,
     build_play,
     build_rounds,
 )
@@ -36,6 +37,7 @@ __all__ = [
     "build_engine",
     "build_engine_server",
     "build_exchange",
+    "build_interruption",
     "build_objective",
     "build_play",
     "build_policy",

@@ -202,6 +202,11 @@ def build_play(
     return GroupPlay(play, engine) if isinstance(engine, MirroredEngine) else play
 
 
+def build_interruption(engine: Engine) -> Interruption:
+    """SIGTERM; a rollout on an engine that ranks share is not given up."""
+    return Interruption(gives_up=not isinstance(engine, MirroredEngine))
+
+
 def build_rounds(
     recipe: Recipe,
     tasks: Sequence[Task],

@@ -125,7 +125,7 @@ class Balanced:
     ranks_per_group: int = 1
 
     def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
-        """This rank's share, in the order of the ranks that brought them."""
+        """This rank's share: its own rows that stay, then guests by the rank that brought them."""
         num_ranks, own = distributed.world_size(), distributed.rank()
         if num_ranks == 1:
             return keep(rows)
