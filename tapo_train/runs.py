@@ -108,7 +108,7 @@ def make_parts(
     """Everything the trainer works with. The probe is the first task's prompt."""
     chat = ChatFormat(Path(recipe.model.path))
     require_playable([*tasks, *validation], chat)
-    policy = build.build_policy(recipe, chat)
+    policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = build.build_engine(recipe, chat)
     toolbox = build.build_toolbox(recipe, decoder=chat.decoder)
     watchdog.calls = toolbox.under_way

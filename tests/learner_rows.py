@@ -74,7 +74,7 @@ def some_rows(chat: ChatFormat, layout: ModelLayout) -> list[TrainingRow]:
 
 def make_policy(folder: Path, chat: ChatFormat, **changes: Any) -> Policy:
     """A float32 policy without clipping; `changes` go to the settings or the policy."""
-    names = ("temperature", "banned_token_ids", "measure_entropy")
+    names = ("temperature", "banned_token_ids", "measure_entropy", "on_progress")
     own = {name: changes.pop(name) for name in names if name in changes}
     settings = LearnerSettings(**(SETTINGS | {"max_grad_norm": 0.0} | changes))
     return Policy(folder, settings=settings, pixels=chat.pixels, **own)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from learner_rows import make_policy, some_rows, weights_of
 
-from tapo_train.learner.batch import pack
+from tapo_train.learner.batch import join, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
 from tapo_train.rollout.chat import ChatFormat
@@ -28,3 +28,15 @@ def test_an_update_changes_the_vision_tower_unless_it_is_frozen(
     end_process_group()
     assert any("visual" in name for name in changed) != is_frozen
     assert any("language_model" in name for name in changed)
+
+
+def test_every_micro_batch_is_a_sign_of_life(tiny_qwen3_vl: Path) -> None:
+    chat, beats = ChatFormat(tiny_qwen3_vl), []
+    policy = make_policy(tiny_qwen3_vl, chat, on_progress=lambda: beats.append(1))
+    rows = some_rows(chat, policy.layout)
+    batches = [join(rows[:1]), join(rows[1:2]), join(rows[2:])]
+    policy.update(batches, supervised)
+    assert len(beats) == 3
+    policy.logprobs_of_all(batches[:2])
+    assert len(beats) == 5
+    policy.close()

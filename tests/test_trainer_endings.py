@@ -14,6 +14,7 @@ from tapo_train.errors import CollapseError, ToolBudgetError
 from tapo_train.interruption import Interruption
 from tapo_train.parts import Parts, Schedule
 from tapo_train.report.warnings import Watch
+from tapo_train.rounds import OneRound, Questions
 from tapo_train.trainer import Trainer
 from tapo_train.watchdog import Watchdog
 
@@ -63,6 +64,7 @@ def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
     watch = Watch(early_steps=1, recent_steps=1, stop_on=["calls_exploding"], stop_after=1)
     parts = SimpleNamespace(
         order=TaskSampler(4, seed=0),
+        rounds=OneRound(cast(Questions, None)),
         stateful={"watch": watch},
         watch=watch,
         watchdog=Watchdog(folder, stall_s=0),

@@ -18,11 +18,18 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine, Sleeper
 
 
-def build_policy(recipe: Recipe, chat: ChatFormat, *, updates: int | None = None) -> Policy:
+def build_policy(
+    recipe: Recipe,
+    chat: ChatFormat,
+    *,
+    updates: int | None = None,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Policy:
     """The learner, scoring the distribution the sampler draws from.
 
     Args:
         updates: optimizer updates of the run; default those of a training run.
+        on_progress: called after each micro-batch.
     """
     if updates is None:
         per_step = recipe.learner.updates_per_batch * recipe.learner.epochs
@@ -35,6 +42,7 @@ def build_policy(recipe: Recipe, chat: ChatFormat, *, updates: int | None = None
         temperature=recipe.rollout.temperature or 1.0,
         banned_token_ids=chat.banned_token_ids,
         measure_entropy=recipe.algo.entropy_coef > 0,
+        on_progress=on_progress,
     )
 
 

@@ -7,7 +7,7 @@ sequence group (`sequence`) bring the same micro-batches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Policy:
             log-probabilities are of it, except in `score`.
         measure_entropy: entropies cost a softmax per trained token; objectives get None
             without.
+        on_progress: called after the forward pass of each micro-batch.
     """
 
     def __init__(
@@ -51,6 +52,7 @@ class Policy:
         temperature: float = 1.0,
         banned_token_ids: Sequence[int] = (),
         measure_entropy: bool = True,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         self.source = model
         self.settings = settings
@@ -77,6 +79,7 @@ class Policy:
             chunk=settings.head_chunk_tokens,
             distribution=self.distribution,
             sequence=self.sequence,
+            on_progress=on_progress,
         )
 
     def logprobs(self, batch: MicroBatch) -> Tensor:

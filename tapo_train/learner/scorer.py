@@ -46,6 +46,8 @@ class Scorer:
     distribution: Distribution
     sequence: SequenceGroup = ALONE
     """The module's."""
+    on_progress: Callable[[], None] = lambda: None
+    """Called after each micro-batch: a long update is no stall."""
 
     def __call__(
         self,
@@ -77,6 +79,7 @@ class Scorer:
             chunk=self.chunk,
             with_entropy=with_entropy,
         )
+        self.on_progress()
         return logprobs, entropy
 
     @torch.no_grad()

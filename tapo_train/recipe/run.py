@@ -39,9 +39,9 @@ class Run:
     eval_questions: CountOrZero = 0
     """Validation questions asked each time, the first ones of the file; 0: all."""
     stall_s: NonNegative = 1800.0
-    """[s] without progress on any rank (a stage begun, an engine step, an answer of a tool) after
-    which all ranks dump their Python stacks into the run folder and the run ends with status 3;
-    0: never."""
+    """[s] without progress on any rank (a stage begun, an engine step, a micro-batch, an answer of
+    a tool) after which all ranks dump their Python stacks into the run folder and the run ends with
+    status 3; 0: never."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if logged in, else offline."""
 
