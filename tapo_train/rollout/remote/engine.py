@@ -75,6 +75,8 @@ class RemoteEngine:
                 f"request {request.id}: {len(request.tokens)} tokens and {request.max_tokens} "
                 f"to sample exceed max_model_len = {longest}"
             )
+        if not self._flights:
+            self._last_usable = time.monotonic()  # Nobody has been waiting since the last rollout.
         self._flights[request.id] = Flight(request=request)
         self._waiting.append(request.id)
         self._place()
@@ -116,17 +118,21 @@ class RemoteEngine:
         """See `Engine.score`. Every server is asked; EngineError if they disagree."""
         self._require_idle("score")
         self._fleet.hear()
-        asked, scores = self._fleet.usable(), dict[str, npt.NDArray[np.float32]]()
+        scores: dict[str, npt.NDArray[np.float32]] = {}
+        # A server that comes back meanwhile has a new connection, and was asked nothing.
+        asked = [(link, link.channel) for link in self._fleet.usable()]
         digests = tuple(image.sha256 for image in images)
-        for link in asked:
+        message = Score(id="score", policy=self._fleet.policy, images=digests)
+        for link, _ in asked:
             self._fleet.give_pictures(link, images)
-            message = Score(id="score", policy=self._fleet.policy, images=digests)
             self._fleet.tell(link, message, raw(tokens, "<i4"))
-        while any(link.channel is not None and link.url not in scores for link in asked):
+        while any(link.channel is sent and link.url not in scores for link, sent in asked):
             for event in self._fleet.hear(wait_s=POLL_S):
-                if not isinstance(event.message, Scored):
+                if isinstance(event.message, Scored):
+                    scores[event.link.url] = float32(event.body)
+                elif isinstance(event.message, Failed) and event.message.id == message.id:
                     raise EngineError(f"{event.link.url}: instead of a score: {event.message}")
-                scores[event.link.url] = float32(event.body)
+                # Anything else is late words about a request that was aborted.
         if not scores:
             raise EngineError(self._fleet.nobody("score a sequence"))
         return _agreed(scores, self._options.agreement)

@@ -14,7 +14,9 @@ from tapo_train.rollout.remote.link import Event, ServerLink
 from tapo_train.rollout.remote.messages import (
     BASE,
     UNKNOWN,
+    WEIGHTS,
     ClientMessage,
+    Failed,
     Loaded,
     PolicyId,
     PutImage,
@@ -160,7 +162,11 @@ class Fleet:
         # A server that comes back meanwhile has a new connection, and is not waited for.
         while any(link.channel is sent and self._is_behind(link) for link, sent in asked):
             for event in self.hear(wait_s=POLL_S):
-                raise EngineError(f"{event.link.url}: instead of taking weights: {event.message}")
+                if isinstance(event.message, Failed) and event.message.id == WEIGHTS:
+                    raise EngineError(
+                        f"{event.link.url}: did not take the weights: {event.message.message}"
+                    )
+                # Anything else is late words about a request that was aborted.
         if not self.usable():
             raise EngineError(self.nobody(f"take the weights of version {version}"))
 

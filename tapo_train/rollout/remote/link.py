@@ -60,7 +60,7 @@ class ServerLink:
     """
 
     url: str
-    secret: bytes
+    secret: bytes = field(repr=False)
     timeout_s: float
     events: SimpleQueue[Event]
     channel: Channel | None = None

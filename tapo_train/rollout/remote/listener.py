@@ -29,7 +29,9 @@ from tapo_train.rollout.remote.wire import (
 )
 
 GREETING_S = 10.0
-"""How long a stranger may take over one word."""
+"""How long a stranger may take over its introduction."""
+PAUSE_S = 0.1
+"""After a connection that could not be accepted; for instance too many files are open."""
 MOST_CLIENTS = 256
 """Connections at a time, strangers included."""
 
@@ -67,6 +69,7 @@ class Listener:
         self._welcome = welcome
         self._socket = socket.create_server((host, port))
         self._seats = threading.BoundedSemaphore(MOST_CLIENTS)
+        self._closed = threading.Event()
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
 
     def start(self) -> None:
@@ -75,16 +78,18 @@ class Listener:
 
     def close(self) -> None:
         """Accept no more, and free the port: shutting down wakes the thread that accepts."""
+        self._closed.set()
         with suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _accept(self) -> None:
-        while True:
+        while not self._closed.is_set():
             try:
                 connection, address = self._socket.accept()
-            except OSError:
-                return  # Closed.
+            except OSError:  # Closed, or a trouble that passes.
+                self._closed.wait(PAUSE_S)
+                continue
             if not self._seats.acquire(blocking=False):
                 connection.close()
                 continue
@@ -94,7 +99,7 @@ class Listener:
     def _talk(self, channel: Channel) -> None:
         """One connection from its first word to its last."""
         try:
-            channel.set_timeout(GREETING_S)
+            channel.set_deadline(GREETING_S)
             self._greet(channel)
             channel.set_timeout(None)
             channel.trust()

@@ -37,6 +37,8 @@ class PolicyId:
 BASE = PolicyId()
 UNKNOWN = PolicyId(run="unknown", version=-1)
 """Of a server whose weights were half replaced when their sender went away."""
+WEIGHTS = "weights"
+"""Stands for the request's id where a server could not take weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

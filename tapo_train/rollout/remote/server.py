@@ -17,12 +17,13 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Literal
 
-from tapo_train.errors import AlignmentError, EngineError, EngineLostError, TapoError
+from tapo_train.errors import AlignmentError, EngineLostError, TapoError
 from tapo_train.rollout.engine import Completion, Engine
 from tapo_train.rollout.remote.listener import Listener, Served
 from tapo_train.rollout.remote.messages import (
     BASE,
     UNKNOWN,
+    WEIGHTS,
     Abort,
     BeginWeights,
     Completed,
@@ -91,6 +92,8 @@ class EngineServer:
         """Let `serve` return; from any thread."""
         self._stops = True
         self._commands.put(None)
+        for session in list(self._sessions):
+            session.close()  # The engine may be waiting for weights that one of them sends.
 
     def _welcome(self, channel: Channel) -> None:
         """Serve a client that has proved itself until it goes away; in a thread of its own."""
@@ -191,10 +194,10 @@ class EngineServer:
 
     def _reload(self, session: Session, message: Reload) -> None:
         root = self._weights_root
-        folder = None if root is None else (root / message.folder).resolve()
-        if root is None or folder is None or not folder.is_relative_to(root.resolve()):
+        folder = None if root is None else _below(root, message.folder)
+        if folder is None:
             text = f"no weights are read from {message.folder}; wanted below --weights-root {root}"
-            return _fail(session, "weights", "engine", text)
+            return _fail(session, WEIGHTS, "engine", text)
         self._load(session, message.policy, read_weights(folder))
 
     def _load(self, session: Session, policy: PolicyId, weights: Named) -> None:
@@ -202,15 +205,16 @@ class EngineServer:
         self._policy = UNKNOWN
         beating = self._beating(weights)
         try:
-            self._engine.load_weights(beating, version=policy.version)
-            for _ in beating:  # An engine that does not read to the end.
-                pass
+            try:
+                self._engine.load_weights(beating, version=policy.version)
+            finally:
+                for _ in beating:  # An engine that does not read to the end.
+                    pass
         except EngineLostError as error:
             return print(f"weights of {policy} are incomplete: {error}", file=sys.stderr)
-        except EngineError as error:
-            for _ in beating:
-                pass
-            return _fail(session, "weights", "engine", str(error))
+        except (TapoError, ValueError, RuntimeError, LookupError) as error:
+            # Beside ours: how engines say that names or shapes are not their model's.
+            return _fail(session, WEIGHTS, "engine", f"{type(error).__name__}: {error}")
         self._policy = policy
         for each in list(self._sessions):
             each.say(Loaded(policy=policy))
@@ -222,6 +226,15 @@ class EngineServer:
 
     def _refuse_policy(self, session: Session, id: str, wanted: PolicyId) -> None:
         _fail(session, id, "policy", f"the server's weights are {self._policy}; wanted {wanted}")
+
+
+def _below(root: Path, name: str) -> Path | None:
+    """The folder a client names, if it lies below `root`."""
+    try:
+        folder = (root / name).resolve()
+    except (OSError, ValueError):  # a name that no folder can have
+        return None
+    return folder if folder.is_relative_to(root.resolve()) else None
 
 
 def _needs_idle(command: Command) -> bool:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from tapo_train.errors import EngineError, EngineLostError
@@ -63,6 +63,8 @@ def assemble(next_slice: Callable[[], tuple[Tensor, bytearray] | None]) -> Named
             following = next_slice()
             if following is None or following[0].name != header.name or not following[1]:
                 raise EngineLostError(f"weight {header.name} ends after {len(held)} of {size}")
+            if (following[0].dtype, following[0].shape) != (header.dtype, header.shape):
+                raise EngineLostError(f"weight {header.name} changes its type or shape midway")
             header, data = following
             _require_next(header, len(held))
             held += data
@@ -109,13 +111,17 @@ def read_weights(folder: Path) -> Named:
     """Tensors of a folder that `write_weights` wrote, one at a time.
 
     Raises:
-        EngineError: there are none.
+        EngineError: there are none, or a file is gone or damaged.
     """
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise EngineError(f"{folder} holds no weights; is the folder shared with the trainer?")
     for file in files:
-        opened: Any = safe_open(file, framework="pt")
-        with opened as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - no mapping
-                yield name, tensors.get_tensor(name)
+        try:
+            opened: Any = safe_open(file, framework="pt")
+            with opened as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - no mapping
+                    yield name, tensors.get_tensor(name)
+        except (OSError, SafetensorError) as error:
+            # The trainer removes the folder once it has written the next one.
+            raise EngineError(f"{file} cannot be read: {error}") from error

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import os
 import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,6 +62,7 @@ class Channel:
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._sending = threading.Lock()
         self._header_limit, self._body_limit = STRANGER_BYTES, 0
+        self._deadline = math.inf
         self.peer = peer
 
     def trust(self) -> None:
@@ -68,7 +71,13 @@ class Channel:
 
     def set_timeout(self, seconds: float | None) -> None:
         """How long one read or write may take; None waits for ever."""
+        self._deadline = math.inf
         self._socket.settimeout(seconds)
+
+    def set_deadline(self, seconds: float) -> None:
+        """How long all reads together may take, however slowly bytes drip in."""
+        self.set_timeout(seconds)
+        self._deadline = time.monotonic() + seconds
 
     def send(self, header: bytes, *body: bytes | memoryview) -> None:
         """Send one frame.
@@ -111,6 +120,8 @@ class Channel:
         data = bytearray()
         try:
             while len(data) < length:
+                if self._deadline < math.inf:
+                    self._socket.settimeout(max(1e-3, self._deadline - time.monotonic()))
                 part = self._socket.recv(min(length - len(data), _READ_BYTES))
                 if not part:
                     raise EngineLostError(f"{self.peer}: the connection ended")
