@@ -79,6 +79,18 @@ class RolloutAudit:
         Raises:
             ToolBudgetError: a call was not made because the budget could not pay for it.
         """
+        if self.keep():
+            raise ToolBudgetError(
+                f"tools.budget: {self._spent} of {self._budget} is spent, and the rest, shared "
+                f"among {distributed.world_size()} ranks, does not pay for the next call; raise "
+                "tools.budget to go on from the last checkpoint"
+            )
+
+    def keep(self) -> bool:
+        """As `settle`; whether a call was not made because the budget could not pay for it.
+
+        For a rollout that was given up: what its calls cost is spent all the same.
+        """
         own = (self._ledger.spent, self._ledger.is_exhausted)
         spent, exhausted = zip(*distributed.all_gather_objects(own), strict=True)
         self._ledger.drain()
@@ -87,12 +99,7 @@ class RolloutAudit:
         if any(spent) and distributed.rank() == 0:
             write_atomically(self._file, json.dumps({"spent": str(self._spent)}) + "\n")
         self._refill()
-        if any(exhausted):
-            raise ToolBudgetError(
-                f"tools.budget: {self._spent} of {self._budget} is spent, and the rest, shared "
-                f"among {distributed.world_size()} ranks, does not pay for the next call; raise "
-                "tools.budget to go on from the last checkpoint"
-            )
+        return any(exhausted)
 
     def _refill(self) -> None:
         if self._budget is None:

@@ -72,6 +72,7 @@ class Trainer:
             metrics = self.step(step)
         except (StepGivenUp, ToolBudgetError) as error:
             random_state.restore(*draws)
+            self._parts.audit.keep()
             if step > self._saved_steps:
                 self._save(before)
             if isinstance(error, StepGivenUp):

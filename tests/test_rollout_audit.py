@@ -186,3 +186,15 @@ def test_two_ranks_share_what_is_left_and_stop_together(tmp_path: Path) -> None:
     ]
     assert json.loads((tmp_path / "spent.json").read_text()) == {"spent": "0.4"}
     assert Decimal("0.3") == (Decimal("1.0") - Decimal("0.4")) / 2
+
+
+def test_what_a_rollout_cost_that_was_given_up_is_kept_without_an_error(tmp_path: Path) -> None:
+    file, ledger = tmp_path / "spent.json", Ledger()
+    audit = audit_of(ledger, file, 0.3)
+    ledger.charge(0.2)
+    assert not audit.keep()
+    assert json.loads(file.read_text()) == {"spent": "0.2"}
+    with pytest.raises(ToolBudgetError):
+        ledger.charge(0.2)
+    assert audit.keep()
+    assert json.loads(file.read_text()) == {"spent": "0.2"}

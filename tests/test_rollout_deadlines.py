@@ -179,6 +179,11 @@ def test_deadlines_of_no_time_are_refused() -> None:
         Deadlines(turn_s=0)
 
 
+def test_a_whole_number_of_attempts_is_not_rounded_up(chat: ChatFormat) -> None:
+    group = play(ScriptedEngine(chat, lambda request: ANSWER), rollouts=50, oversample=1.1)
+    assert group.surplus == 5, "50 * 1.1 is a little more than 55 in floating point"
+
+
 def test_oversampling_keeps_the_first_to_finish_and_aborts_the_rest(chat: ChatFormat) -> None:
     def script(request: GenerationRequest) -> str:
         is_slow = rollout_of(request) in (0, 3) and turn_of(request) == 0

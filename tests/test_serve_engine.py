@@ -20,6 +20,7 @@ from process_environment import ROOT, environment
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 
 from tapo_train.__main__ import main
+from tapo_train.commands import serve_engine as serve_engine_command
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
@@ -147,3 +148,23 @@ def test_without_recipe_or_secret_nothing_is_served(
     monkeypatch.delenv("TAPO_ENGINE_SECRET", raising=False)
     assert main(["serve-engine", "recipes/demo_cpu.yaml", "--port", "0"]) == 2
     assert "TAPO_ENGINE_SECRET: found 0 characters" in capsys.readouterr().err
+
+
+def test_with_a_model_folder_the_first_word_may_be_an_override(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(path: Path, overrides: list[str]) -> None:
+        raise Loaded(path.name, overrides)
+
+    monkeypatch.setattr("tapo_train.commands.serve_engine.load_recipe", load)
+    (tmp_path / "recipe.yaml").touch()
+    model = ["--model", str(tmp_path), "--port", "0"]
+    for words in (["run.seed=3"], [], ["other.yaml", "run.seed=3"]):
+        with pytest.raises(Loaded) as caught:
+            serve_engine_command.main([*words, *model])
+        given = [word for word in words if "=" in word]
+        name = "other.yaml" if "other.yaml" in words else "recipe.yaml"
+        assert caught.value.args == (name, [f"model.path='{tmp_path}'", *given])

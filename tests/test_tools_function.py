@@ -253,3 +253,19 @@ def test_a_module_with_a_syntax_error_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=r"broken_tools\.f cannot be imported \(SyntaxError"):
         load_tool("broken_tools.f")
+
+
+def test_a_list_of_the_policys_json_becomes_the_tuple_the_function_wants() -> None:
+    @tool(version="1")
+    def area(box: tuple[float, float, float, float]) -> str:
+        """Measure.
+
+        Args:
+            box: corners
+        """
+        return f"{type(box).__name__} {(box[2] - box[0]) * (box[3] - box[1])}"
+
+    toolbox = Toolbox([area], deadline_s=5)
+    seen = asyncio.run(toolbox.execute(toolbox.read("area", {"box": [1, 2, 4, 6]}), CONTEXT))
+    assert (seen.outcome, seen.text) == (Outcome.OK, "tuple 12.0")
+    assert toolbox.read("area", {"box": [1, 2, "4", 6]}).error is not None

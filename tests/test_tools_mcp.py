@@ -9,15 +9,18 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from process_environment import ROOT, environment
+from pydantic import ValidationError
 
 from tapo_train.errors import ConfigError
 from tapo_train.tools.base import Tool, Toolbox, ToolContext
 from tapo_train.tools.json_schema import arguments_model_of
-from tapo_train.tools.mcp import RESTARTS, McpServer
+from tapo_train.tools.mcp import RESTARTS, McpServer, McpTool
+from tapo_train.tools.sandbox import Sandbox
 from tapo_train.types import Observation, Outcome, Task
 
 SERVER = Path(__file__).with_name("mcp_server.py")
@@ -172,3 +175,19 @@ def test_references_within_a_schema_are_followed() -> None:
     assert model.model_validate({"at": [1, 2.5]}).model_dump() == {"at": [1, 2.5]}
     with pytest.raises(ValueError, match=r"at: \[1\] is too short"):
         model.model_validate({"at": [1]})
+
+
+@pytest.mark.parametrize("number", [float("inf"), 10**400])
+def test_a_number_that_the_schema_cannot_judge_is_the_policys_mistake(number: float) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "number", "multipleOf": 0.01}}}
+    with pytest.raises(ValidationError, match="cannot be checked"):
+        arguments_model_of("t", schema).model_validate({"n": number})
+
+
+def test_answers_that_are_cut_elsewhere_are_other_answers(server: McpServer) -> None:
+    listed = SimpleNamespace(name="t", description="d", input_schema={"type": "object"})
+    versions = {
+        McpTool(server, listed, about="a", sandbox=Sandbox(), max_chars=chars).version
+        for chars in (10, 20)
+    }
+    assert len(versions) == 2

@@ -9,6 +9,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,14 @@ from PIL import Image as Pillow
 from rollout_world import HOSTILE, draw_image
 
 from tapo_train.build.remote_tools import build_client, build_remote_tools
+from tapo_train.build.tools import build_toolbox
 from tapo_train.config import load_recipe
 from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.net import HttpClient
+from tapo_train.tools.recording import Recording
 from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.tools.text_search import TextSearchArguments
@@ -245,3 +248,34 @@ def test_an_impossible_endpoint_is_told_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_recipe(RECIPE, [override])
+
+
+def test_a_thumbnail_that_takes_too_long_is_left_out_and_the_call_goes_on(
+    sandbox: Sandbox,
+) -> None:
+    quick = saying(response(b'{"results": [{"thumbnail_url": "http://search.test/t.png"}]}'))
+
+    async def slow_pictures(request: str, writer: asyncio.StreamWriter) -> None:
+        if request.startswith("GET"):
+            await asyncio.sleep(5)
+        else:
+            await quick(request, writer)
+
+    seen = search(slow_pictures, sandbox, name="image_search_tool", thumbnail_s=0.2)
+    assert (seen.outcome, seen.images) == (Outcome.OK, ())
+    assert "(no picture)" in seen.text and seen.latency_s < 4
+
+
+def test_a_strict_replay_pays_for_nothing(tmp_path: Path) -> None:
+    Recording(tmp_path).close()
+    overrides = [
+        f"tools.recording={tmp_path}",
+        "tools.names=[text_search_tool]",
+        "tools.text_endpoint=http://127.0.0.1:9/s",
+        "tools.corpus=null",
+        "+tools.limits.text_search_tool={price: 3}",
+    ]
+    for mode, price in (("replay", 0.0), ("replay_or_record", 3.0)):
+        toolbox = build_toolbox(load_recipe(RECIPE, [*overrides, f"tools.replay={mode}"]))
+        assert toolbox._gates["text_search_tool"].limits.price == price
+        toolbox.close()

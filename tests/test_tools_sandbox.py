@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image as Pillow
 
-from tapo_train.errors import ToolRefusedError
+from tapo_train.errors import ToolDownError, ToolRefusedError
 from tapo_train.tools.page_text import html_to_text, readable
 from tapo_train.tools.sandbox import Sandbox, SandboxLimits
 
@@ -202,3 +202,13 @@ def test_unreadable_characters_go_and_the_cut_is_said() -> None:
     assert readable("x" * 10, max_chars=10) == "x" * 10
     assert readable("x" * 11, max_chars=10) == "x" * 10 + " [cut]"
     assert readable("👩‍🚀 é می‌خواهم", max_chars=99) == "👩‍🚀 é می‌خواهم"  # joiners are letters' own
+
+
+def test_a_sandbox_that_does_not_start_is_no_fault_of_the_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tapo_train.tools.sandbox.sys.executable", "/nonexistent/python")
+    sandbox = Sandbox()
+    with pytest.raises(ToolDownError, match="does not start"):
+        sandbox.picture(encoded(RED), longest_px=64)
+    assert not sandbox.counts

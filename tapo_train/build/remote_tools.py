@@ -40,7 +40,12 @@ def build_remote_tools(recipe: Recipe, events: Counter[str]) -> dict[str, Tool]:
         )
     if tools.image_endpoint is not None:
         made["image_search_tool"] = RemoteImageSearch(
-            tools.image_endpoint, client, sandbox, contamination, top_k=tools.image_top_k
+            tools.image_endpoint,
+            client,
+            sandbox,
+            contamination,
+            top_k=tools.image_top_k,
+            thumbnail_s=tools.deadline_s / 3,
         )
     return made
 

@@ -55,7 +55,9 @@ def build_toolbox(
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]
     if world is None:
         made = _replayed(made, recipe)
-    limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
+    # What a recording answers is free; a small purse must not end a run that pays for nothing.
+    pays = world is not None or tools.replay != "replay"
+    limits = {name: _limits(chosen, pays=pays) for name, chosen in tools.limits.items()}
     return Toolbox(made, deadline_s=tools.deadline_s, limits=limits, ledger=ledger)
 
 
@@ -95,13 +97,13 @@ def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudi
     )
 
 
-def _limits(chosen: recipe_tools.ToolLimits) -> ToolLimits:
+def _limits(chosen: recipe_tools.ToolLimits, *, pays: bool) -> ToolLimits:
     return ToolLimits(
         concurrency=chosen.concurrency,
         per_second=chosen.per_second,
         deadline_s=chosen.deadline_s,
         retries=chosen.retries,
-        price=chosen.price,
+        price=chosen.price if pays else 0.0,
     )
 
 

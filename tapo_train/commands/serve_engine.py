@@ -24,8 +24,11 @@ where nobody else reads the network.
 def main(argv: Sequence[str]) -> None:
     """Serve until SIGTERM or SIGINT."""
     arguments = _parser().parse_intermixed_args(argv)
-    recipe_file, overrides = recipe_and_overrides(arguments.recipe, arguments.model)
-    recipe = load_recipe(recipe_file, [*overrides, *arguments.overrides])
+    words = [word for word in (arguments.recipe, *arguments.overrides) if word is not None]
+    # With --model the recipe may be left out, and the first word be an override.
+    named = words.pop(0) if words and ("=" not in words[0] or Path(words[0]).is_file()) else None
+    recipe_file, overrides = recipe_and_overrides(named, arguments.model)
+    recipe = load_recipe(recipe_file, [*overrides, *words])
 
     from tapo_train import build  # loads torch and vllm
     from tapo_train.rollout.chat import ChatFormat

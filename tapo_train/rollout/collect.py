@@ -68,6 +68,7 @@ def collect(
     # Ids, and so the seeds of requests, depend on the task and not on its place in the
     # list: ranks that share a batch sample what one rank alone would have sampled.
     occurrence = _occurrences([task.id for task in tasks])
+    num_attempts = math.ceil(round(rollouts_per_task * oversample, 9))  # 50 * 1.1 is 55, not 56
 
     def episode(driver: EngineDriver, position: int, rollout: int) -> Episode:
         task = tasks[position]
@@ -92,7 +93,7 @@ def collect(
             until=asyncio.get_running_loop().time() + deadlines.step_s,
             seats=asyncio.Semaphore(max_in_flight),
             rollouts=rollouts_per_task,
-            started=math.ceil(rollouts_per_task * oversample),
+            started=num_attempts,
             carry_over=carry_over,
         )
         return await driver.drive(asyncio.gather(*map(groups.play, range(len(tasks)), tasks)))

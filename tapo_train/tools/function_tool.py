@@ -19,10 +19,11 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import inspect
+import json
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, cast, get_type_hints, overload
+from typing import Any, Self, cast, get_type_hints, overload
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
@@ -36,6 +37,16 @@ Answer = str | Observation
 Function = Callable[..., Answer] | Callable[..., Awaitable[Answer]]
 
 _CALLABLE_BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+class _Arguments(BaseModel):
+    """Checked as the JSON they were: a list may become a tuple, but "3" no integer."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @classmethod
+    def model_validate(cls, obj: Any, **kwargs: Any) -> Self:
+        return cls.model_validate_json(json.dumps(obj), **kwargs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,8 +124,7 @@ def _function_tool(function: Function, name: str | None, version: str | None) ->
         fields[parameter.name] = _field(parameter, hints, about, name)
     if strangers := sorted(set(about) - set(fields)):
         raise ConfigError(f"tool {name}: its docstring describes {strangers[0]}, not an argument")
-    config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-    model: type[BaseModel] = create_model(name, __config__=config, **fields)
+    model: type[BaseModel] = create_model(name, __base__=_Arguments, **fields)
     return FunctionTool(
         function=function,
         name=name,

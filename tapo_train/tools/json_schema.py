@@ -32,7 +32,11 @@ def arguments_model_of(name: str, schema: dict[str, Any]) -> type[BaseModel]:
         @model_validator(mode="before")
         @classmethod
         def _check(cls, value: Any) -> Any:
-            error = best_match(validator.iter_errors(value))
+            try:
+                error = best_match(validator.iter_errors(value))
+            except (ArithmeticError, RecursionError, Unresolvable) as problem:
+                # A policy may write 1e999, and a schema may ask what it is a multiple of.
+                raise ValueError(f"cannot be checked ({type(problem).__name__})") from problem
             if error is not None:
                 where = ".".join(str(part) for part in error.absolute_path)
                 raise ValueError(f"{where + ': ' if where else ''}{error.message[:200]}")

@@ -224,7 +224,7 @@ class McpTool:
         self.name: str = listed.name
         self.description: str = (listed.description or listed.name).strip()
         schema = listed.input_schema
-        text = json.dumps([self.description, schema], sort_keys=True)
+        text = json.dumps([self.description, schema, max_chars], sort_keys=True)
         self.version = f"mcp {about} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.arguments_model: type[BaseModel] = arguments_model_of(self.name, schema)
         self._server = server
@@ -248,8 +248,9 @@ class McpTool:
         return Observation(text=text, images=tuple(shown))
 
     def close(self) -> None:
-        """End the server, with all its tools."""
+        """End the server, with all its tools, and the sandbox of their pictures."""
         self._server.close()
+        self._sandbox.close()
 
     def _picture(self, encoded: str) -> Image:
         try:

@@ -132,7 +132,12 @@ class RemoteTextSearch:
 
 
 class RemoteImageSearch:
-    """image_search_tool whose titles and thumbnails come from an endpoint."""
+    """image_search_tool whose titles and thumbnails come from an endpoint.
+
+    Args:
+        thumbnail_s: [s] a thumbnail may take to fetch; less than the call may, because a slow
+            one is left out, and a late call would end the trajectory.
+    """
 
     name = "image_search_tool"
     description = "Find out what an image shows."
@@ -147,6 +152,7 @@ class RemoteImageSearch:
         *,
         top_k: int = 3,
         thumbnail_side_px: int = 64,
+        thumbnail_s: float = 10.0,
     ) -> None:
         self._endpoint = endpoint
         self._client = client
@@ -154,6 +160,7 @@ class RemoteImageSearch:
         self._contamination = contamination
         self._top_k = top_k
         self._side_px = thumbnail_side_px
+        self._fetch_s = thumbnail_s
         self.version = (
             f"1 endpoint={endpoint} top_k={top_k} side={thumbnail_side_px} {contamination.version}"
         )
@@ -188,7 +195,8 @@ class RemoteImageSearch:
     async def _thumbnail(self, found: FoundPicture) -> Image | None:
         try:
             if found.thumbnail_url and not found.thumbnail:
-                data = (await self._client.get(found.thumbnail_url)).data
+                async with asyncio.timeout(self._fetch_s):
+                    data = (await self._client.get(found.thumbnail_url)).data
             else:
                 data = _from_base64(found.thumbnail)
             return await asyncio.to_thread(self._sandbox.picture, data, longest_px=self._side_px)

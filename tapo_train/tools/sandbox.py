@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tapo_train.data.images import FORMATS
-from tapo_train.errors import ToolRefusedError
+from tapo_train.errors import ToolDownError, ToolRefusedError
 from tapo_train.tools.images import image_from_bytes
 from tapo_train.tools.sandbox_worker import PAGE, PICTURE, READY, REFUSED, REPLY, REQUEST
 from tapo_train.types import Image
@@ -70,6 +70,7 @@ class Sandbox:
 
         Raises:
             ToolRefusedError: too large, too thin, damaged, or of a format not in FORMATS.
+            ToolDownError: no worker can be started.
         """
         self._require_bytes(data, "picture")
         if not any(data.startswith(_MAGIC[name]) for name in FORMATS):
@@ -98,6 +99,7 @@ class Sandbox:
         request = REQUEST.pack(kind, limit, len(data)) + data
         most = 4 * limit * limit + _OVERHEAD if kind == PICTURE else 4 * (limit + _OVERHEAD)
         with self._lock:
+            self._start()
             try:
                 status, width, height, said = self._exchange(request, most)
             except OSError as error:  # timeouts among them
@@ -113,11 +115,7 @@ class Sandbox:
         return width, height, said
 
     def _exchange(self, request: bytes, most: int) -> tuple[int, int, int, bytes]:
-        if self._worker is not None and self._worker[0].poll() is not None:
-            self._kill()  # it died between two inputs: neither's fault
-        if self._worker is None:
-            self._worker = self._started()
-            _receive(self._worker[1], len(READY), time.monotonic() + _START_S)
+        assert self._worker is not None
         channel = self._worker[1]
         deadline = time.monotonic() + self.limits.timeout_s
         channel.settimeout(self.limits.timeout_s)
@@ -126,6 +124,18 @@ class Sandbox:
         if length > most:
             raise ConnectionAbortedError(f"the worker announces {length} bytes")
         return status, width, height, _receive(channel, length, deadline)
+
+    def _start(self) -> None:
+        """Have a worker that lives. That there is none is no fault of what it would open."""
+        if self._worker is not None and self._worker[0].poll() is not None:
+            self._kill()  # it died between two inputs: neither's fault
+        if self._worker is None:
+            try:
+                self._worker = self._started()
+                _receive(self._worker[1], len(READY), time.monotonic() + _START_S)
+            except OSError as error:
+                self._kill()
+                raise ToolDownError(f"the sandbox does not start: {error}") from error
 
     def _started(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair()
