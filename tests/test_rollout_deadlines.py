@@ -196,6 +196,18 @@ def test_oversampling_keeps_the_first_to_finish_and_aborts_the_rest(chat: ChatFo
     assert group.surplus == 2
 
 
+@pytest.mark.parametrize(
+    ("rollouts", "oversample", "started"), [(3, 1.5, 5), (3, 1.1, 4), (10, 1.1, 11), (2, 1.0, 2)]
+)
+def test_attempts_are_started_so_often_rounded_up(
+    chat: ChatFormat, rollouts: int, oversample: float, started: int
+) -> None:
+    engine = ScriptedEngine(chat, lambda _: ANSWER)
+    group = play(engine, rollouts=rollouts, oversample=oversample)
+    assert (len(group.trajectories), group.surplus) == (rollouts, started - rollouts)
+    assert len(engine.requests) == started
+
+
 def test_requests_of_surplus_attempts_do_not_stay_in_the_engine(chat: ChatFormat) -> None:
     engine = SilentEngine(chat, lambda _: ANSWER)
     engine.silent = ("task/0.0.1:0",)
