@@ -49,7 +49,8 @@ def test_after_a_skipped_update_the_next_one_is_as_if_it_had_not_been_asked_for(
     settings |= {"warmup_updates": 3, "max_grad_norm": 1.0}
     guard = NonFiniteGuard(tmp_path, rank=0, skip=True)
     results = []
-    for objectives in ([supervised] * 2, [supervised, poisoned, explosive, supervised]):
+    # Each kind is followed by a healthy update: the one would clear up after the other.
+    for objectives in ([supervised] * 3, [supervised, poisoned, supervised, explosive, supervised]):
         policy = make_policy(folder, chat, **settings)
         rows = some_rows(chat, policy.layout)
         batches = [join(rows[:1]), join(rows[1:])]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tapo_train.errors import NonFiniteError
+from tapo_train.errors import LearnerError, NonFiniteError
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import MicroBatch
 from tapo_train.learner.settings import LearnerSettings
@@ -47,7 +47,6 @@ class GradientGuard:
         loss /= self._settings.sequence_parallel
         if loss == loss and abs(loss) != float("inf"):
             return loss
-        self._engine.zero_grad()
         wrong = [
             f"{value} in the micro-batch of rows {', '.join(batch.row_ids)}"
             for value, batch in zip(values, batches, strict=True)
@@ -57,6 +56,22 @@ class GradientGuard:
             f"the loss of the step is {loss}; wanted a finite number. "
             f"On rank {distributed.rank()}: {'; '.join(wrong) or 'finite everywhere'}"
         )
+
+    def discard(self, share: Tensor) -> None:
+        """Forget the gradients of a step that is not taken; `share` hangs on every weight.
+
+        Sharded gradients are in buffers that only a step empties, so they are made not finite
+        for certain and a step is tried: the engine skips it and clears up.
+
+        Raises:
+            LearnerError: the step was taken.
+        """
+        self.backward(share * float("nan"))
+        try:
+            self.step()
+        except NonFiniteError:
+            return
+        raise LearnerError("a step with gradients that are not numbers was not skipped")
 
     def step(self) -> float:
         """Step the optimizer and the schedule; the gradient's 2-norm before clipping.

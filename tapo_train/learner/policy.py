@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tapo_train.algos.aggregation import Aggregation, aggregate
 from tapo_train.algos.metrics import Metrics, merge, pair
+from tapo_train.errors import NonFiniteError
 from tapo_train.learner import distributed, engine, fragments, packed_model, weights
 from tapo_train.learner.batch import MicroBatch, TrainingRow, join
 from tapo_train.learner.gradients import GradientGuard
@@ -154,7 +155,7 @@ class Policy:
                 share = logprobs.sum()
             self._guard.backward(share)
             shares.append(share.detach())
-        loss = self._guard.finite_loss(shares, padded)
+        loss = self._finite_loss(shares, padded)
         rate = self._engine.get_lr()[0]
         norm = self._guard.step()
         for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
@@ -162,6 +163,15 @@ class Policy:
                 torch.tensor(value, dtype=torch.float64, device=self.device)
             )
         return metrics
+
+    def _finite_loss(self, shares: Sequence[Tensor], batches: Sequence[MicroBatch]) -> float:
+        """The step's loss; NonFiniteError, with nothing left of its gradients, if it is none."""
+        try:
+            return self._guard.finite_loss(shares, batches)
+        except NonFiniteError:
+            largest = max(batches, key=lambda batch: batch.num_trained)
+            self._guard.discard(self._score(largest.to(self.device))[0].sum())
+            raise
 
     def score(
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image]
