@@ -124,11 +124,11 @@ class Policy:
             NonFiniteError: the loss or its gradient is not finite; weights and optimizer are
                 untouched, and the next update is as if this one had not been asked for.
         """
-        counts = [len(batches), *_totals(batches)]
         num_steps = distributed.all_reduce_max(len(batches))
         # The ranks of a sequence group bring the same rows.
         step_tokens, step_sequences = (
-            int(total) // self.sequence.size for total in distributed.all_reduce_sum(counts[1:])
+            int(total) // self.sequence.size
+            for total in distributed.all_reduce_sum(_totals(batches))
         )
         if not step_tokens:
             return {}

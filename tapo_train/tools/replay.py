@@ -15,7 +15,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -59,7 +58,7 @@ class ReplayTool:
         if self._mode != "record":
             known = await asyncio.to_thread(self._recording.get, key)
             if known is not None:
-                return replace(known, cached=True)
+                return known
         if self._mode == "replay":
             raise ReplayMissError(
                 f"tools.replay=replay: {self.name} {written[:500]} (version {self.version}) is not "
