@@ -13,10 +13,10 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from process_environment import ROOT
-from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine, turn_of
 from test_outcomes import trainer as outcome_trainer
 from test_rollout_deadlines import ANSWER, SilentEngine, call, rollout_of
+from test_rollout_deadlines import play as play_group
 
 from tapo_train.config import load_recipe
 from tapo_train.data.sampler import TaskSampler
@@ -25,9 +25,8 @@ from tapo_train.interruption import Interruption
 from tapo_train.parts import Parts, Schedule
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import collect
-from tapo_train.rollout.engine import GenerationRequest, Sampling
-from tapo_train.rollout.limits import NEVER, Deadlines, Limits
+from tapo_train.rollout.engine import GenerationRequest
+from tapo_train.rollout.limits import NEVER, Deadlines
 from tapo_train.rounds import CarriedOver, Questions
 from tapo_train.trainer import Trainer
 from tapo_train.types import Group, Span, StopReason, Task, Trajectory, Turn
@@ -53,18 +52,12 @@ def play(
     rollouts: int = 1,
     oversample: float = 1.0,
 ) -> Group:
-    (group,) = collect(
-        [picture_task()],
-        engine=engine,
-        chat=engine.chat,
-        toolbox=draw_toolbox(),
-        system_prompt=SYSTEM_PROMPT,
-        rollouts_per_task=rollouts,
-        limits=Limits(max_turns=6, max_turn_tokens=200, max_tokens=2000),
-        sampling=Sampling(),
-        policy_version=version,
+    group = play_group(
+        engine,
         deadlines=deadlines,
+        rollouts=rollouts,
         oversample=oversample,
+        policy_version=version,
         carry_over=carry_over,
     )
     assert not engine.has_unfinished()

@@ -17,6 +17,7 @@ from tapo_train.errors import ConfigError
 from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
@@ -59,6 +60,8 @@ def play(
     rollouts: int = 1,
     oversample: float = 1.0,
     max_in_flight: int = 256,
+    policy_version: int = 0,
+    carry_over: CarryOver | None = None,
 ) -> Group:
     (group,) = collect(
         [picture_task()],
@@ -72,6 +75,8 @@ def play(
         deadlines=deadlines,
         oversample=oversample,
         max_in_flight=max_in_flight,
+        policy_version=policy_version,
+        carry_over=carry_over,
     )
     return group
 
