@@ -37,10 +37,14 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 def note_memory() -> None:
+    """Keep the file whole at any moment: the process may end while this thread writes."""
+    note = OUT / f"rss.{RANK}"
     while True:
         status = Path("/proc/self/status").read_text()
         peak_kib = status.split("VmHWM:")[1].split()[0]
-        (OUT / f"rss.{RANK}").write_text(peak_kib)
+        fresh = OUT / f"writing.{RANK}"
+        fresh.write_text(peak_kib)
+        fresh.replace(note)
         time.sleep(0.5)
 
 
