@@ -34,7 +34,10 @@ __all__ = [
     "load_recipe",
     "recipe_from_dict",
     "recipe_to_dict",
+    "require_room_for_cosine",
     "to_yaml",
+    "training_updates",
+    "warm_start_updates",
 ]
 
 SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
@@ -133,6 +136,31 @@ def batch_arithmetic(recipe: Recipe, world_size: int = 1) -> str:
         f"({share} trajectories per {unit} and update, {recipe.learner.micro_batch_tokens} tokens "
         f"per micro-batch, at most {longest} tokens per trajectory)"
     )
+
+
+def training_updates(recipe: Recipe) -> int:
+    """Optimizer updates of a training run."""
+    return recipe.run.steps * recipe.learner.updates_per_batch * recipe.learner.epochs
+
+
+def warm_start_updates(recipe: Recipe) -> int:
+    """Optimizer updates of the supervised warm start, over all its phases."""
+    sft = recipe.sft
+    return sum(updates for _, updates in sft.drills) + sft.able_updates + sft.habit_updates
+
+
+def require_room_for_cosine(recipe: Recipe, updates: int) -> None:
+    """Stop unless a cosine has some of so many updates left after the warm-up.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    warmup = recipe.learner.warmup_updates
+    if recipe.learner.schedule == "cosine" and warmup >= updates:
+        raise ConfigError(
+            f"learner.warmup_updates: found {warmup}, wanted fewer than the {updates} updates "
+            "there are, because learner.schedule=cosine falls in those that are left"
+        )
 
 
 def _require_whole_engines(recipe: Recipe, world_size: int) -> None:

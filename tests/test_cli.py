@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import process_environment
 import pytest
 
 from tapo_train.__main__ import COMMANDS, main
@@ -24,7 +24,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(
         command,
         cwd=ROOT,
-        env={**os.environ, **environment},
+        env=process_environment.environment() | environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -64,6 +64,32 @@ def test_overrides_may_stand_before_and_after_an_option(
 def test_a_dry_run_counts_the_ranks_of_torchrun() -> None:
     done = run("train", DEMO, "--dry-run", WORLD_SIZE="2", RANK="0")
     assert "× 2 ranks ×" in done.stdout
+
+
+WARM_UP = str(ROOT / "recipes" / "warm_start.yaml")  # 5700 updates of the warm start, 30 of a run
+
+
+@pytest.mark.parametrize(
+    ("command", "recipe", "warmup", "updates"),
+    [("train", WARM_UP, 30, 30), ("train", DEMO, 61, 60), ("sft", WARM_UP, 5700, 5700)],
+)
+def test_a_cosine_without_updates_after_the_warm_up_is_refused_before_anything_starts(
+    command: str, recipe: str, warmup: int, updates: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["learner.schedule=cosine", "run.steps=30"]
+    if recipe == DEMO:
+        overrides += ["learner.epochs=2"]
+
+    def dry_run(warmup: int) -> int:
+        warm_up = f"learner.warmup_updates={warmup}"
+        return main([command, recipe, "--dry-run", *overrides, warm_up])
+
+    assert dry_run(warmup) == 2
+    message = f"learner.warmup_updates: found {warmup}, wanted fewer than the {updates} updates"
+    assert message in capsys.readouterr().err
+    assert dry_run(updates - 1) == 0
+    overrides[0] = "learner.schedule=constant"
+    assert dry_run(warmup) == 0
 
 
 def test_a_wrong_recipe_ends_in_one_message_and_no_traceback() -> None:

@@ -162,6 +162,8 @@ def test_a_wrong_override_is_refused_with_path_found_and_wanted(
             ],
             "learner.offload_in_rollout",
         ),
+        (["learner.betas=[0.9,1.0]"], "learner.betas.1: found 1.0, wanted a number less than 1"),
+        (["learner.betas=[-0.1,0.9]"], "learner.betas.0: found -0.1, wanted a number greater"),
         (["learner.updates_per_batch=3"], "wanted a divisor of data.questions_per_step (16)"),
         (["tools.corpus=null"], "tools.corpus: found nothing, wanted a file"),
         (["tools.image_index=null"], "tools.image_index: found nothing, wanted a file"),

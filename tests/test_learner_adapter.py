@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,11 +161,36 @@ def test_adapters_of_the_vision_tower_are_there_unless_it_is_frozen(tiny_qwen3_v
     policy.close()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.split(".")[1] for name in changed} == {"language_model", "visual"}
-    with pytest.raises(LearnerError, match="'qkv' names no linear layer; wanted of down_proj"):
+    with pytest.raises(
+        LearnerError, match="'qkv', which names only layers that stay frozen; wanted of down_proj"
+    ):
         adapted(tiny_qwen3_vl, adapter=settings)
 
 
 def test_the_head_gets_no_adapter(tiny_qwen3_vl: Path) -> None:
     settings = AdapterSettings(rank=RANK, alpha=ALPHA, targets=("lm_head",))
-    with pytest.raises(LearnerError, match="'lm_head' names no linear layer"):
+    with pytest.raises(LearnerError, match="'lm_head', which names only layers that stay frozen"):
         adapted(tiny_qwen3_vl, adapter=settings, freeze_vision=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "target"), [("tiny_qwen3_vl", "proj"), ("tiny_qwen2_5_vl", "0")]
+)
+def test_a_target_in_the_tower_means_its_linear_layers_and_no_others_of_that_name(
+    family: str, target: str, request: pytest.FixtureRequest
+) -> None:
+    """A convolution is called proj too, and a whole block 0."""
+    folder = request.getfixturevalue(family)
+    settings = AdapterSettings(rank=RANK, alpha=ALPHA, targets=(target,))
+    policy = adapted(folder, adapter=settings, freeze_vision=False)
+    before = weights_of(policy)
+    train(policy, folder, updates=1)
+    after = weights_of(policy)
+    policy.close()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    inside = "attn.proj" if target == "proj" else "merger.mlp.0"
+    assert changed == {name for name in before if name.endswith(f"{inside}.weight")} != set()
+    with pytest.raises(LearnerError, match=f"{target!r}, which names only layers that stay frozen"):
+        adapted(folder, adapter=settings)
+    with pytest.raises(LearnerError, match="'oj', which names no linear layer; wanted of "):
+        adapted(folder, adapter=replace(settings, targets=("oj",)), freeze_vision=False)

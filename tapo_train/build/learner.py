@@ -8,7 +8,7 @@ from pathlib import Path
 from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
 from tapo_train.colocation import Turns
-from tapo_train.config import Recipe
+from tapo_train.config import Recipe, training_updates
 from tapo_train.learner.balance import Balanced, Exchange, RowCost, Shared, keep
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
@@ -32,8 +32,7 @@ def build_policy(
         on_progress: called after each micro-batch.
     """
     if updates is None:
-        per_step = recipe.learner.updates_per_batch * recipe.learner.epochs
-        updates = recipe.run.steps * per_step
+        updates = training_updates(recipe)
     return Policy(
         Path(recipe.model.path),
         settings=learner_settings(recipe, updates),

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
-from tapo_train.config import Recipe, batch_arithmetic, load_recipe, to_yaml
+from tapo_train.config import (
+    Recipe,
+    batch_arithmetic,
+    load_recipe,
+    require_room_for_cosine,
+    to_yaml,
+)
 
 OVERRIDES_HELP = (
     "dotted.path=value or group=choice, for instance learner.lr=1e-5, algo/loss=gspo, "
@@ -31,10 +37,17 @@ def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def read_recipe(parser: argparse.ArgumentParser, argv: Sequence[str]) -> Recipe | None:
-    """The checked recipe, or None after a dry run."""
+def read_recipe(
+    parser: argparse.ArgumentParser, argv: Sequence[str], *, updates: Callable[[Recipe], int]
+) -> Recipe | None:
+    """The checked recipe, or None after a dry run.
+
+    Args:
+        updates: optimizer updates the command does with a recipe.
+    """
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    require_room_for_cosine(recipe, updates(recipe))
     arithmetic = batch_arithmetic(recipe, int(os.environ.get("WORLD_SIZE", "1")))
     if not arguments.dry_run:
         return recipe

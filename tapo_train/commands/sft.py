@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser
+from tapo_train.config import warm_start_updates
 
 DESCRIPTION = """\
 Train a policy to imitate demonstrations (sft.demonstrations), with the same learner and the same
@@ -14,7 +15,7 @@ batches as `train`, so that reinforcement learning starts from one that knows th
 
 def main(argv: Sequence[str]) -> None:
     """Train on demonstrations, unless it is a dry run."""
-    recipe = read_recipe(recipe_parser("sft", DESCRIPTION), argv)
+    recipe = read_recipe(recipe_parser("sft", DESCRIPTION), argv, updates=warm_start_updates)
     if recipe is not None:
         from tapo_train import runs  # loads torch and deepspeed
 

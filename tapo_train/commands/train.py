@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser
+from tapo_train.config import training_updates
 
 DESCRIPTION = """\
 Train a policy with a recipe. Every field of a recipe is described in docs/recipe.md.
@@ -17,7 +18,7 @@ Under torchrun each rank has its own sampler and its share of the learner.
 
 def main(argv: Sequence[str]) -> None:
     """Train, unless it is a dry run."""
-    recipe = read_recipe(recipe_parser("train", DESCRIPTION), argv)
+    recipe = read_recipe(recipe_parser("train", DESCRIPTION), argv, updates=training_updates)
     if recipe is not None:
         from tapo_train import runs  # loads torch, vllm and deepspeed
 

@@ -29,23 +29,27 @@ def add(model: nn.Module, *, settings: AdapterSettings, in_vision: bool) -> None
     A is drawn from `settings.seed` alone, so that all ranks and a resumed run have the same.
 
     Raises:
-        LearnerError: a target is the LM head, or names no linear layer.
+        LearnerError: a target names no linear layer, or only ones that stay frozen or the LM head.
     """
     import peft  # here, as it takes seconds and most runs have no adapter
 
-    places = rf"model\.{'' if in_vision else 'language_model.'}.*"
+    places = "model." if in_vision else "model.language_model."
+    layers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear)]
+    reachable = [name for name in layers if name.startswith(places)]
     for target in settings.targets:
-        pattern = re.compile(rf"{places}\.{re.escape(target)}")
-        if not any(pattern.fullmatch(n) for n, m in model.named_modules() if _is_linear(m)):
+        if not any(name.endswith(f".{target}") for name in reachable):
+            is_frozen = any(f".{name}".endswith(f".{target}") for name in layers)
             raise LearnerError(
-                f"adapter target {target!r} names no linear layer; wanted of "
-                f"{', '.join(_linear_names(model, in_vision=in_vision))}"
+                f"model.lora.targets: found {target!r}, which names "
+                f"{'only layers that stay frozen' if is_frozen else 'no linear layer'}; wanted of "
+                f"{', '.join(sorted({name.rpartition('.')[2] for name in reachable}))}"
             )
-    names = "|".join(re.escape(target) for target in settings.targets)
+    # Whole names, as other modules end in the same ones.
+    targets = [n for n in reachable if n.endswith(tuple(f".{t}" for t in settings.targets))]
     config = peft.LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
-        target_modules=rf"{places}\.(?:{names})",
+        target_modules=targets,
         lora_dropout=0.0,
     )
     model.requires_grad_(False)
@@ -98,14 +102,3 @@ def merged(weight: Tensor, layer: Any) -> Tensor:
     first, second = layer.lora_A[_NAME].weight.data, layer.lora_B[_NAME].weight.data
     change: Tensor = second.float() @ first.float()
     return change.mul_(layer.scaling[_NAME]).add_(weight).to(weight.dtype)
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _linear_names(model: nn.Module, *, in_vision: bool) -> list[str]:
-    """Last parts of the names of linear layers that can have an adapter."""
-    start = "model." if in_vision else "model.language_model."
-    found = (n for n, m in model.named_modules() if _is_linear(m) and n.startswith(start))
-    return sorted({name.rpartition(".")[2] for name in found})

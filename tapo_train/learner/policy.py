@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from tapo_train.algos.aggregation import Aggregation, aggregate
 from tapo_train.algos.metrics import Metrics, merge, pair
@@ -63,8 +64,10 @@ class Policy:
         self.device = distributed.init(device=device)
         self.sequence = SequenceGroup(settings.sequence_parallel)
         self._measure_entropy = measure_entropy
+        # Before the weights are read, which takes minutes for a large model.
+        config = AutoConfig.from_pretrained(model)
+        self.sequence.check_heads(config.get_text_config().num_attention_heads)
         self.model = packed_model.load(model, settings=settings, device=self.device)
-        self.sequence.check_heads(self.model.config.text_config.num_attention_heads)
         self.layout = ModelLayout.of(self.model)
         self._engine = engine.start(
             packed_model.PackedModel(self.model, self.sequence),

@@ -80,6 +80,7 @@ class LearnerSettings:
         self._check("optimizer", self.optimizer in get_args(OptimizerKind), "one of adamw, sgd")
         self._check("schedule", self.schedule in get_args(Schedule), "one of constant, cosine")
         self._check("zero_stage", self.zero_stage in (0, 1, 2, 3), "0, 1, 2 or 3")
+        self._check("betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         self._check("learning_rate", self.learning_rate > 0, "> 0")
         self._check("sequence_parallel", self.sequence_parallel >= 1, ">= 1")
         self._check("max_grad_norm", self.max_grad_norm >= 0, ">= 0")

@@ -7,7 +7,15 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count, CountOrZero, Fraction, NonNegative, Positive
+from tapo_train.recipe.values import (
+    STRICT,
+    BelowOne,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -19,10 +27,11 @@ class Learner:
     warmup_updates: CountOrZero = 0
     """[updates] of linear rise to lr."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up; cosine falls to min_lr_ratio · lr at the last step."""
+    """After the warm-up; cosine falls to min_lr_ratio · lr at the last update, so there must be
+    updates after warmup_updates."""
     min_lr_ratio: Fraction = 0.0
     """Where a cosine ends, as a share of lr."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's running means of the gradient and of its square."""
     weight_decay: NonNegative = 0.0
     """Of AdamW, decoupled."""
