@@ -74,6 +74,10 @@ class Watched:
 
         renderer.render_cmpl = counted
 
+    def prepare(self, image: Image) -> None:
+        """See `Preparer.prepare`."""
+        self.engine.prepare(image)
+
     def submit(self, request: GenerationRequest) -> None:
         """See `Engine.submit`."""
         started = time.perf_counter()

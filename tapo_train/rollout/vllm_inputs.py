@@ -11,6 +11,7 @@ models into the vision tower.)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -42,6 +43,11 @@ class InputBuilder:
         self._config = engine.model_config
         self._renderer = engine.renderer
         self._features: RecentlyUsed[tuple[Any, int]] = RecentlyUsed(limit_bytes=HELD_BYTES)
+        self._processor = threading.Lock()
+
+    def prepare(self, image: Image) -> None:
+        """Process a picture before the request that shows it; in any thread."""
+        self._of(image)
 
     def build(self, id: str, tokens: npt.NDArray[np.int32], images: Sequence[Image]) -> Any:
         """The input of request `id`: expanded ids, features, and where they belong.
@@ -56,7 +62,7 @@ class InputBuilder:
             )
         if not images:
             return tokens_input(tokens.tolist())
-        features = [self._features.get(i.sha256, partial(self._process, i)) for i in images]
+        features = [self._of(image) for image in images]
         for number, (image, length) in enumerate(zip(images, lengths, strict=True)):
             if length != features[number][1]:
                 raise AlignmentError(
@@ -74,8 +80,12 @@ class InputBuilder:
             mm_placeholders={"image": places},
         )
 
+    def _of(self, image: Image) -> tuple[Any, int]:
+        """vLLM's item for a picture with its number of placeholders."""
+        return self._features.get(image.sha256, partial(self._process, image))
+
     def _process(self, image: Image) -> tuple[tuple[Any, int], int]:
-        """vLLM's item for a picture with its number of placeholders; and its bytes."""
+        """What `_of` returns, and its bytes. vLLM's processor serves one thread at a time."""
         prompt = {
             "prompt_token_ids": [self._chat.image_token_id],
             "multi_modal_data": {"image": [self._chat.rgb(image)]},
@@ -83,7 +93,8 @@ class InputBuilder:
         }
         parameters = self._renderer.default_cmpl_tok_params.with_kwargs()
         parsed = parse_model_prompt(self._config, prompt)
-        (rendered,) = self._renderer.render_cmpl([parsed], parameters)
+        with self._processor:
+            (rendered,) = self._renderer.render_cmpl([parsed], parameters)
         (item,) = rendered["mm_kwargs"]["image"]
         size = sum(element.data.nbytes for element in item.values())
         return (item, len(rendered["prompt_token_ids"])), size

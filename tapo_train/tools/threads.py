@@ -39,8 +39,11 @@ class DaemonThreads(ThreadPoolExecutor):
         self._most_abandoned = max_abandoned
         self._calls: queue.SimpleQueue[_Call[Any]] = queue.SimpleQueue()
         self._guard = threading.Lock()
-        self._idle_workers = 0
         self._workers = 0
+        self._idle = 0
+        """Workers that wait for a call; once a call has come for one, it is not counted."""
+        self._backlog = 0
+        """Calls for which there was no worker."""
         self._abandoned = 0
 
     @property
@@ -61,36 +64,40 @@ class DaemonThreads(ThreadPoolExecutor):
                     f"{self._abandoned} earlier calls hang in their threads; no more are started",
                     retryable=False,
                 )
-            self._calls.put(call)
-            self._staff()
+            if self._idle:
+                self._idle -= 1
+            else:
+                self._backlog += 1
+                self._hire()
+        self._calls.put(call)
         return call
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Nothing: the threads outlive an event loop, and nobody waits for them."""
 
-    def _staff(self) -> None:
-        """Start a worker if calls wait and none is free; the guard is held."""
-        at_work = self._workers - self._abandoned
-        if self._calls.qsize() > self._idle_workers and at_work < self._most:
+    def _hire(self) -> None:
+        """Start a worker if a call has none and one may be started; the guard is held."""
+        if self._backlog and self._workers - self._abandoned < self._most:
+            self._backlog -= 1
             self._workers += 1
             threading.Thread(target=self._work, name="tool", daemon=True).start()
 
     def _work(self) -> None:
         while True:
-            with self._guard:
-                self._idle_workers += 1
             call = self._calls.get()
-            with self._guard:
-                self._idle_workers -= 1
-                # A call that came since may have counted on this worker.
-                self._staff()
             call.run()
+            # Only here, as a worker that needed the guard at the start of a call as well would
+            # make whoever submits the next one wait for it.
             with self._guard:
                 if call.abandoned:
                     # Another thread was hired in place of this one.
                     self._abandoned -= 1
                     self._workers -= 1
                     return
+                if self._backlog:
+                    self._backlog -= 1
+                else:
+                    self._idle += 1
 
     def abandon(self, call: _Call[Any]) -> None:
         """Count a running call that nobody waits for, once."""
@@ -98,7 +105,7 @@ class DaemonThreads(ThreadPoolExecutor):
             if not call.abandoned and not call.done():
                 call.abandoned = True
                 self._abandoned += 1
-                self._staff()
+                self._hire()
 
 
 class _Call(Future[T]):
