@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 
@@ -47,6 +48,11 @@ def train(recipe: Recipe) -> Path:
 
     A run that was asked to stop is checkpointed and not exported.
     """
+    with ExitStack() as ending:
+        return _train(recipe, ending)
+
+
+def _train(recipe: Recipe, ending: ExitStack) -> Path:
     # The watchdog knows a slow rank from one that hangs; a collective's timeout does not.
     distributed.init(
         device=build.DEVICE, timeout_s=max(distributed.DEFAULT_TIMEOUT_S, 4 * recipe.run.stall_s)
@@ -55,7 +61,7 @@ def train(recipe: Recipe) -> Path:
     check_resumption(recipe, folder)
     watchdog = Watchdog(folder.path, stall_s=recipe.run.stall_s)
     tasks, validation = read_tasks(recipe.data.train, recipe), validation_tasks(recipe)
-    parts = make_parts(recipe, folder, tasks, validation, watchdog)
+    parts = make_parts(recipe, folder, tasks, validation, watchdog, ending)
     manifest = {
         **describe_process(),
         "model": describe_model(recipe.model.path),
@@ -104,13 +110,18 @@ def make_parts(
     tasks: Sequence[Task],
     validation: Sequence[Task],
     watchdog: Watchdog,
+    ending: ExitStack,
 ) -> Parts:
-    """Everything the trainer works with. The probe is the first task's prompt."""
+    """Everything the trainer works with. The probe is the first task's prompt.
+
+    Args:
+        ending: what has to be closed however the run ends is entered here.
+    """
     chat = ChatFormat(Path(recipe.model.path))
     require_playable([*tasks, *validation], chat)
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = build.build_engine(recipe, chat)
-    toolbox = build.build_toolbox(recipe, decoder=chat.decoder)
+    toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
     watchdog.calls = toolbox.under_way
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
@@ -214,9 +225,10 @@ def evaluate(
     chat = ChatFormat(Path(recipe.model.path))
     require_playable(questions, chat)
     engine = build.build_engine(recipe, chat)
-    play = build.build_play(recipe, engine, chat, build.build_toolbox(recipe, decoder=chat.decoder))
-    reward = build.build_reward(recipe)
-    groups = play(questions, rollouts=1, greedy=True, policy_version=0)
+    with closing(build.build_toolbox(recipe, decoder=chat.decoder)) as toolbox:
+        play = build.build_play(recipe, engine, chat, toolbox)
+        reward = build.build_reward(recipe)
+        groups = play(questions, rollouts=1, greedy=True, policy_version=0)
     trajectories = [t.with_reward(reward(t)) for group in groups for t in group.trajectories]
     if out is not None:
         write_trajectories(out, trajectories)

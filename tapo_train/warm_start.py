@@ -17,6 +17,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -164,13 +165,14 @@ def record_world(
         test_questions=1,
     )
     write_world(folder, seed, size)
-    tasks, tools = load_tasks(folder / "train.jsonl"), toolbox(folder)
+    tasks = load_tasks(folder / "train.jsonl")
     recorded = []
-    for faults, weight in ((FAULTLESS, OBSERVATION_WEIGHT), (Faults(), 0.0)):
-        demonstrator = Demonstrator(
-            chat, tools, system_prompt=system_prompt, faults=faults, observation_weight=weight
-        )
-        recorded.append([found.row for found in demonstrator.record(tasks, seed=seed)])
+    with closing(toolbox(folder)) as tools:
+        for faults, weight in ((FAULTLESS, OBSERVATION_WEIGHT), (Faults(), 0.0)):
+            demonstrator = Demonstrator(
+                chat, tools, system_prompt=system_prompt, faults=faults, observation_weight=weight
+            )
+            recorded.append([found.row for found in demonstrator.record(tasks, seed=seed)])
     return recorded[0], recorded[1]
 
 

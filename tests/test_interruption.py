@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from closing_tool import IDLE_TOOL, NOTES, notes
 from process_environment import ROOT, environment
 from test_training import TIMEOUT_S, command, digest_of_weights, read_rows, train
 
@@ -105,9 +106,13 @@ def test_a_rank_that_has_taken_its_file_away_has_said_nothing_new() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_world: Path, tmp_path: Path) -> None:
-    ranks = 2
-    steps = (*ENGINE, "run.steps=8", "run.save_every=0")
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks, noted = 2, tmp_path / "notes"
+    noted.mkdir()
+    monkeypatch.setenv(NOTES, str(noted))
+    steps = (*ENGINE, IDLE_TOOL, "run.steps=8", "run.save_every=0")
     out = tmp_path / "stopped"
     process = start(small_world, out, *steps, ranks=ranks)
     try:
@@ -119,12 +124,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(small_world: Path, tmp_path
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 0, said[-3000:]
     assert "SIGTERM" in said
+    assert notes(noted) == ["closed\n"] * ranks
     done = len(read_rows(out))
     assert 1 <= done < 8
     assert [path.name for path in checkpoints(out / "checkpoints")] == [f"step-{done:06d}"]
     assert not (out / "export").exists()
     assert not list((out / "watchdog").iterdir())
     rows = train(small_world, out, *steps, ranks=ranks)
+    assert notes(noted) == ["closed\n"] * 2 * ranks
     assert rows == train(small_world, tmp_path / "whole", *steps, ranks=ranks)
     ours, theirs = (digest_of_weights(tmp_path / name / "export") for name in ("stopped", "whole"))
     assert ours == theirs

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from closing_tool import FAULTY, IDLE_TOOL, NOTES, notes
 from process_environment import ROOT, environment
 
 from tapo_train.report.catalogue import require_known
@@ -146,11 +147,22 @@ def test_a_run_refills_its_batches_and_counts_everything_that_was_played(
     assert len(dumped) == 4 * 4, "what was replaced is not trained and not dumped"
 
 
-def test_a_run_stops_at_the_sign_it_was_told_to_stop_at(small_world: Path, tmp_path: Path) -> None:
+def test_a_run_stops_at_the_sign_it_was_told_to_stop_at_and_closes_its_tools(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "notes").mkdir()
+    monkeypatch.setenv(NOTES, str(tmp_path / "notes"))
+    monkeypatch.setenv(FAULTY, "1")
     watch = ("watch.early_steps=1", "watch.recent_steps=1", "watch.stop_after=2")
     # A reward that is always 0 makes every group uniform.
     worthless = ("reward.accuracy_weight=0", "reward.format_weight=0", "run.steps=6")
-    overrides = (*worthless, *watch, "watch.stop_on=[groups_uniform]", "rollout/engine=hf")
+    overrides = (
+        *worthless,
+        *watch,
+        "watch.stop_on=[groups_uniform]",
+        "rollout/engine=hf",
+        IDLE_TOOL,
+    )
     done = subprocess.run(
         command(small_world, tmp_path / "run", *overrides),
         cwd=ROOT,
@@ -160,7 +172,9 @@ def test_a_run_stops_at_the_sign_it_was_told_to_stop_at(small_world: Path, tmp_p
         timeout=TIMEOUT_S,
     )
     assert done.returncode != 0
-    assert "groups_uniform has held for 2 steps in a row" in done.stderr
+    assert "error: watch.stop_on: groups_uniform has held for 2 steps in a row" in done.stderr
+    assert "tool idle could not be closed: OSError" in done.stderr
+    assert notes(tmp_path / "notes") == ["closed\n"]
     assert done.stdout.count("warning: groups teach nothing") == 1
     rows = read_rows(tmp_path / "run")
     assert [row.get("warning/groups_uniform") for row in rows] == [None, 1.0, 1.0]

@@ -27,6 +27,7 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
+from tapo_train.tools.closing import close_tools
 from tapo_train.tools.ledger import CallRecord, Ledger
 from tapo_train.tools.limits import Gate, ToolLimits
 from tapo_train.tools.schema import complaint, function_schema
@@ -120,6 +121,7 @@ class Toolbox:
         self.ledger = ledger or Ledger()
         self._under_way = dict.fromkeys(self._tools, 0)
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._is_closed = False
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -181,11 +183,10 @@ class Toolbox:
         return replace(observation, latency_s=ended - started)
 
     def close(self) -> None:
-        """End what the tools keep open: sessions, processes."""
-        for tool in self._tools.values():
-            close = getattr(tool, "close", None)
-            if close is not None:
-                close()
+        """End what the tools keep open: sessions, processes, files. The first call does it."""
+        if not self._is_closed:
+            self._is_closed = True
+            close_tools(list(self._tools.values()))
 
     async def _outcome(
         self, run: _Run, arguments: BaseModel | None, context: ToolContext, gate: Gate

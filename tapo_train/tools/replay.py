@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+from contextlib import closing
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -77,10 +78,9 @@ class ReplayTool:
 
     def close(self) -> None:
         """Close the tool, and the recording."""
-        close = getattr(self._tool, "close", None)
-        if close is not None:
-            close()
-        self._recording.close()
+        with closing(self._recording):
+            if hasattr(self._tool, "close"):
+                self._tool.close()
 
     async def _answer(self, arguments: BaseModel, context: ToolContext) -> Observation:
         """What the policy reads, a "no" included; raises what is no answer."""

@@ -1,0 +1,88 @@
+"""What tools keep open is closed once, however a run ends."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from closing_tool import FAULTY, IDLE_TOOL, NOTES, ClosingTool, notes
+from process_environment import ROOT, environment
+
+from tapo_train.tools.base import Toolbox
+from tapo_train.tools.closing import close_tools
+from tapo_train.tools.recording import Recording
+from tapo_train.tools.replay import ReplayTool
+
+
+class Named(ClosingTool):
+    """One of several."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def test_every_tool_is_closed_once_also_beside_one_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    monkeypatch.setenv(FAULTY, "1")
+    box = Toolbox([Named("first"), Named("second")], deadline_s=1)
+    box.close()
+    box.close()
+    assert notes(tmp_path) == ["closed\nclosed\n"]
+    assert sorted(capsys.readouterr().err.splitlines()) == [
+        "tool first could not be closed: OSError: it is stuck",
+        "tool second could not be closed: OSError: it is stuck",
+    ]
+
+
+def test_a_tool_that_hangs_in_its_close_does_not_hold_up_the_end(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Hanging(Named):
+        def close(self) -> None:
+            threading.Event().wait()
+
+    started = time.perf_counter()
+    close_tools([Hanging("stuck"), Named("mute")], within_s=0.2)
+    assert time.perf_counter() - started < 5.0
+    said = capsys.readouterr().err
+    assert "tool stuck has not closed within 0.2 s" in said
+    assert "tool mute could not be closed: KeyError" in said, "no notes to write"
+
+
+def test_a_recording_is_closed_although_its_tool_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    monkeypatch.setenv(FAULTY, "1")
+    recording = Recording(tmp_path / "recording")
+    Toolbox([ReplayTool(ClosingTool(), recording, "record")], deadline_s=1).close()
+    assert not (tmp_path / "recording" / "calls.sqlite-wal").exists(), "sqlite's log is left"
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_fails_closes_its_tools_and_says_its_own_error(
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NOTES, str(tmp_path))
+    monkeypatch.setenv(FAULTY, "1")
+    overrides = ["rollout/engine=hf", IDLE_TOOL, "rollout.max_tokens=100"]
+    command = [sys.executable, "-m", "tapo_train", "eval", "--model", "assets/warm_start"]
+    command += ["--tasks", f"{small_world}/test.jsonl", "--questions", "1"]
+    done = subprocess.run(
+        [*command, "--recipe", "recipes/demo_cpu.yaml", *overrides],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert "wanted fewer than limits.max_tokens = 100" in done.stderr
+    assert "tool idle could not be closed: OSError: it is stuck" in done.stderr
+    assert notes(tmp_path) == ["closed\n"]
