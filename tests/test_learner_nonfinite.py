@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from learner_rows import make_policy, some_rows, weights_of
+from nonfinite_rank_worker import VARIANTS
+from process_environment import run_ranks
 
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import DataError, NonFiniteError
@@ -18,6 +21,8 @@ from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.nonfinite import NonFiniteGuard, read_dump, write_dump
 from tapo_train.learner.objective import supervised
 from tapo_train.rollout.chat import ChatFormat
+
+WORKER = Path(__file__).with_name("nonfinite_rank_worker.py")
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +131,25 @@ def test_a_file_that_is_no_dump_is_refused(tmp_path, damage):
         np.savez(path, message=np.array("m"), **{"0/input_ids": np.zeros(2)})
     with pytest.raises(DataError, match=r"x\.npz: no dump"):
         read_dump(path)
+
+
+@pytest.mark.slow
+def test_what_is_not_finite_on_one_rank_is_left_out_on_all_and_leaves_no_trace(folder, tmp_path):
+    """Metrics, weights and optimizer state are those of the healthy updates alone, to the bit."""
+    run_ranks(2, WORKER, folder, tmp_path, deadline_s=200)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for name in VARIANTS:
+        weights = []
+        for rank, results in enumerate(ranks):
+            (plain, *healthy), (learned, *after) = results[name]
+            skipped = [row.pop("update/skipped") for row in learned]
+            assert skipped == [0, 1, 0, 1, 0], (name, rank)
+            assert [row for row in learned if row] == [
+                {k: v for k, v in row.items() if k != "update/skipped"} for row in plain
+            ], name
+            torch.testing.assert_close(after, healthy, atol=0, rtol=0, msg=f"{name}, rank {rank}")
+            weights.append(after[0])
+        torch.testing.assert_close(weights[0], weights[1], atol=0, rtol=0, msg=name)
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            f"{number}.rank_{rank}.npz" for number in (1, 3) for rank in (0, 1)
+        ]

@@ -141,6 +141,13 @@ def set_updates(engine: deepspeed.DeepSpeedEngine, updates: int) -> None:
     schedule._last_lr = [group["lr"] for group in schedule.optimizer.param_groups]
 
 
+def abandon_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Clear up after a step that a hook of the plain optimizer ended with an error."""
+    engine.zero_grad()
+    # Left as it is, every backward pass of the next update would be reduced over the ranks.
+    engine._running_engine_step = False
+
+
 def offload_states(engine: Any, *, device: torch.device) -> None:
     """Move what only an update needs (master weights, optimizer states) to the host's memory.
 

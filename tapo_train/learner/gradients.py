@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tapo_train.errors import LearnerError, NonFiniteError
-from tapo_train.learner import distributed
+from tapo_train.learner import distributed, engine
 from tapo_train.learner.batch import MicroBatch
 from tapo_train.learner.settings import LearnerSettings
 
@@ -24,13 +24,13 @@ from tapo_train.learner.settings import LearnerSettings
 class GradientGuard:
     """Backward passes and the step of one engine."""
 
-    def __init__(self, engine: Any, *, settings: LearnerSettings) -> None:
-        self._engine = engine
+    def __init__(self, stepped: Any, *, settings: LearnerSettings) -> None:
+        self._engine = stepped
         self._settings = settings
         self._norm = 0.0
         if settings.plain_optimizer:
             # Between the reduction of the gradients and the optimizer's step.
-            engine.optimizer.register_step_pre_hook(self._clip)
+            stepped.optimizer.register_step_pre_hook(self._clip)
 
     def backward(self, share: Tensor) -> None:
         """Add the gradient of this micro-batch's share of the loss."""
@@ -82,7 +82,7 @@ class GradientGuard:
         try:
             self._engine.step()
         except NonFiniteError:
-            self._engine.zero_grad()
+            engine.abandon_step(self._engine)
             raise
         if not self._settings.plain_optimizer:
             self._norm = float(self._engine.get_global_grad_norm())
