@@ -353,6 +353,22 @@ def test_weights_through_a_folder_reach_servers_also_when_they_come_back(
         assert {name: t.tolist() for name, t in again.weights.items()} == {
             name: t.tolist() for name, t in weights.items()
         }
+    assert list(tmp_path.iterdir()) == [], "the newest weights are left behind"
+
+
+def test_a_carrier_takes_its_own_folder_away_and_no_other_ranks(tmp_path: Path) -> None:
+    mine, theirs = FolderWeights(tmp_path), FolderWeights(tmp_path)
+    for version in (1, 2):
+        for carrier, value in ((mine, 1.0), (theirs, 2.0)):
+            tensor = torch.full((2,), value)
+            carrier.send([], [("w", tensor)], PolicyId(run="r", version=version), print)
+    assert len(folder_of_weights(tmp_path)) == 2, "versions before are removed"
+    mine.close()
+    (left,) = tmp_path.rglob("*.safetensors")
+    ((_, tensor),) = weight_stream.read_weights(left.parent)
+    assert tensor.tolist() == [2.0, 2.0]
+    del carrier, theirs  # as when the process ends without `close`
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_server_reads_weights_below_its_root_alone(chat: ChatFormat, tmp_path: Path) -> None:

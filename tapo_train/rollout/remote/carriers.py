@@ -8,9 +8,12 @@ its own. It needs a GPU on each side, and is not here because it could not be tr
 from __future__ import annotations
 
 import shutil
+import sys
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
 
 from tapo_train.errors import EngineLostError
 from tapo_train.rollout.remote.link import ServerLink
@@ -44,6 +47,10 @@ class WeightCarrier(Protocol):
         """Give a server that came back the weights of the last `send`, if that is possible."""
         ...
 
+    def close(self) -> None:
+        """Leave nothing behind."""
+        ...
+
 
 class StreamedWeights:
     """Parameter by parameter over the connection; one parameter in memory at a time."""
@@ -61,33 +68,52 @@ class StreamedWeights:
     def revive(self, link: ServerLink, policy: PolicyId, lose: Lose) -> None:
         """The weights are gone; the server has to wait for the next sync."""
 
+    def close(self) -> None:
+        """See `WeightCarrier.close`: there is nothing."""
+
 
 class FolderWeights:
-    """As safetensors in a folder that trainer and servers share; the newest is kept."""
+    """As safetensors in a folder that trainer and servers share; the newest is kept until the end.
+
+    Below `root` each carrier has a folder of its own, as ranks with servers of their own share
+    `root`. It goes with `close`, at the latest when the process ends without being killed.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._newest: Path | None = None
+        self._own = f"weights-{uuid4().hex}"
+        self._newest: tuple[PolicyId, str] | None = None
+        self._finish = weakref.finalize(self, _remove, root / self._own)
 
     def send(
         self, links: Sequence[ServerLink], weights: Weights, policy: PolicyId, lose: Lose
     ) -> None:
         """See `WeightCarrier.send`. The folder before goes when the new one is written."""
-        folder = self._root / folder_name(policy)
-        write_weights(iter(weights), folder)
-        _tell(links, _reload(policy), lose)
-        if self._newest is not None and self._newest != folder:
-            shutil.rmtree(self._newest)
-        self._newest = folder
+        before, self._newest = self._newest, (policy, f"{self._own}/{folder_name(policy)}")
+        name = self._newest[1]
+        write_weights(iter(weights), self._root / name)
+        _tell(links, Reload(policy=policy, folder=name), lose)
+        if before is not None and before[1] != name:
+            _remove(self._root / before[1])
 
     def revive(self, link: ServerLink, policy: PolicyId, lose: Lose) -> None:
         """See `WeightCarrier.revive`."""
-        if self._newest == self._root / folder_name(policy):
-            _tell([link], _reload(policy), lose)
+        if self._newest is not None and self._newest[0] == policy:
+            _tell([link], Reload(policy=policy, folder=self._newest[1]), lose)
+
+    def close(self) -> None:
+        """See `WeightCarrier.close`."""
+        self._finish()
 
 
-def _reload(policy: PolicyId) -> Reload:
-    return Reload(policy=policy, folder=folder_name(policy))
+def _remove(folder: Path) -> None:
+    """Take a folder away; that it cannot be is no reason to end a run."""
+    try:
+        shutil.rmtree(folder)
+    except FileNotFoundError:
+        return  # nothing was sent
+    except OSError as error:
+        print(f"weights in {folder} are left behind: {error}", file=sys.stderr, flush=True)
 
 
 def _tell(

@@ -184,6 +184,7 @@ class Fleet:
         """Hang up. The servers go on; they belong to whoever started them."""
         for link in self.links:
             link.close()
+        self._carrier.close()
 
     def _await_all(self) -> None:
         deadline = time.monotonic() + self._options.patience_s
