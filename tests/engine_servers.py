@@ -27,6 +27,7 @@ from tapo_train.rollout.remote.messages import (
     header,
     read_server,
 )
+from tapo_train.rollout.remote.payload import Expected
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import Channel, new_nonce, proof
 
@@ -38,6 +39,17 @@ def served_of(chat: ChatFormat, *, max_tokens: int = 4096) -> Served:
     """What a server of the chat's folder says of itself."""
     base = weights_fingerprint(chat.model)
     return Served(identity=chat_identity(chat), base=base, max_tokens=max_tokens)
+
+
+def options_of(chat: ChatFormat, *, patience_s: float) -> RemoteOptions:
+    """What a trainer with the chat's folder expects."""
+    served = served_of(chat)
+    return RemoteOptions(
+        identity=served.identity,
+        base=served.base,
+        expected=Expected(chat),
+        patience_s=patience_s,
+    )
 
 
 @contextmanager
@@ -78,13 +90,10 @@ def trainer_of(
     **options: Any,
 ) -> Iterator[RemoteEngine]:
     """An engine that asks the servers."""
-    served = served_of(chat)
     engine = RemoteEngine(
         [url_of(server) for server in servers],
         secret=secret,
-        options=replace(
-            RemoteOptions(identity=served.identity, base=served.base, patience_s=WAIT_S), **options
-        ),
+        options=replace(options_of(chat, patience_s=WAIT_S), **options),
         carrier=carrier or StreamedWeights(),
     )
     try:

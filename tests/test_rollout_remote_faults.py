@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -29,7 +31,8 @@ from scripted_engine import ScriptedEngine
 
 from tapo_train.errors import EngineError, EngineLostError
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.engine import GenerationRequest
+from tapo_train.rollout.engine import GenerationRequest, Sampling
+from tapo_train.rollout.remote.engine import RemoteEngine
 from tapo_train.rollout.remote.link import ServerLink
 from tapo_train.rollout.remote.messages import (
     Alive,
@@ -44,6 +47,7 @@ from tapo_train.rollout.remote.messages import (
     Reload,
     Score,
     Scored,
+    Submit,
     Tensor,
     header,
     read_client,
@@ -251,3 +255,197 @@ def test_the_secret_is_in_no_representation() -> None:
     assert SECRET.decode() not in repr(
         ServerLink(url="tcp://h:1", secret=SECRET, timeout_s=1.0, events=SimpleQueue())
     )
+
+
+def request(chat: ChatFormat, id: str) -> GenerationRequest:
+    """A request for at most 50 tokens."""
+    return GenerationRequest(
+        id=id, tokens=chat.plain("hello"), images=(), max_tokens=50, sampling=Sampling()
+    )
+
+
+def completed(chat: ChatFormat, asked: Submit) -> tuple[Completed, list[int], list[float]]:
+    """A completion as it should be: header, tokens, log-probabilities."""
+    tokens = chat.assistant("<answer>x</answer>").tolist()
+    message = Completed(id=asked.id, finished="stop", cached_tokens=0)
+    return message, tokens, [-0.5] * len(tokens)
+
+
+def frame_of(message: Completed, tokens: list[int], logprobs: list[float]) -> tuple[bytes, bytes]:
+    numbers = np.array(tokens, "<i4").tobytes() + np.array(logprobs, "<f4").tobytes()
+    return header(message), numbers
+
+
+def malformed(chat: ChatFormat, kind: str, asked: Submit) -> tuple[bytes, bytes]:
+    """Header and body of a completion with one fault."""
+    message, tokens, logprobs = completed(chat, asked)
+    match kind:
+        case "odd":
+            written, body = frame_of(message, tokens, logprobs)
+            return written, body[:-3]
+        case "empty":
+            return frame_of(message, [], [])
+        case "long":
+            return frame_of(message, tokens[:1] * 99 + tokens, [-0.5] * (99 + len(tokens)))
+        case "unfinished":
+            return frame_of(message, tokens[:-1], logprobs[:-1])
+        case "placeholder":
+            return frame_of(message, [chat.image_token_id, *tokens[1:]], logprobs)
+        case "unknown":
+            return frame_of(message, [2**31 - 1, *tokens[1:]], logprobs)
+        case "negative":
+            return frame_of(message, [-1, *tokens[1:]], logprobs)
+        case "nan":
+            return frame_of(message, tokens, [float("nan"), *logprobs[1:]])
+        case "sure":
+            return frame_of(message, tokens, [0.5, *logprobs[1:]])
+        case "cached":
+            return frame_of(replace(message, cached_tokens=10**6), tokens, logprobs)
+    written, body = frame_of(message, tokens, logprobs)
+    return written.replace(b'"cached_tokens":0', b'"cached_tokens":-1'), body
+
+
+FAULTS = {
+    "odd": "wanted pairs of 4",
+    "empty": "0 tokens with 0 log-probabilities",
+    "long": "wanted equal numbers between 1 and 50",
+    "unfinished": "finished by 'stop' with last token",
+    "placeholder": "cannot be sampled",
+    "unknown": "token 2147483647 cannot be sampled",
+    "negative": "token -1 cannot be sampled",
+    "nan": "not finite",
+    "sure": "a log-probability of 0.5",
+    "cached": "1000000 of",
+    "frame": "sent a frame nobody knows",
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_server_that_answers_nonsense_is_dropped_and_others_are_asked(
+    chat: ChatFormat, kind: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    connections: list[Channel] = []
+
+    def nonsense(channel: Channel) -> None:
+        connections.append(channel)
+        say(channel, base_policy())
+        while True:
+            message = read_client(channel.receive(), peer="trainer")
+            if isinstance(message, Submit):
+                channel.send(*malformed(chat, kind, message))
+
+    with ExitStack() as stack:
+        bad = stack.enter_context(impostor(chat, nonsense))
+        good = stack.enter_context(serving(ScriptedEngine(chat, answers), chat))
+        remote = stack.enter_context(trainer_of([bad, good], chat))
+        for name in "abcdefgh":
+            remote.submit(request(chat, f"{name}:0"))
+        done = until_idle(remote)
+        time.sleep(0.4)  # in which one that died would be met again
+        remote.submit(request(chat, "i:0"))
+        done += until_idle(remote)
+    assert sorted(done) == [f"{name}:0" for name in "abcdefghi"]
+    assert len(connections) == 1
+    said = capfd.readouterr().err.splitlines()
+    (warning,) = [line for line in said if line.startswith("engine server dropped: tcp://127.0")]
+    assert FAULTS[kind] in warning
+
+
+def until_idle(remote: RemoteEngine) -> list[str]:
+    """The ids of what is completed until nothing is under way."""
+    done: list[str] = []
+    deadline = time.monotonic() + WAIT_S
+    while remote.has_unfinished() and time.monotonic() < deadline:
+        done += [completion.id for completion in remote.step()]
+    return done
+
+
+def test_when_the_last_server_answers_nonsense_the_run_ends_at_once_and_says_so(
+    chat: ChatFormat,
+) -> None:
+    def nonsense(channel: Channel) -> None:
+        say(channel, base_policy())
+        while True:
+            message = read_client(channel.receive(), peer="trainer")
+            if isinstance(message, Submit):
+                channel.send(*malformed(chat, "odd", message))
+
+    with impostor(chat, nonsense) as server, trainer_of([server], chat) as remote:
+        remote.submit(request(chat, "a:0"))
+        began = time.monotonic()
+        with pytest.raises(
+            EngineError, match=r"no engine server is left .*\n.*completion of \d+ bytes"
+        ):
+            until_idle(remote)
+        assert time.monotonic() - began < WAIT_S / 2
+
+
+def test_a_server_that_scores_nonsense_is_dropped(chat: ChatFormat) -> None:
+    def nonsense(channel: Channel) -> None:
+        say(channel, base_policy())
+        channel.receive()
+        say(channel, Scored(id="score"), bytes(6))
+        channel.receive()
+
+    class Scoring(ScriptedEngine):
+        def score(
+            self, tokens: npt.NDArray[np.int32], images: Sequence[Image]
+        ) -> npt.NDArray[np.float32]:
+            return np.full(len(tokens) - 1, -2.0, dtype=np.float32)
+
+    with ExitStack() as stack:
+        bad = stack.enter_context(impostor(chat, nonsense))
+        good = stack.enter_context(serving(Scoring(chat, answers), chat))
+        remote = stack.enter_context(trainer_of([bad, good], chat))
+        assert remote.score(chat.plain("hello")[:3], []).tolist() == [-2.0, -2.0]
+
+
+@pytest.mark.parametrize("breaks", ["before", "meanwhile"])
+def test_a_rank_that_sends_no_weights_connects_again_while_they_are_synced(
+    chat: ChatFormat, breaks: str
+) -> None:
+    engine = WeighedEngine(chat, answers)
+    weights = {"w": torch.ones(2)}
+    with (
+        serving(engine, chat) as server,
+        trainer_of([server], chat, run="r") as sender,
+        trainer_of([server], chat, run="r", sends_weights=False) as waiter,
+    ):
+
+        def gathered() -> Iterable[tuple[str, torch.Tensor]]:
+            sender.load_weights(weights.items(), version=1)
+            if breaks == "meanwhile":
+                broken(waiter)
+            yield from weights.items()
+
+        if breaks == "before":
+            broken(waiter)
+            waiter._fleet.hear(wait_s=WAIT_S)
+        waiter.load_weights(gathered(), version=1)
+        waiter.submit(request(chat, "a:0"))
+        assert until_idle(waiter) == ["a:0"]
+
+
+def broken(remote: RemoteEngine) -> None:
+    """Break the only connection, as a network does."""
+    channel = remote._fleet.links[0].channel
+    assert channel is not None
+    channel._socket.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_rank_whose_server_does_not_come_back_with_the_weights_ends_after_its_patience(
+    chat: ChatFormat,
+) -> None:
+    with (
+        serving(WeighedEngine(chat, answers), chat) as server,
+        trainer_of([server], chat, run="r", sends_weights=False, patience_s=0.6) as waiter,
+    ):
+
+        def gathered() -> Iterable[tuple[str, torch.Tensor]]:
+            broken(waiter)
+            yield "w", torch.ones(2)
+
+        began = time.monotonic()
+        with pytest.raises(EngineError, match="no engine server is left to take the weights"):
+            waiter.load_weights(gathered(), version=1)
+        assert 0.6 < time.monotonic() - began < WAIT_S

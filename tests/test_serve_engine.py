@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_servers import SECRET, served_of
+from engine_servers import SECRET, options_of
 from process_environment import ROOT, environment
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 
@@ -28,7 +28,6 @@ from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.remote.carriers import StreamedWeights
 from tapo_train.rollout.remote.engine import RemoteEngine
-from tapo_train.rollout.remote.fleet import RemoteOptions
 from tapo_train.types import Group
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -63,8 +62,7 @@ def serve_engine(model: Path, *overrides: str) -> Iterator[tuple[subprocess.Pope
 
 
 def trainer(urls: list[str], chat: ChatFormat) -> RemoteEngine:
-    served = served_of(chat)
-    options = RemoteOptions(identity=served.identity, base=served.base, patience_s=START_S)
+    options = options_of(chat, patience_s=START_S)
     return RemoteEngine(urls, secret=SECRET, options=options, carrier=StreamedWeights())
 
 

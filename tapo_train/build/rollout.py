@@ -31,6 +31,7 @@ from tapo_train.rollout.remote.fleet import RemoteOptions
 from tapo_train.rollout.remote.identity import chat_identity, weights_fingerprint
 from tapo_train.rollout.remote.link import servers_of_rank
 from tapo_train.rollout.remote.listener import Served
+from tapo_train.rollout.remote.payload import Expected
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
@@ -113,6 +114,7 @@ def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerEngin
     options = RemoteOptions(
         identity=chat_identity(chat),
         base=weights_fingerprint(chat.model),
+        expected=Expected(chat),
         run=distributed.broadcast_object(uuid.uuid4().hex),
         sends_weights=sends,
         timeout_s=engine.timeout_s,

@@ -68,8 +68,10 @@ class ChatFormat:
         self.template = ChatTemplate(self._render, end=END, placeholder=PLACEHOLDER)
         self.end_token_id = self._control_id(END)
         self.image_token_id = self._control_id(PLACEHOLDER)
-        self.banned_token_ids = self._banned(_vocabulary_size(model))
+        vocabulary = _vocabulary_size(model)
+        self.banned_token_ids = self._banned(vocabulary)
         """Ids at -inf in the sampled distribution: see BANNED, and ids without a text."""
+        self.sampled_ids = np.setdiff1d(np.arange(vocabulary), self.banned_token_ids)
         self.control_token_ids = tuple(sorted(self._tokenizer.added_tokens_decoder))
         """Ids that no text from outside may become, special to the tokenizer or not."""
         self._is_control = np.zeros(self.control_token_ids[-1] + 1, dtype=bool)

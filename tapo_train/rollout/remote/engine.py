@@ -21,7 +21,7 @@ from tapo_train.rollout.remote.carriers import WeightCarrier
 from tapo_train.rollout.remote.fleet import POLL_S, Fleet, RemoteOptions
 from tapo_train.rollout.remote.link import Event, ServerLink
 from tapo_train.rollout.remote.messages import UNKNOWN, Abort, Completed, Failed, Score, Scored
-from tapo_train.rollout.remote.payload import completion_of, float32, raw, submit_message
+from tapo_train.rollout.remote.payload import raw, scores_of, submit_message
 from tapo_train.rollout.remote.placement import Placement
 from tapo_train.types import Image
 
@@ -83,11 +83,12 @@ class RemoteEngine:
 
     def step(self) -> list[Completion]:
         """See `Engine.step`: what has arrived; nothing is computed here."""
-        done = [
-            completion
-            for event in self._fleet.hear(wait_s=POLL_S / 4)
-            if (completion := self._answer(event)) is not None
-        ]
+        done = []
+        for event in self._fleet.hear(wait_s=POLL_S / 4):
+            if isinstance(event.message, Completed):
+                done += self._completion(event, event.message)
+            elif isinstance(event.message, Failed):
+                self._fail(event.link, event.message)
         self._place()
         return done
 
@@ -120,7 +121,7 @@ class RemoteEngine:
         self._fleet.hear()
         scores: dict[str, npt.NDArray[np.float32]] = {}
         # A server that comes back meanwhile has a new connection, and was asked nothing.
-        asked = [(link, link.channel) for link in self._fleet.usable()]
+        asked = [(link, link.channel) for link in self._fleet.await_usable("score a sequence")]
         digests = tuple(image.sha256 for image in images)
         message = Score(id="score", policy=self._fleet.policy, images=digests)
         for link, _ in asked:
@@ -129,13 +130,24 @@ class RemoteEngine:
         while any(link.channel is sent and link.url not in scores for link, sent in asked):
             for event in self._fleet.hear(wait_s=POLL_S):
                 if isinstance(event.message, Scored):
-                    scores[event.link.url] = float32(event.body)
+                    self._take_scores(scores, event, tokens)
                 elif isinstance(event.message, Failed) and event.message.id == message.id:
                     raise EngineError(f"{event.link.url}: instead of a score: {event.message}")
                 # Anything else is late words about a request that was aborted.
         if not scores:
             raise EngineError(self._fleet.nobody("score a sequence"))
         return _agreed(scores, self._options.agreement)
+
+    def _take_scores(
+        self,
+        scores: dict[str, npt.NDArray[np.float32]],
+        event: Event,
+        tokens: npt.NDArray[np.int32],
+    ) -> None:
+        try:
+            scores[event.link.url] = scores_of(event.body, tokens)
+        except EngineError as error:
+            self._fleet.forsake(event.link, error)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """See `Engine.load_weights`. Returns when every server that is there has them."""
@@ -162,7 +174,8 @@ class RemoteEngine:
         self._last_usable = time.monotonic()
 
     def _be_patient(self) -> None:
-        if time.monotonic() - self._last_usable > self._options.patience_s:
+        waited_s = time.monotonic() - self._last_usable
+        if self._fleet.is_deserted or waited_s > self._options.patience_s:
             raise EngineError(self._fleet.nobody(f"serve {len(self._flights)} requests"))
 
     def _send(self, link: ServerLink, request: GenerationRequest) -> None:
@@ -170,23 +183,25 @@ class RemoteEngine:
         message = submit_message(request, self._fleet.policy)
         self._fleet.tell(link, message, raw(request.tokens, "<i4"))
 
-    def _answer(self, event: Event) -> Completion | None:
-        """The completion in an event, if there is one and it was waited for."""
-        link, message = event.link, event.message
-        if not isinstance(message, Completed | Failed):
-            return None
-        flight = self._flights.get(message.id)
-        if flight is None or flight.link is not link:
-            return None  # Aborted meanwhile.
-        if isinstance(message, Failed):
-            self._fail(flight, link, message)
-            return None
+    def _completion(self, event: Event, message: Completed) -> list[Completion]:
+        """What an event completes, if it was waited for and can be right."""
+        flight = self._flight(message.id, event.link)
+        if flight is None:
+            return []
+        try:
+            completion = self._options.expected.completion(message, event.body, flight.request)
+        except EngineError as error:
+            self._fleet.forsake(event.link, error)
+            return []
         del self._flights[message.id]
-        link.load -= 1
-        return completion_of(message, event.body, peer=link.url)
+        event.link.load -= 1
+        return [completion]
 
-    def _fail(self, flight: Flight, link: ServerLink, message: Failed) -> None:
+    def _fail(self, link: ServerLink, message: Failed) -> None:
         """Ask again what a server could not know; raise what is wrong with the request."""
+        flight = self._flight(message.id, link)
+        if flight is None:
+            return
         link.load -= 1
         if message.reason == "policy":
             link.policy = UNKNOWN  # Somebody else sent it weights.
@@ -197,6 +212,11 @@ class RemoteEngine:
             kind = AlignmentError if message.reason == "alignment" else EngineError
             raise kind(f"{message.message} (at {link.url})")
         self._wait_again(message.id, flight, message.message)
+
+    def _flight(self, id: str, link: ServerLink) -> Flight | None:
+        """The request a server speaks of; None if it was aborted or is asked elsewhere."""
+        flight = self._flights.get(id)
+        return flight if flight is not None and flight.link is link else None
 
     def _take_back(self, link: ServerLink) -> None:
         """What was under way on a lost server waits for another one."""

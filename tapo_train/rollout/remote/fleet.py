@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from tapo_train.rollout.remote.messages import (
     PutImage,
     header,
 )
+from tapo_train.rollout.remote.payload import Expected
 from tapo_train.types import Image
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ class RemoteOptions:
     """Of the chat format, see `identity.py`."""
     base: str
     """Of the model folder's weights; counts until weights are sent."""
+    expected: Expected
+    """What completions of that format may hold."""
     run: str = ""
     """Names the run whose weights are sent; the same on all ranks."""
     sends_weights: bool = True
@@ -97,6 +101,11 @@ class Fleet:
         """True if no server has said anything new."""
         return self._events.empty()
 
+    @property
+    def is_deserted(self) -> bool:
+        """True if no server can come back."""
+        return all(link.is_refused for link in self.links)
+
     def usable(self) -> list[ServerLink]:
         """Servers that hold the present weights."""
         base = self._options.base
@@ -132,7 +141,8 @@ class Fleet:
             try:
                 link.channel.send(header(message), body)
             except EngineLostError as error:
-                link.problem = str(error)
+                if not link.is_refused:  # else it says what led to this
+                    link.problem = str(error)
                 self.lose(link)
 
     def give_pictures(self, link: ServerLink, images: Sequence[Image]) -> None:
@@ -167,13 +177,37 @@ class Fleet:
                         f"{event.link.url}: did not take the weights: {event.message.message}"
                     )
                 # Anything else is late words about a request that was aborted.
-        if not self.usable():
-            raise EngineError(self.nobody(f"take the weights of version {version}"))
+        task = f"take the weights of version {version}"
+        if not self._options.sends_weights:
+            # The sender's connection may have held where this one broke.
+            self.await_usable(task)
+        elif not self.usable():
+            raise EngineError(self.nobody(task))
 
     def lose(self, link: ServerLink) -> None:
-        """Give a connection up; its thread makes a new one."""
+        """Give a connection up; its thread makes a new one, unless the server talks nonsense."""
+        if link.is_refused:
+            print(f"engine server dropped: {link.problem}", file=sys.stderr, flush=True)
         link.hang_up()
         self._on_lost(link)
+
+    def forsake(self, link: ServerLink, problem: EngineError) -> None:
+        """Give a server up for the rest of the run: what it says cannot be right."""
+        link.forsake(str(problem))
+        self.lose(link)
+
+    def await_usable(self, task: str) -> list[ServerLink]:
+        """Servers that hold the present weights, once there is one.
+
+        Raises:
+            EngineError: there is none within the patience, or none can come back.
+        """
+        deadline = time.monotonic() + self._options.patience_s
+        while not (links := self.usable()):
+            if self.is_deserted or time.monotonic() > deadline:
+                raise EngineError(self.nobody(task))
+            self.hear(wait_s=POLL_S)
+        return links
 
     def nobody(self, task: str) -> str:
         """Why no server can do a task."""
@@ -202,6 +236,8 @@ class Fleet:
     def _join(self, event: Event, policy: PolicyId) -> None:
         """A server says which weights it holds; its first word on every connection."""
         link, served = event.link, event.link.served
+        if link.is_refused:
+            return
         if event.channel is not link.channel:
             link.hang_up()
             link.channel = event.channel

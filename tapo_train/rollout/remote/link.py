@@ -30,6 +30,7 @@ from tapo_train.rollout.remote.messages import (
 from tapo_train.rollout.remote.wire import (
     PROTOCOL,
     Channel,
+    Frame,
     is_proof,
     new_nonce,
     proof,
@@ -75,7 +76,7 @@ class ServerLink:
     problem: str = "no connection yet"
     """Why there is no connection."""
     is_refused: bool = False
-    """The server does not want us, and asking again will not help."""
+    """The server does not want us or talks nonsense, and asking again will not help."""
     _closing: threading.Event = field(default_factory=threading.Event)
     _reading: Channel | None = None
 
@@ -88,6 +89,11 @@ class ServerLink:
         self._closing.set()
         if self._reading is not None:
             self._reading.close()
+
+    def forsake(self, problem: str) -> None:
+        """Hang up for good on a server whose words make no sense."""
+        self.close()
+        self.problem, self.is_refused = f"{self.url}: {problem}", True
 
     def hang_up(self) -> None:
         """Break the connection; the thread connects again."""
@@ -104,7 +110,8 @@ class ServerLink:
                 pause_s = FIRST_PAUSE_S
                 self._read(channel)
             except EngineLostError as error:
-                self.problem = str(error)
+                if not self._closing.is_set():
+                    self.problem = str(error)
             self._closing.wait(pause_s)
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
@@ -149,7 +156,7 @@ class ServerLink:
         try:
             while not self._closing.is_set():
                 frame = channel.receive()
-                message = read_server(frame, peer=self.url)
+                message = self._understood(frame)
                 if isinstance(message, Refused):
                     raise EngineLostError(f"{self.url}: the server hung up: {message.message}")
                 if not isinstance(message, Alive):
@@ -161,6 +168,13 @@ class ServerLink:
         finally:
             channel.close()
             self._put(channel, None, bytearray())
+
+    def _understood(self, frame: Frame) -> ServerMessage:
+        try:
+            return read_server(frame, peer=self.url)
+        except EngineLostError as error:
+            self.problem, self.is_refused = str(error), True
+            raise
 
     def _put(self, channel: Channel, message: ServerMessage | None, body: bytearray) -> None:
         self.events.put(Event(link=self, channel=channel, message=message, body=body))

@@ -166,7 +166,7 @@ class Completed:
 
     id: Name
     finished: Literal["stop", "length"]
-    cached_tokens: int
+    cached_tokens: Annotated[int, Field(ge=0)]
     op: Literal["completed"] = "completed"
 
 
