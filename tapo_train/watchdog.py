@@ -2,7 +2,8 @@
 
 Every rank has a thread that writes what the rank is doing to a small file in the run folder
 and reads the files of the others: no collective, as ranks that hang cannot take part in one.
-When no rank has made progress for `run.stall_s`, every rank dumps the Python stacks of its
+When no rank has made progress for `run.stall_s` (`START_PATIENCE` times as long while models are
+loaded), every rank dumps the Python stacks of its
 threads and the process ends without asking its main thread, which may sit in a C call.
 
     RUN/watchdog/<attempt>/rank0.json         stage, since when, calls under way
@@ -29,6 +30,10 @@ from tapo_train.report.files import write_atomically
 
 EXIT_STALLED = 3
 """Exit status of a run that made no progress."""
+START = "start"
+"""Until the first stage is entered: models are loaded, which tells of no progress on the way."""
+START_PATIENCE = 3.0
+"""A rank may be silent for so many times `run.stall_s` there; a collective's timeout is longer."""
 LONGEST_TICK_S = 5.0
 PEERS_S = 15.0
 """How long a stalled rank waits for the others' stacks before it ends."""
@@ -39,12 +44,16 @@ class _Peer:
 
     def __init__(self, now: float) -> None:
         self._beats = self._ticks = -1
+        self.patience = START_PATIENCE
+        """Limits for this rank, in units of `run.stall_s`."""
         self.progress_at = self._alive_at = now
 
     def look(self, state: Mapping[str, Any]) -> float:
         """Compare with what the file held before; [s] since it last changed."""
         now = time.monotonic()
         # A rank that has closed took its file away, which is nothing new.
+        if "stage" in state:
+            self.patience = _patience(state["stage"])
         if (beats := state.get("beats", self._beats)) != self._beats:
             self._beats, self.progress_at = beats, now
         if (ticks := state.get("ticks", self._ticks)) != self._ticks:
@@ -66,7 +75,7 @@ class Watchdog:
         self._tick_s = min(LONGEST_TICK_S, stall_s / 4)
         self.calls: Callable[[], Mapping[str, int]] = dict
         """Calls under way by tool, for the report."""
-        self._stage, self._began, self._beats = "start", time.monotonic(), 0
+        self._stage, self._began, self._beats = START, time.monotonic(), 0
         self._ticks = 0
         self._closed = threading.Event()
         attempt = distributed.broadcast_object(f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}")
@@ -119,7 +128,8 @@ class Watchdog:
 
     def _set_timer(self) -> None:
         """Dump and end from outside the interpreter unless set anew in time."""
-        faulthandler.dump_traceback_later(self._stall_s, exit=True, file=self._stacks)
+        limit_s = self._stall_s * _patience(self._stage)
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=self._stacks)
 
     def _cause(self, peers: Sequence[_Peer]) -> str:
         """Why the run must end, or "" if it need not."""
@@ -127,10 +137,13 @@ class Watchdog:
             if self._path("stalled", rank).exists():
                 return f"rank {rank} has stopped the run"
             silent_s = peer.look(self._read(rank))
-            if silent_s > self._stall_s:
+            if silent_s > self._stall_s * peer.patience:
                 return f"rank {rank} has given no sign of life for {silent_s:.0f} s"
-        idle_s = time.monotonic() - max(peer.progress_at for peer in peers)
-        return f"no rank has made progress for {idle_s:.0f} s" if idle_s > self._stall_s else ""
+        now = time.monotonic()
+        if any(now - peer.progress_at <= self._stall_s * peer.patience for peer in peers):
+            return ""
+        idle_s = now - max(peer.progress_at for peer in peers)
+        return f"no rank has made progress for {idle_s:.0f} s"
 
     def _end(self, cause: str) -> None:
         """Dump, tell the others, wait for their dumps, end the process."""
@@ -170,7 +183,7 @@ class Watchdog:
         state = self._read(rank)
         calls = ", ".join(f"{n} calls of {tool}" for tool, n in state.get("calls", {}).items() if n)
         waiting = f", waiting for {calls}" if calls else ""
-        stage, for_s = state.get("stage", "start"), state.get("for_s", 0.0)
+        stage, for_s = state.get("stage", START), state.get("for_s", 0.0)
         return f"rank {rank}: in {stage} for {for_s:.0f} s{waiting}"
 
     def _heartbeat(self, rank: int) -> Path:
@@ -178,3 +191,7 @@ class Watchdog:
 
     def _path(self, kind: str, rank: int | None = None) -> Path:
         return self._folder / f"{kind}.rank{self._rank if rank is None else rank}.txt"
+
+
+def _patience(stage: str) -> float:
+    return START_PATIENCE if stage == START else 1.0

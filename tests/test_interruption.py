@@ -19,7 +19,7 @@ from tapo_train.build import build_interruption
 from tapo_train.interruption import Interruption
 from tapo_train.learner.manifest import checkpoints
 from tapo_train.rollout.tensor_parallel import MirroredEngine
-from tapo_train.watchdog import EXIT_STALLED, _Peer
+from tapo_train.watchdog import EXIT_STALLED, START_PATIENCE, Watchdog, _Peer
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 ENGINE = (
@@ -102,6 +102,40 @@ def test_a_rank_that_has_taken_its_file_away_has_said_nothing_new() -> None:
     seen = peer.progress_at
     assert seen > 0.0
     assert peer.look({}) >= 0.0 and peer.progress_at == seen
+
+
+def test_a_rank_that_loads_a_model_has_more_time_than_one_at_work(tmp_path: Path) -> None:
+    """Its patience is its own: others that wait for it at work do not end it, nor does it them."""
+    stall_s, now = 1000.0, time.monotonic()
+    watchdog = Watchdog(tmp_path, stall_s=0.0)
+    watchdog._stall_s = stall_s
+
+    def cause(idle_s: tuple[float, float], stages: tuple[str, str]) -> str:
+        peers = []
+        watchdog._folder.mkdir(parents=True, exist_ok=True)
+        for rank, (idle, stage) in enumerate(zip(idle_s, stages, strict=True)):
+            state = {"stage": stage, "beats": 1, "ticks": 1}
+            watchdog._heartbeat(rank).write_text(json.dumps(state))
+            peer = _Peer(now)
+            peer.look(state)
+            peer.progress_at = now - idle
+            peers.append(peer)
+        return watchdog._cause(peers)
+
+    assert START_PATIENCE == 3.0
+    assert "no rank has made progress for 1001 s" in cause((1001, 1001), ("rollout", "update"))
+    assert cause((1001, 2990), ("rollout", "start")) == ""
+    assert cause((2990, 1001), ("start", "rollout")) == ""
+    assert "for 1001 s" in cause((1001, 3001), ("rollout", "start"))
+    assert cause((3001, 900), ("start", "update")) == ""
+
+
+@pytest.mark.slow
+def test_a_slow_load_is_no_stall_but_a_hang_after_it_is(tmp_path: Path) -> None:
+    status, said = outcome(watched(tmp_path, "load", 2.0, ranks=2))
+    assert status != 0 and f"exitcode  : {EXIT_STALLED}" in said
+    assert "loaded" in said
+    assert "rank 1: in rollout for" in said
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from test_config import sized
 
 from tapo_train.config import batch_arithmetic
 from tapo_train.errors import ConfigError, LearnerError
+from tapo_train.learner import distributed
 from tapo_train.learner.balance import same_place
 from tapo_train.learner.batch import TrainingRow, join
 from tapo_train.learner.engine import end_process_group
@@ -115,3 +117,12 @@ def test_the_batch_arithmetic_counts_groups() -> None:
     assert "per group and update" in text
     with pytest.raises(ConfigError, match=r"sequence_parallel: found 3 on 4 ranks, wanted a div"):
         batch_arithmetic(sized(sequence_parallel=3), 4)
+
+
+@pytest.mark.parametrize("backend", [None, "gloo"])
+def test_groups_of_ranks_wait_as_long_as_the_run_says(backend: str | None) -> None:
+    end_process_group()
+    distributed.init(timeout_s=77.0)
+    group = distributed.neighbours(1, backend=backend)
+    assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=77)
+    end_process_group()

@@ -1,9 +1,10 @@
 """A rank that hangs, for the test of the watchdog.
 
-torchrun --nproc-per-node N watchdog_worker.py FOLDER sleep|hold|work STALL_S
+torchrun --nproc-per-node N watchdog_worker.py FOLDER sleep|hold|work|load STALL_S
 
 sleep: the last rank sleeps and the others wait for it in a collective; hold: it sleeps
-without letting any other thread run; work: it sleeps too, but not for long at a time.
+without letting any other thread run; work: it sleeps too, but not for long at a time;
+load: it reaches its first stage after twice STALL_S, where it hangs after all.
 """
 
 from __future__ import annotations
@@ -33,8 +34,11 @@ def main(folder: Path, kind: str, stall_s: float) -> None:
     watchdog.calls = lambda: {"text_search": 3, "image_search": 0}
     distributed.barrier()
     if distributed.rank() == distributed.world_size() - 1:
+        if kind == "load":
+            time.sleep(2 * stall_s)
+            print("loaded", flush=True)
         watchdog.enter("rollout")
-        hang_here(kind, watchdog, stall_s)
+        hang_here("sleep" if kind == "load" else kind, watchdog, stall_s)
     watchdog.enter("advantage")
     distributed.barrier()
     watchdog.close()

@@ -22,6 +22,8 @@ DEFAULT_TIMEOUT_S = 1800.0
 """How long a collective waits for its peers. Ranks roll out between collectives, so this
 must be longer than the slowest rollout."""
 
+_timeout = timedelta(seconds=DEFAULT_TIMEOUT_S)
+
 
 def init(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> torch.device:
     """Join the process group (making one of size 1 without torchrun); this rank's device.
@@ -32,14 +34,14 @@ def init(*, device: str = "cpu", timeout_s: float = DEFAULT_TIMEOUT_S) -> torch.
     Args:
         device: "cpu" or "cuda"; on "cuda" each process takes the card LOCAL_RANK.
     """
+    global _timeout
     _complete_environment()
     cuda = device == "cuda"
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s)
-        )
+        _timeout = timedelta(seconds=timeout_s)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=_timeout)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
@@ -104,6 +106,17 @@ def broadcast_object(value: Any) -> Any:
     return holder[0]
 
 
+def neighbours(size: int, *, backend: str | None = None) -> Any:
+    """The process group of `size` neighbouring ranks that this rank is in, made by all together.
+
+    Its collectives wait as long as those of all ranks; torch would give it a default of its own.
+
+    Args:
+        backend: None for that of all ranks.
+    """
+    return dist.new_subgroups(size, timeout=_timeout, backend=backend)[0]
+
+
 class Subgroup:
     """Groups of `size` neighbouring ranks; this is the one of this rank. Over gloo.
 
@@ -117,8 +130,7 @@ class Subgroup:
         """This rank's place in its group; 0 leads."""
         self._leader = rank() - self.index
         self._size = size
-        timeout = timedelta(seconds=DEFAULT_TIMEOUT_S)
-        self._group: Any = dist.new_subgroups(size, timeout=timeout, backend="gloo")[0]
+        self._group: Any = neighbours(size, backend="gloo")
 
     def broadcast(self, value: Any) -> Any:
         """The leader's value, on every rank of the group. Pickled."""

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -53,10 +52,7 @@ class SequenceGroup:
         """Of the group among all."""
         self.count = ranks // size
         """Of groups."""
-        self._group: Any = None
-        if size > 1:
-            timeout = timedelta(seconds=distributed.DEFAULT_TIMEOUT_S)
-            self._group = dist.new_subgroups(size, timeout=timeout)[0]
+        self._group: Any = distributed.neighbours(size) if size > 1 else None
 
     def check_heads(self, heads: int) -> None:
         """Stop unless the query heads can be dealt out evenly."""

@@ -41,7 +41,7 @@ class Run:
     stall_s: NonNegative = 1800.0
     """[s] without progress on any rank (a stage begun, an engine step, a micro-batch, an answer of
     a tool) after which all ranks dump their Python stacks into the run folder and the run ends with
-    status 3; 0: never."""
+    status 3; three times as long while models are loaded, before the first step; 0: never."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """auto: online if logged in, else offline."""
 
