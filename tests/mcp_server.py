@@ -43,6 +43,13 @@ def sleep(seconds: float) -> str:
 
 
 @server.tool()
+async def hang() -> str:
+    """Hold up the whole server."""
+    time.sleep(3600)
+    return "never"
+
+
+@server.tool()
 def die() -> str:
     """End the server."""
     os._exit(3)

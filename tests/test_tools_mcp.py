@@ -17,6 +17,7 @@ from process_environment import ROOT, environment
 from pydantic import ValidationError
 
 from tapo_train.errors import ConfigError
+from tapo_train.tools import mcp as mcp_door
 from tapo_train.tools.base import Tool, Toolbox, ToolContext
 from tapo_train.tools.json_schema import arguments_model_of
 from tapo_train.tools.mcp import RESTARTS, McpServer, McpTool
@@ -43,7 +44,9 @@ def run(server: McpServer, name: str, arguments: dict[str, Any], **limits: Any) 
 
 
 def test_the_listed_tools_have_the_servers_schema(server: McpServer) -> None:
-    assert [tool.name for tool in server.tools] == ["add", "draw", "refuse", "sleep", "die"]
+    assert [tool.name for tool in server.tools] == [
+        *("add", "draw", "refuse", "sleep", "hang", "die")
+    ]
     schemas = Toolbox(list[Tool](server.tools), deadline_s=1).schemas()
     assert schemas[0]["function"] == {
         "name": "add",
@@ -55,7 +58,7 @@ def test_the_listed_tools_have_the_servers_schema(server: McpServer) -> None:
         },
     }
     versions = [tool.version for tool in server.tools]
-    assert len(set(versions)) == 5 and all(v.startswith("mcp little 3 ") for v in versions)
+    assert len(set(versions)) == 6 and all(v.startswith("mcp little 3 ") for v in versions)
 
 
 def test_text_and_pictures_become_an_observation(server: McpServer) -> None:
@@ -89,10 +92,46 @@ def test_an_answer_marked_as_an_error_is_the_tools(server: McpServer) -> None:
 
 
 def test_a_call_that_is_too_slow_is_given_up_and_the_session_goes_on(server: McpServer) -> None:
-    started = time.perf_counter()
+    started, session = time.perf_counter(), server._session
     assert run(server, "sleep", {"seconds": 1.5}, deadline_s=0.2).outcome is Outcome.TIMEOUT
     assert time.perf_counter() - started < 1.4
     assert run(server, "add", {"a": 1}).outcome is Outcome.OK
+    assert server._session is session
+
+
+@pytest.mark.slow
+def test_a_server_that_hangs_is_killed_and_started_again_so_many_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(mcp_door, "ALIVE_S", 0.4)
+    monkeypatch.setattr(mcp_door, "RESTARTS", 1)
+    hanging = McpServer(COMMAND, env=ENV, only=("hang", "add"))
+    assert hang(hanging)
+    assert run(hanging, "add", {"a": 1}).outcome is Outcome.OK, "an answer in between forgives"
+    assert hang(hanging) and hang(hanging)
+    seen = run(hanging, "add", {"a": 1})
+    assert seen.outcome is Outcome.INFRA_ERROR
+    assert "died 2 times in a row, at last because it left a call without an answer" in seen.text
+    hanging.close()
+
+
+def hang(server: McpServer) -> bool:
+    """Have the server hang, started anew if it must be; whether its process is gone then."""
+    session = server._living()
+    assert run(server, "hang", {}, deadline_s=0.2).outcome is Outcome.TIMEOUT
+    session._thread.join(20)
+    return not session._thread.is_alive()
+
+
+def test_a_server_that_never_says_a_word_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mcp_door, "START_S", 1.0)
+    program = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid()))"
+    with pytest.raises(ConfigError, match=r"did not start \(TimeoutError"):
+        McpServer([sys.executable, "-c", f"{program}; time.sleep(60)"])
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 @pytest.mark.slow
@@ -182,6 +221,27 @@ def test_a_number_that_the_schema_cannot_judge_is_the_policys_mistake(number: fl
     schema = {"type": "object", "properties": {"n": {"type": "number", "multipleOf": 0.01}}}
     with pytest.raises(ValidationError, match="cannot be checked"):
         arguments_model_of("t", schema).model_validate({"n": number})
+
+
+def test_how_a_server_is_started_is_part_of_the_version_but_no_value_is(
+    server: McpServer,
+) -> None:
+    listed = SimpleNamespace(name="t", description="d", input_schema={"type": "object"})
+
+    def version(command: tuple[str, ...], env: dict[str, str]) -> str:
+        setup = McpServer.setup_of(command, env)
+        started = SimpleNamespace(setup=setup)
+        return McpTool(
+            started,  # type: ignore[arg-type]
+            listed,
+            about="a",
+            sandbox=Sandbox(),
+            max_chars=9,
+        ).version
+
+    same = {version(("run",), {"KEY": value}) for value in ("secret", "other")}
+    others = {version(("run", "--fast"), {"KEY": ""}), version(("run",), {}), version(("go",), {})}
+    assert len(same) == 1 and len(same | others) == 4
 
 
 def test_answers_that_are_cut_elsewhere_are_other_answers(server: McpServer) -> None:

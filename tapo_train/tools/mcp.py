@@ -3,8 +3,8 @@
 The server is started with the run and lives as long; its session has a thread and an event loop
 of its own, because every rollout has another loop. What it lists at the start becomes tools: its
 schema is what the policy reads and what arguments are checked against. A server that dies is
-started again, at most RESTARTS times in a row without an answer in between; the calls under way
-are infrastructure failures.
+started again, at most RESTARTS times in a row without an answer in between; calls under way fail.
+One that leaves a call unanswered is asked for its tools; if it is silent again, it is killed.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import binascii
 import hashlib
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 
+import anyio
 import mcp
 from mcp.shared.exceptions import MCPError
 from mcp.types import CallToolResult, ImageContent, TextContent
@@ -28,6 +30,7 @@ from pydantic import BaseModel, ValidationError
 from tapo_train.errors import ConfigError, ToolArgumentError, ToolDownError, ToolError
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.json_schema import arguments_model_of
+from tapo_train.tools.page_text import readable
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.types import Image, Observation
 
@@ -38,6 +41,8 @@ START_S = 60.0
 """[s] until a server must have listed its tools."""
 CLOSE_S = 10.0
 """[s] a server has to end after its input was closed; then it is killed."""
+ALIVE_S = 10.0
+"""[s] a server has to list its tools after a call was given up; then it hangs and is killed."""
 LONGEST_PX = 1024
 """[px] longest side of a returned picture; larger ones are reduced."""
 
@@ -53,8 +58,11 @@ class _Session:
         )
         self.ready: Future[tuple[list[Any], str]] = Future()
         """The listed tools, and name and version of the server."""
+        self.problem = "it ended by itself"
+        """Why it is over, once it is."""
         self._loop = asyncio.new_event_loop()
-        self._end = asyncio.Event()
+        self._life: anyio.CancelScope | None = None
+        self._question: asyncio.Task[None] | None = None
         self._client: mcp.Client | None = None
         self._thread = threading.Thread(target=self._live, name="mcp", daemon=True)
         self._thread.start()
@@ -72,15 +80,33 @@ class _Session:
 
     def close(self) -> None:
         """End the process; waits for it, but not for ever."""
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._end.set)
+        self.give_up()
         self._thread.join(CLOSE_S)
 
     def give_up(self) -> None:
         """What a failed call does: no further call uses this session."""
         self._client = None
-        if not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._end.set)
+        if self._life is not None:
+            self._later(self._life.cancel)
+
+    def suspect(self) -> None:
+        """What a call that was given up does: end the server unless it shows that it lives."""
+        self._later(self._begin_to_ask)
+
+    def _later(self, work: Callable[[], object]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: it is over already
+            self._loop.call_soon_threadsafe(work)
+
+    def _begin_to_ask(self) -> None:
+        if self._client is not None and (self._question is None or self._question.done()):
+            self._question = self._loop.create_task(self._ask(self._client))
+
+    async def _ask(self, client: mcp.Client) -> None:
+        with anyio.move_on_after(ALIVE_S) as waiting, suppress(MCPError, ValidationError):
+            await client.list_tools(cache_mode="bypass")
+        if waiting.cancelled_caught:
+            self.problem = f"it left a call without an answer and then gave none in {ALIVE_S:g} s"
+            self.give_up()
 
     def _live(self) -> None:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
@@ -88,13 +114,9 @@ class _Session:
 
     async def _speak(self) -> None:
         try:
-            async with mcp.Client(self._parameters) as client:
-                info = client.server_info
-                about = f"{info.name} {info.version}" if info else ""
-                listed = await _all_tools(client)
-                self._client = client
-                self.ready.set_result((listed, about))
-                await self._end.wait()
+            with anyio.CancelScope() as self._life:
+                async with mcp.Client(self._parameters) as client:
+                    await self._serve(client)
         except (OSError, ValueError, MCPError, ValidationError, ExceptionGroup) as error:
             if not self.ready.done():
                 self.ready.set_exception(error)
@@ -102,6 +124,15 @@ class _Session:
             self._client = None
             if not self.ready.done():
                 self.ready.set_exception(OSError("it ended before it listed its tools"))
+
+    async def _serve(self, client: mcp.Client) -> None:
+        """Make the client available until the session is over."""
+        info = client.server_info
+        about = f"{info.name} {info.version}" if info else ""
+        listed = await _all_tools(client)
+        self._client = client
+        self.ready.set_result((listed, " ".join(readable(about, max_chars=80).split())))
+        await anyio.sleep_forever()
 
 
 async def _all_tools(client: mcp.Client) -> list[Any]:
@@ -137,6 +168,7 @@ class McpServer:
         max_chars: int = 8192,
     ) -> None:
         self._command, self._env = tuple(command), dict(env or {})
+        self.setup = self.setup_of(self._command, self._env)
         self._guard = threading.Lock()
         self._restarts = 0
         self._session = _Session(self._command, self._env)
@@ -161,6 +193,11 @@ class McpServer:
             for name in (only or by_name)
         )
 
+    @staticmethod
+    def setup_of(command: Sequence[str], env: Mapping[str, str]) -> str:
+        """What of its start is in the tools' versions; values of variables may be secrets."""
+        return json.dumps([list(command), sorted(env)])
+
     async def call(self, name: str, arguments: dict[str, Any]) -> CallToolResult:
         """The server's answer.
 
@@ -176,6 +213,7 @@ class McpServer:
             task = asyncio.current_task()
             if future.cancelled() and not (task and task.cancelling()):
                 raise ToolDownError("the MCP server went away during the call") from None
+            session.suspect()
             raise
         except MCPError as error:
             if error.code == _INVALID_PARAMS:
@@ -201,7 +239,9 @@ class McpServer:
                 return self._session
             if self._restarts >= RESTARTS:
                 raise ToolDownError(
-                    f"the MCP server died {self._restarts + 1} times in a row", retryable=False
+                    f"the MCP server died {self._restarts + 1} times in a row, at last because "
+                    f"{self._session.problem}",
+                    retryable=False,
                 )
             self._restarts += 1
             self._session.close()
@@ -224,7 +264,7 @@ class McpTool:
         self.name: str = listed.name
         self.description: str = (listed.description or listed.name).strip()
         schema = listed.input_schema
-        text = json.dumps([self.description, schema, max_chars], sort_keys=True)
+        text = json.dumps([server.setup, self.description, schema, max_chars], sort_keys=True)
         self.version = f"mcp {about} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.arguments_model: type[BaseModel] = arguments_model_of(self.name, schema)
         self._server = server
@@ -232,7 +272,7 @@ class McpTool:
         self._max_chars = max_chars
 
     async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
-        """Text and pictures of the answer; an answer marked as an error is a ToolError."""
+        """Text and pictures of the answer; one marked as an error is a ToolError."""
         result = await self._server.call(self.name, arguments.model_dump())
         texts = [block.text for block in result.content if isinstance(block, TextContent)]
         text = "\n".join(texts)
