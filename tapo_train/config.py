@@ -26,6 +26,7 @@ from pydantic import TypeAdapter, ValidationError
 from tapo_train.config_errors import GROUPS, cross_field_problems, explain, nearest
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import Recipe
+from tapo_train.tools.addresses import HIDDEN, shown, shown_text
 
 __all__ = [
     "GROUPS",
@@ -34,6 +35,7 @@ __all__ = [
     "load_recipe",
     "recipe_from_dict",
     "recipe_to_dict",
+    "recipe_to_show",
     "require_room_for_cosine",
     "to_yaml",
     "training_updates",
@@ -94,6 +96,20 @@ def recipe_from_dict(content: Mapping[str, Any], *, source: str = "recipe") -> R
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
     """Plain nested values of every field, as JSON can hold them."""
     content: dict[str, Any] = _ADAPTER.dump_python(recipe, mode="json")
+    return content
+
+
+def recipe_to_show(recipe: Recipe) -> dict[str, Any]:
+    """`recipe_to_dict` for other people's eyes: without what may be a secret.
+
+    Endpoints lose the values of their query, variables of MCP servers their values.
+    """
+    content = recipe_to_dict(recipe)
+    tools = content["tools"]
+    for name in ("text_endpoint", "image_endpoint"):
+        tools[name] = tools[name] and shown(tools[name])
+    for server in tools["mcp"]:
+        server["env"] = dict.fromkeys(server["env"], HIDDEN)
     return content
 
 
@@ -182,7 +198,7 @@ def _as_hydra(text: str, path: Path) -> str:
         override = OverridesParser.create().parse_override(text)
     except HydraException as error:
         raise ConfigError(
-            f"override {text!r}: {_first_lines(error)}; wanted dotted.path=value"
+            f"override {shown_text(repr(text))}: {_first_lines(error)}; wanted dotted.path=value"
         ) from error
     if override.is_sweep_override():
         raise ConfigError(f"override {text!r}: found several values, wanted one or a [list]")
@@ -209,11 +225,11 @@ def _choices(group: str, folder: Path) -> list[str]:
 
 def _join(source: str, problems: Sequence[str]) -> str:
     separator = " " if len(problems) == 1 else "\n  "
-    return f"{source}:" + "".join(separator + problem for problem in problems)
+    return f"{source}:" + "".join(separator + shown_text(problem) for problem in problems)
 
 
 def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split("\nConfig search path")[0].split())
+    return shown_text(" ".join(str(error).split("\nConfig search path")[0].split()))
 
 
 def _shipped_hint() -> str:

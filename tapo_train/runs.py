@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
-from tapo_train.config import Recipe, recipe_to_dict, to_yaml
+from tapo_train.config import Recipe, recipe_to_show, to_yaml
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import AlignmentError, DataError
@@ -271,7 +271,7 @@ def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:
                 folder.path,
                 name=folder.path.name,
                 mode=recipe.run.wandb,
-                config=recipe_to_dict(recipe),
+                config=recipe_to_show(recipe),
             )
         )
     return sinks

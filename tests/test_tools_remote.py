@@ -20,14 +20,16 @@ from rollout_world import HOSTILE, draw_image
 
 from tapo_train.build.remote_tools import build_client, build_remote_tools
 from tapo_train.build.tools import build_toolbox
-from tapo_train.config import load_recipe
+from tapo_train.config import load_recipe, recipe_to_dict, recipe_to_show
 from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.addresses import shown
+from tapo_train.tools.base import Tool, Toolbox, ToolContext
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.net import HttpClient
 from tapo_train.tools.recording import Recording
 from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
+from tapo_train.tools.replay import ReplayTool
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.tools.text_search import TextSearchArguments
 from tapo_train.types import Observation, Outcome, Task
@@ -50,6 +52,8 @@ def search(
     *,
     name: str = "text_search_tool",
     contamination: Contamination | None = None,
+    endpoint: str = "http://search.test/find",
+    recording: Path | None = None,
     inspect: Callable[[Loopback], None] = lambda loopback: None,
     **options: Any,
 ) -> Observation:
@@ -58,10 +62,14 @@ def search(
     async def use(client: HttpClient, loopback: Loopback) -> Observation:
         make = RemoteTextSearch if name == "text_search_tool" else RemoteImageSearch
         guard = contamination or Contamination()
-        tool = make("http://search.test/find", client, sandbox, guard, **options)
+        tool: Tool = make(endpoint, client, sandbox, guard, **options)
+        if recording is not None:
+            tool = ReplayTool(tool, Recording(recording), "record")
         box = Toolbox([tool], deadline_s=10)
         request = box.read(name, {"query": "metal Velor"} if "text" in name else {})
         seen = await box.execute(request, ToolContext(images=(PICTURE,), task=TASK))
+        if recording is not None:
+            box.close()
         inspect(loopback)
         return seen
 
@@ -248,6 +256,62 @@ def test_an_impossible_endpoint_is_told_before_anything_starts(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         load_recipe(RECIPE, [override])
+
+
+SECRET = "s3cret-0f-the-search"
+LOCKED = f"http://search.test/find?key={SECRET}&index=news"
+
+
+@pytest.mark.parametrize(
+    ("address", "safe"),
+    [
+        (LOCKED, "http://search.test/find?key=***&index=***"),
+        ("https://u:p@h.test:8443/a@b/c?x#frag", "https://h.test:8443/a@b/c?***"),
+        ("http://u:p@[::1]:80/", "http://[::1]:80/"),
+        ("http://h.test/a/b", "http://h.test/a/b"),
+        ("http://user:pa/ss@h.test/", "***"),
+        ("u:p@h.test", "***"),
+        ("http://u:p@", "***"),
+    ],
+)
+def test_an_address_is_shown_with_host_and_path_alone(address: str, safe: str) -> None:
+    assert shown(address) == safe
+
+
+def test_the_key_of_an_endpoint_is_in_no_version_no_message_and_no_recording(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    said = f"key={SECRET} of http://search.test/find?key={SECRET} has expired".encode()
+    for name in ("text_search_tool", "image_search_tool"):
+        seen = search(
+            saying(response(said, status="403 Forbidden")), sandbox, name=name, endpoint=LOCKED,
+            recording=tmp_path,
+        )  # fmt: skip
+        assert seen.outcome is Outcome.TOOL_ERROR
+        assert "HTTP 403 key=*** of http://search.test/find?key=***" in seen.text
+    kept = (tmp_path / "calls.sqlite").read_bytes()
+    assert b"endpoint=http://search.test/find?key=***&index=***" in kept
+    assert SECRET.encode() not in kept
+
+
+def test_a_recipe_shows_its_endpoints_key_to_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    quoted = f"tools.text_endpoint='{LOCKED}'"
+    server = "tools.mcp=[{command: [run], env: {TOKEN: " + SECRET + "}}]"
+    recipe = load_recipe(RECIPE, [quoted, server])
+    content = recipe_to_show(recipe)
+    assert SECRET in str(recipe_to_dict(recipe)) and SECRET not in str(content)
+    assert content["tools"]["text_endpoint"] == "http://search.test/find?key=***&index=***"
+    assert content["tools"]["mcp"][0]["env"] == {"TOKEN": "***"}
+    for override in (
+        f"tools.text_endpoint={LOCKED}",  # hydra wants quotes
+        f"tools.text_top_k='{LOCKED}'",
+        f"tools.text_endpoint='http://u:{SECRET}@h/s'",
+        f"tools.allowed_hosts=['http://u:{SECRET}@h']",
+        f"tools.allowed_hosts=['{SECRET}@h']",
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load_recipe(RECIPE, [override])
+        assert SECRET not in str(caught.value) and "tools." in str(caught.value)
 
 
 def test_a_thumbnail_that_takes_too_long_is_left_out_and_the_call_goes_on(

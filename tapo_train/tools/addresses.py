@@ -8,15 +8,22 @@ after resolution, and the connection is made to that very address (`net.py`).
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
 from tapo_train.errors import ConfigError, ToolRefusedError
 
 SCHEMES = frozenset({"http", "https"})
 PORTS = frozenset({80, 443})
 """Allowed anywhere; a named host with a port allows that port there."""
+
+HIDDEN = "***"
+SHORTEST_SECRET = 6
+"""[characters] Shorter values of a query are words such as `top_k=3`."""
+_MAY_HIDE = frozenset("@?#")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://\S+")
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -71,15 +78,58 @@ def host_of_endpoint(url: str, *, field: str) -> str:
     Raises:
         ConfigError: it is not http(s)://host[:port][/path].
     """
+    wrong = ConfigError(f"{field}: found {shown(url)!r}, wanted http(s)://host[:port]/path")
     try:
         parts = urlsplit(url)
         port = parts.port or (443 if parts.scheme == "https" else 80)
-    except ValueError as error:
-        raise ConfigError(f"{field}: found {url!r}, {error}") from error
+    except ValueError:
+        raise wrong from None  # the error quotes a piece, which may be one of a password
     if parts.scheme not in SCHEMES or not parts.hostname or parts.username is not None:
-        raise ConfigError(f"{field}: found {url!r}, wanted http(s)://host[:port]/path")
+        raise wrong
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return f"{host}:{port}"
+
+
+def shown(url: str) -> str:
+    """An address as it may be written anywhere: host and path, and of a query the names.
+
+    User, password, the query's values and the fragment, which may be secrets, are hidden.
+    """
+    if not _MAY_HIDE & set(url):
+        return url
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not host:
+        return HIDDEN
+    host = f"[{host}]" if ":" in host else host
+    pairs = [pair.partition("=") for pair in parts.query.split("&") if pair]
+    query = "&".join(f"{name}={HIDDEN}" if sign else HIDDEN for name, sign, _ in pairs)
+    return urlunsplit(
+        (parts.scheme, host if port is None else f"{host}:{port}", parts.path, query, "")
+    )
+
+
+def shown_text(text: str, *, secrets_of: str = "") -> str:
+    """A text as it may be written anywhere: each address in it as `shown`.
+
+    Args:
+        secrets_of: an address whose secrets are hidden wherever they stand, too.
+    """
+    text = _ADDRESS.sub(lambda found: shown(found[0]), text)
+    for secret in _secrets(secrets_of):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _secrets(url: str) -> list[str]:
+    """Values of a query, as written and as meant, that are too long to be anything else."""
+    query = url.partition("?")[2].partition("#")[0]
+    written = [pair.partition("=")[2] or pair for pair in query.split("&")]
+    meant = [value for _, value in parse_qsl(query)]
+    return [value for value in {*written, *meant} if len(value) >= SHORTEST_SECRET]
 
 
 def require_destination(scheme: str, host: str, port: int, allowed: AllowedHosts) -> None:
@@ -155,7 +205,7 @@ def _entry(entry: str, field: str) -> tuple[str, int | None]:
         host, _, port = entry.rpartition(":") if not entry.endswith("]") else (entry, "", "")
     number = int(port) if port.isascii() and port.isdigit() else None
     if not host or any(c in host for c in "/@*?# ") or (port and number is None):
-        raise ConfigError(f"{field}: found {entry!r}, wanted host or host:port")
+        raise ConfigError(f"{field}: found {shown(entry)!r}, wanted host or host:port")
     if number is not None and not 0 < number < 65536:
-        raise ConfigError(f"{field}: found port {number} in {entry!r}, wanted 1 to 65535")
+        raise ConfigError(f"{field}: found port {number} in {shown(entry)!r}, wanted 1 to 65535")
     return _canonical(host), number

@@ -29,7 +29,12 @@ from ssl import SSLContext
 import httpx
 
 from tapo_train.errors import ToolDownError, ToolError, ToolRefusedError
-from tapo_train.tools.addresses import AllowedHosts, require_address, require_destination
+from tapo_train.tools.addresses import (
+    AllowedHosts,
+    require_address,
+    require_destination,
+    shown_text,
+)
 
 __all__ = ["FetchLimits", "Fetched", "HttpClient"]
 
@@ -132,7 +137,7 @@ class HttpClient:
         except httpx.TimeoutException as error:
             raise TimeoutError(f"no answer in time: {type(error).__name__}") from error
         except (httpx.HTTPError, httpx.StreamError) as error:
-            said = f"{type(error).__name__}: {error}".rstrip(": ")
+            said = shown_text(f"{type(error).__name__}: {error}".rstrip(": "), secrets_of=url)
             raise ToolDownError(f"the connection failed ({said})") from error
 
     async def _follow(
@@ -196,7 +201,7 @@ class HttpClient:
         if status in _REDIRECTS and "location" in headers:
             return status, headers["location"]
         if not 200 <= status < 300:
-            raise await _refusal(response)
+            raise await _refusal(response, url)
         declared = headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared) > self._limits.max_bytes:
             raise self._too_large(f"announced {declared} bytes")
@@ -277,7 +282,7 @@ def _is_packed(headers: Mapping[str, str]) -> bool:
     return encoding.endswith("gzip")
 
 
-async def _refusal(response: httpx.Response) -> ToolError:
+async def _refusal(response: httpx.Response, url: str) -> ToolError:
     """The error for a status that is neither success nor redirect, with what the server says."""
     said = b""
     if not _is_packed(response.headers):
@@ -285,7 +290,9 @@ async def _refusal(response: httpx.Response) -> ToolError:
             said = (said + chunk)[:_SAID_BYTES]
             if len(said) >= _SAID_BYTES:
                 break
-    words = "".join(c if c.isprintable() else " " for c in said.decode("utf-8", "replace"))
+    # Some servers repeat the key that they refuse.
+    words = shown_text(said.decode("utf-8", "replace"), secrets_of=url)
+    words = "".join(c if c.isprintable() else " " for c in words)
     message = f"HTTP {response.status_code} {' '.join(words.split())[:200]}".rstrip()
     if response.status_code in _BUSY or response.status_code >= 500:
         return ToolDownError(message)

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tapo_train.data.images import extension
 from tapo_train.errors import ToolDownError, ToolError, ToolRefusedError
+from tapo_train.tools.addresses import shown
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.image_search import ImageSearchArguments
@@ -96,9 +97,8 @@ class RemoteTextSearch:
         self._contamination = contamination
         self._top_k = top_k
         self._max_chars = max_chars
-        self.version = (
-            f"1 endpoint={endpoint} top_k={top_k} max_chars={max_chars} {contamination.version}"
-        )
+        kept = f"top_k={top_k} max_chars={max_chars} {contamination.version}"
+        self.version = f"1 endpoint={shown(endpoint)} {kept}"
         self.reads = contamination.reads
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
@@ -161,9 +161,8 @@ class RemoteImageSearch:
         self._top_k = top_k
         self._side_px = thumbnail_side_px
         self._fetch_s = thumbnail_s
-        self.version = (
-            f"1 endpoint={endpoint} top_k={top_k} side={thumbnail_side_px} {contamination.version}"
-        )
+        kept = f"top_k={top_k} side={thumbnail_side_px} {contamination.version}"
+        self.version = f"1 endpoint={shown(endpoint)} {kept}"
         self.reads = contamination.reads | {"picture"}
 
     async def run(self, arguments: ImageSearchArguments, context: ToolContext) -> Observation:
