@@ -22,6 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from tapo_train.config_errors import GROUPS, cross_field_problems, explain, nearest
 from tapo_train.errors import ConfigError
@@ -42,8 +43,9 @@ __all__ = [
     "warm_start_updates",
 ]
 
-SHIPPED_RECIPES = Path(__file__).resolve().parent.parent / "recipes"
-"""Searched for `base` and for groups after the recipe's own folder."""
+SHIPPED_RECIPES = (Path(__file__).parent / "shipped_recipes").resolve()
+"""Searched for `base` and for groups after the recipe's own folder; in the repository this is
+`recipes/`."""
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
 
@@ -64,14 +66,18 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"recipe {path}: no such file; wanted a .yaml file{_shipped_hint()}")
     if path.suffix != ".yaml":
         raise ConfigError(f"recipe {path}: found the ending {path.suffix!r}, wanted .yaml")
-    arguments = [_as_hydra(text, path) for text in overrides]
-    arguments.append(f"hydra.searchpath=[file://{SHIPPED_RECIPES}]")
     try:
+        arguments = [_as_hydra(text, path) for text in overrides]
+        arguments.append(f"hydra.searchpath=[file://{SHIPPED_RECIPES}]")
         with initialize_config_dir(str(path.resolve().parent), version_base=None):
             composed = compose(path.stem, overrides=arguments)
         content = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(f"recipe {path}: {_first_lines(error)}") from error
+    except (YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(
+            f"recipe {path}: {_first_lines(error)}; wanted YAML of plain values"
+        ) from error
     if not isinstance(content, dict):
         raise ConfigError(f"recipe {path}: found a list, wanted sections such as run: and model:")
     return recipe_from_dict({str(key): value for key, value in content.items()}, source=str(path))
@@ -233,7 +239,10 @@ def _first_lines(error: Exception) -> str:
 
 
 def _shipped_hint() -> str:
-    names = sorted(f"recipes/{file.name}" for file in SHIPPED_RECIPES.glob("*.yaml"))
+    folder, here = SHIPPED_RECIPES, Path.cwd()
+    if folder.is_relative_to(here):
+        folder = folder.relative_to(here)
+    names = sorted(str(folder / file.name) for file in SHIPPED_RECIPES.glob("*.yaml"))
     return f", for instance {', '.join(names)}" if names else ""
 
 

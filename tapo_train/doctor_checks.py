@@ -194,7 +194,9 @@ def _version(name: str) -> str | None:
 
 def _chat(model: Path) -> ChatFormat:
     from tapo_train.rollout.chat import ChatFormat
+    from tapo_train.rollout.model_folder import require_model_folder
 
+    require_model_folder(model)
     return ChatFormat(model)
 
 

@@ -117,7 +117,7 @@ def make_parts(
     Args:
         ending: what has to be closed however the run ends is entered here.
     """
-    chat = ChatFormat(Path(recipe.model.path))
+    chat = build.build_chat(recipe)
     require_playable([*tasks, *validation], chat)
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = build.build_engine(recipe, chat)
@@ -163,7 +163,7 @@ def sft(recipe: Recipe) -> Path:
     """Warm-start `model.path` on scripted demonstrations; the exported policy's folder."""
     distributed.init(device=build.DEVICE)
     folder = RunFolder(recipe.run.dir)
-    chat = ChatFormat(Path(recipe.model.path))
+    chat = build.build_chat(recipe)
     settings = WarmStart(
         drills=recipe.sft.drills,
         able_updates=recipe.sft.able_updates,
@@ -222,7 +222,7 @@ def evaluate(
         out: where to write the trajectories (jsonl).
     """
     questions = read_tasks([str(tasks)], recipe)[: num_questions or None]
-    chat = ChatFormat(Path(recipe.model.path))
+    chat = build.build_chat(recipe)
     require_playable(questions, chat)
     engine = build.build_engine(recipe, chat)
     with closing(build.build_toolbox(recipe, decoder=chat.decoder)) as toolbox:

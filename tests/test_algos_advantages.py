@@ -127,6 +127,18 @@ def test_batch_renorm_is_the_population_z_score_of_the_rows_kept() -> None:
     assert batch_renorm([0.3, 0.3]).tolist() == [0.0, 0.0]
 
 
+@pytest.mark.parametrize("successes", [1, 2, 3, 5, 6, 7])
+def test_rounding_gives_no_sign_to_the_zeros_of_a_group_where_all_failed(successes: int) -> None:
+    rewards = [1.0] * successes + [0.0] * (8 - successes) + [0.0] * 8
+    group = [0] * 8 + [1] * 8
+    renormed = batch_renorm(group_advantages(rewards, group))
+    baseline = group_advantages(rewards, group, kind="reinforce_pp_baseline")
+    assert renormed[8:].tolist() == baseline[8:].tolist() == [0.0] * 8
+    # The group's rows have the unbiased deviation 1, hence 7/16 of a square each on average.
+    up = ((8 - successes) / successes * 7 / 8) ** 0.5
+    assert renormed[0] == pytest.approx(up / (7 / 16) ** 0.5, rel=1e-5)
+
+
 def test_dynamic_sampling_keeps_groups_whose_scores_differ() -> None:
     scores = [1.0, 0.0, 1.0, 1.0, 0.0, 0.0, 0.5, 1.0, 0.0, 1.0]
     group = [0, 0, 1, 1, 2, 2, 3, 4, 4, 4]

@@ -135,6 +135,19 @@ def test_eval_without_tasks_says_what_is_missing(capsys: pytest.CaptureFixture[s
     assert "--tasks no.jsonl does not exist" in capsys.readouterr().err
 
 
+def test_eval_of_fewer_than_no_questions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", "m", "--tasks", DEMO, "--recipe", DEMO, "--questions", "-3"]
+    assert main(["eval", *arguments]) == 2
+    assert "--questions is -3; wanted 0 or more" in capsys.readouterr().err
+
+
+def test_a_world_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    assert main(["world", "--seed", "1", "--out", str(taken)]) == 2
+    assert f"world: cannot write below {taken}: Not a directory" in capsys.readouterr().err
+
+
 def test_eval_takes_the_indexes_beside_the_task_file(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").touch()
     overrides = eval_overrides(Path("m"), tmp_path / "test.jsonl", ["tools.text_top_k=9"])

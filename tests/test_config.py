@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
+import zipfile
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +207,47 @@ def test_a_missing_section_is_named() -> None:
 
 def test_a_missing_file_names_those_that_exist() -> None:
     assert "recipes/demo_cpu.yaml" in refusal(recipe=ROOT / "recipes" / "no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'run: !!python/object/apply:os.system ["touch pwned"]', "could not determine a const"),
+        (b"run: [1", "while parsing a flow sequence"),
+        (b"\xff\xfe\x00", "'utf-8' codec can't decode"),
+        (b"run: {dir: a, dir: b}", "found duplicate key dir"),
+        (b"run: " + b"[" * 20_000, "recursion"),
+    ],
+)
+def test_a_file_that_is_no_plain_yaml_is_refused_in_one_message(
+    content: bytes, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = tmp_path / "stranger.yaml"
+    recipe.write_bytes(content)
+    for overrides in ([], ["algo/loss=gspo"]):
+        found = refusal(*overrides, recipe=recipe)
+        assert found.startswith(f"recipe {recipe}: ") and message in found
+        assert found.endswith("; wanted YAML of plain values")
+    assert [path.name for path in tmp_path.iterdir()] == ["stranger.yaml"]
+
+
+def test_an_installed_package_holds_the_shipped_recipes(tmp_path: Path) -> None:
+    for name in ("tapo_train", "recipes"):
+        shutil.copytree(
+            ROOT / name, tmp_path / name, symlinks=True,
+            ignore=shutil.ignore_patterns("*.py", "__pycache__"),
+        )  # fmt: skip
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "tapo_train" / "__init__.py").write_text('__version__ = "0"\n')
+    code = "import setuptools.build_meta as b; b.build_wheel('.')"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        packed = {name for name in archive.namelist() if "recipes" in name}
+    files = (ROOT / "recipes").rglob("*.yaml")
+    assert packed == {f"tapo_train/shipped_{path.relative_to(ROOT)}" for path in files}
 
 
 def test_a_group_cannot_be_chosen_in_a_resolved_recipe(tmp_path: Path) -> None:

@@ -162,6 +162,7 @@ BAD_LINES: Mapping[str, tuple[Any, str]] = {
     ),
     "root": ({**GOOD, "images": [{}]}, r"images\[0\].root is None; want text"),
     "same id": (GOOD, "id 't' of group 'q' is in line 1 already"),
+    "corrected without a step": ({"id": "t", "advantage": 0, "steps": []}, "corrected before"),
     "corrected": ({"id": "t", "advantage": 0, "steps": [{"gates": {}}]}, "was corrected before"),
 }
 
@@ -304,6 +305,42 @@ def test_a_sweep_writes_a_table_a_csv_and_a_picture(
     assert float(rows[1]["steps, theta only"]) == 6 / 8
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert "0.750" in capsys.readouterr().out
+
+
+def test_an_impossible_sweep_is_refused_before_the_analysis(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(golden_file(tmp_path))
+    with pytest.raises(ConfigError, match=r"credit\.theta is 1\.5; want a number in \[0, 1\]"):
+        main([path, "--sweep", "theta=0.5,1.5"])
+    assert capsys.readouterr().out == ""
+    with pytest.raises(DataError, match="the sweep cannot be written there: File exists"):
+        main([path, "--sweep", "theta=0.5", "--sweep-out", path])
+
+
+def test_each_file_has_groups_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, out = golden_file(tmp_path), tmp_path / "corrected.jsonl"
+    # The same question in another epoch: another attempt at it succeeded, without any call.
+    up = {**GOOD, "id": "0", "correct": True, "advantage": 1.0}
+    two = write(tmp_path / "later.jsonl", up, {**with_call(), "id": "1"})
+    assert main([str(one), str(two), "credit.beta=0.4", "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "10 trajectories of 2 questions" in shown
+    # 5 + 1 failing trajectories with 8 + 1 steps; support in the first file is still 2/3.
+    assert "4/6" in shown and "6/9" in shown and "support, mean" + " " * 24 + "0.667" in shown
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["id"] for line in lines] == [*map(str, range(8)), "0", "1"]
+    assert lines[3]["steps"][0]["advantage"] == pytest.approx(-0.4303, abs=5e-5)
+    with pytest.raises(ConfigError, match="the file that is read"):
+        main([str(one), str(two), "--out", str(two)])
+
+
+def test_without_a_file_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["credit.beta=0.4"])
+    assert "a FILE of rollouts is required" in capsys.readouterr().err
 
 
 def test_a_sweep_over_one_option_is_drawn_as_lines(tmp_path: Path) -> None:

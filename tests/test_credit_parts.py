@@ -440,6 +440,13 @@ def test_novelty_gap_counts_repeats_that_were_news_to_the_success() -> None:
     assert audited([again], [again])["credit/novelty_gap"] == 0.0
 
 
+def test_the_novelty_gap_is_a_share_of_the_calls_whose_answer_is_known() -> None:
+    first, again = text("other thing", observation="x"), text("one", observation="x")
+    # Two corrected calls, one of them with an answer, which is a repeat.
+    assert audited([again], [first, again, text("one")])["credit/novelty_gap"] == 1.0
+    assert "credit/novelty_gap" not in audited([again], [text("one")])
+
+
 def test_agreement_can_be_required_as_a_third_gate() -> None:
     same, other = text("one", observation="x"), text("one", observation="y")
     gate = {"require_observation_agreement": True}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rollout_world import HOSTILE, SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task
 
-from tapo_train.errors import AlignmentError, DataError, RolloutError
+from tapo_train.errors import AlignmentError, ConfigError, DataError, RolloutError
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.model_folder import require_model_folder
 from tapo_train.rollout.pixels import Pixels, RecentlyUsed
 from tapo_train.tools.images import ImageDecoder, image_from_bytes
 from tapo_train.types import Observation
@@ -29,6 +31,34 @@ CONTROL = (
 @pytest.fixture(scope="module", params=["tiny_qwen3_vl", "tiny_qwen2_5_vl"])
 def chat(request: pytest.FixtureRequest) -> ChatFormat:
     return ChatFormat(request.getfixturevalue(request.param))
+
+
+def test_a_model_folder_that_is_not_whole_is_refused_by_what_it_lacks(
+    tiny_qwen3_vl: Path, tmp_path: Path
+) -> None:
+    model, weights = tmp_path / "model", tmp_path / "model" / "model.safetensors"
+    index = tmp_path / "model" / "model.safetensors.index.json"
+
+    def refused(message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            require_model_folder(model)
+
+    refused(r"model\.path: found '.*model', which is no folder here; .*nothing is downloaded")
+    model.mkdir()
+    refused(r"model\.path: found no config\.json in ")
+    shutil.copytree(tiny_qwen3_vl, model, dirs_exist_ok=True)
+    require_model_folder(model)
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1])
+    refused(r"model\.path: .*model\.safetensors is damaged")
+    weights.unlink()
+    refused(r"model\.path: found no weights in ")
+    weights.write_bytes(whole)
+    index.write_text('{"weight_map": {"a": "model.safetensors", "b": "more.safetensors"}}')
+    refused(r"model\.path: .* lacks more\.safetensors; wanted every file")
+    for damage in ("[]", "{", '{"weight_map": 3}'):
+        index.write_text(damage)
+        refused(r"index\.json is damaged")
 
 
 def count_control(chat: ChatFormat, tokens: np.ndarray) -> int:

@@ -22,6 +22,9 @@ AdvantageKind = Literal[
 ]
 StdKind = Literal["unbiased", "population"]
 
+_ROUNDING = 1e-12
+"""A mean below this share of the largest value is 0."""
+
 
 def group_advantages(
     rewards: npt.ArrayLike,
@@ -174,7 +177,11 @@ def _standardised(
     if not _differs(values, one_group, kept, 1)[0]:
         return np.zeros_like(values)
     total = weight.sum()
-    centred = np.where(kept, values - (weight * values).sum() / total, 0.0)
+    mean = (weight * values).sum() / total
+    # Values that were centred before have a mean of a rounding or two. Taking it away would give
+    # the zeros of uniform groups a sign, and the credit stage goes by the sign.
+    mean = 0.0 if abs(mean) <= _ROUNDING * np.abs(values).max() else mean
+    centred = np.where(kept, values - mean, 0.0)
     variance = (weight * centred**2).sum() / max(total - _lost_degrees(std), 1.0)
     return np.asarray(centred / (np.sqrt(variance) + eps), dtype=np.float64)
 

@@ -19,6 +19,7 @@ from tapo_train.build.learner import (
     learner_settings,
 )
 from tapo_train.build.rollout import (
+    build_chat,
     build_engine,
     build_engine_server,
     build_interruption,
@@ -32,6 +33,7 @@ __all__ = [
     "DEVICE",
     "build_advantage",
     "build_audit",
+    "build_chat",
     "build_correction",
     "build_credit",
     "build_engine",

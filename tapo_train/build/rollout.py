@@ -25,6 +25,7 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.limits import Deadlines, Limits
+from tapo_train.rollout.model_folder import require_model_folder
 from tapo_train.rollout.remote.carriers import FolderWeights, StreamedWeights
 from tapo_train.rollout.remote.engine import RemoteEngine
 from tapo_train.rollout.remote.fleet import RemoteOptions
@@ -44,6 +45,17 @@ SERVER_MEMORY = 0.9
 
 MOST_IN_FLIGHT = 256
 """Trajectories under way at a time if neither memory nor the recipe says less."""
+
+
+def build_chat(recipe: Recipe) -> ChatFormat:
+    """Messages and tokens of the recipe's model, whose folder is looked at first.
+
+    Raises:
+        ConfigError: the folder is missing, incomplete or damaged.
+    """
+    folder = Path(recipe.model.path)
+    require_model_folder(folder)
+    return ChatFormat(folder)
 
 
 def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:

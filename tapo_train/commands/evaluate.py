@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(
             f"eval: {path} does not exist, so prompt and tools are unknown; wanted --recipe FILE"
         )
+    if arguments.questions < 0:
+        raise ConfigError(f"eval: --questions is {arguments.questions}; wanted 0 or more")
     if not tasks.exists():
         raise ConfigError(f"eval: --tasks {tasks} does not exist; wanted a task file")
     recipe = load_recipe(path, eval_overrides(model, tasks, arguments.overrides))

@@ -31,11 +31,10 @@ def main(argv: Sequence[str]) -> None:
     recipe = load_recipe(recipe_file, [*overrides, *words])
 
     from tapo_train import build  # loads torch and vllm
-    from tapo_train.rollout.chat import ChatFormat
 
     server = build.build_engine_server(
         recipe,
-        ChatFormat(Path(recipe.model.path)),
+        build.build_chat(recipe),
         host=arguments.host,
         port=arguments.port,
         weights_root=Path(arguments.weights_root) if arguments.weights_root else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,10 +11,10 @@ from pathlib import Path
 from tapo_train.credit.assigners import Tapo
 from tapo_train.credit.overrides import parse_options
 from tapo_train.credit.result import CreditResult
-from tapo_train.credit.rollout_file import RolloutFile, read_rollouts
+from tapo_train.credit.rollout_file import RolloutFile, read_files
 from tapo_train.credit.rollout_lines import corrected_line
 from tapo_train.credit.steps import CreditRow
-from tapo_train.credit.sweep import parse_axes, sweep, table, write_sweep
+from tapo_train.credit.sweep import parse_axes, require_legal, sweep, table, write_sweep
 from tapo_train.errors import ConfigError, DataError
 
 _DESCRIPTION = """\
@@ -30,6 +29,7 @@ Optional: "images": [{"root": "…", "box": [0,0,1,1]}] of the line, "new_images
 _EPILOG = """\
 examples:
   python -m tapo_train analyze rollouts.jsonl
+  python -m tapo_train analyze runs/demo/rollouts/*.jsonl
   python -m tapo_train analyze rollouts.jsonl --out corrected.jsonl credit.beta=0.4
   python -m tapo_train analyze rollouts.jsonl credit.theta_by_tool.text_search_tool=0.6
   python -m tapo_train analyze rollouts.jsonl --sweep theta=0.3:0.9:0.1 alpha_min=0.1:0.5:0.1
@@ -44,9 +44,12 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("rollouts", type=Path, help="JSONL file of rollouts")
     parser.add_argument(
-        "overrides", nargs="*", metavar="credit.x=y", help="any option of the TAPO credit stage"
+        "words",
+        nargs="+",
+        metavar="FILE | credit.x=y",
+        help="JSONL files of rollouts, each with groups of its own; and options of the TAPO "
+        "credit stage",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the corrected rows here")
     parser.add_argument(
@@ -75,19 +78,24 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: an override or a sweep is wrong.
         DataError: the file is.
     """
-    arguments = _parser().parse_intermixed_args(list(argv))
+    parser = _parser()
+    arguments = parser.parse_intermixed_args(list(argv))
     swept = arguments.sweep or []
-    overrides = arguments.overrides + [s for s in swept if s.startswith("credit.")]
-    options = parse_options(overrides)
+    overrides = [word for word in arguments.words if _is_override(word)]
+    paths = [Path(word) for word in arguments.words if not _is_override(word)]
+    if not paths:
+        parser.error("a FILE of rollouts is required")
+    options = parse_options(overrides + [s for s in swept if s.startswith("credit.")])
     if arguments.sweep_out and not swept:
         raise ConfigError("--sweep-out without --sweep; want a sweep to write")
     axes = parse_axes([s for s in swept if not s.startswith("credit.")]) if swept else []
-    if arguments.out and arguments.out.resolve() == arguments.rollouts.resolve():
+    require_legal(options, axes)
+    if arguments.out and arguments.out.resolve() in [path.resolve() for path in paths]:
         raise ConfigError(f"--out is {arguments.out}, the file that is read; want another one")
-    file = read_rollouts(arguments.rollouts, skip_bad=arguments.skip_bad)
+    file = read_files(paths, skip_bad=arguments.skip_bad)
     _warn(file)
     if not file.rows:
-        raise DataError(f"{arguments.rollouts}: no rollout in it; want at least one line")
+        raise DataError(f"{paths[0]}: no rollout in it; want at least one line")
     result = Tapo(options)(file.rows)
     print("\n".join(report(file.rows, result)))
     if arguments.out:
@@ -99,6 +107,10 @@ def main(argv: Sequence[str]) -> int:
         paths = write_sweep(arguments.sweep_out or Path("sweep"), axes, points)
         print("\nsweep: " + ", ".join(map(str, paths)))
     return 0
+
+
+def _is_override(word: str) -> bool:
+    return ("=" in word or word.startswith("credit.")) and not Path(word).is_file()
 
 
 def _warn(file: RolloutFile) -> None:
@@ -137,9 +149,12 @@ def report(rows: Sequence[CreditRow], result: CreditResult) -> list[str]:
     lines += ["", "Steps of failing trajectories        total    similar  corrected"]
     lines += _counts(metrics, "tapo/by_turn/", "turn ")
     lines += ["", "Corrected steps and references"]
-    lines += [_value(label, metrics.get(key)) for label, key in _TRANSFER.items()]
+    lines += [
+        _value(label, metrics.get(key), decimals=0 if key in _WHOLE else 3)
+        for label, key in _TRANSFER.items()
+    ]
     lines += ["", "Determinism audit of corrected calls"]
-    lines += [_value(label, metrics.get(key)) for label, key in _AUDIT.items()]
+    lines += [_value(label, metrics.get(key), decimals=3) for label, key in _AUDIT.items()]
     bins = sorted(key for key in metrics if key.startswith("credit/turn_gap_hist/"))
     lines += [f"    turn gap {key.rsplit('/')[-1]:<22}{metrics[key]:>9.0f}" for key in bins]
     return lines
@@ -161,6 +176,7 @@ _TRANSFER = {
     "calls per cluster": "tapo/cluster_size_mean",
     "seconds in the credit stage": "tapo/time_s",
 }
+_WHOLE = ("tapo/n_clusters",)
 _AUDIT = {
     "observation agreement": "credit/observation_agreement",
     "turn gap, mean": "credit/turn_gap",
@@ -173,10 +189,8 @@ def _share(part: float, total: float) -> str:
     return f"{part:>6.0f}/{total:<6.0f}{share}"
 
 
-def _value(label: str, value: float | None) -> str:
-    missing = value is None or math.isnan(value)
-    decimals = 0 if value is not None and value >= 1000 else 3
-    return f"  {label:<33}" + ("        -" if missing else f"{value:>9.{decimals}f}")
+def _value(label: str, value: float | None, *, decimals: int) -> str:
+    return f"  {label:<33}" + ("        -" if value is None else f"{value:>9.{decimals}f}")
 
 
 def _counts(metrics: Mapping[str, float], prefix: str, label: str = "") -> list[str]:

@@ -105,7 +105,9 @@ def _tally_audit(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement) ->
     counts = np.bincount(np.digitize(gaps, GAP_EDGES), minlength=len(GAP_BINS))
     for name, count in zip(GAP_BINS, counts.tolist(), strict=True):
         sums[f"audit/turn_gap_hist/{name}"] = count
-    for query in audit.recorded(corrected):
+    recorded = audit.recorded(corrected)
+    sums["audit/recorded"] = len(recorded)
+    for query in recorded:
         agreeing, pairs = audit.agreement(query)
         sums["audit/agreeing"] += agreeing
         sums["audit/pairs"] += pairs
@@ -152,7 +154,7 @@ def finish(sums: Mapping[str, float]) -> dict[str, float]:
             metrics.count("credit/" + key.removeprefix("audit/"), key)
     metrics.ratio("credit/observation_agreement", "audit/agreeing", "audit/pairs")
     metrics.ratio("credit/turn_gap", "audit/turn_gap", "audit/calls")
-    metrics.ratio("credit/novelty_gap", "audit/stale", "audit/calls")
+    metrics.ratio("credit/novelty_gap", "audit/stale", "audit/recorded")
     metrics.count("gigpo/n_step_groups", "gigpo/step_groups")
     metrics.ratio("gigpo/frac_steps_grouped", "gigpo/grouped", "gigpo/steps")
     metrics.ratio("gigpo/step_adv_abs_mean", "gigpo/step_adv_abs", "gigpo/steps")

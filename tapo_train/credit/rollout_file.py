@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ MAX_TURNS = 1000
 """Turn numbers beyond are taken for damage."""
 MAX_LINE_BYTES = 1 << 26
 _ROW_KEYS = {"id", "group", "correct", "advantage", "reward", "images", "steps"}
+_CORRECTED_KEYS = {"id", "advantage", "steps", "calls"}
+"""Of what `analyze --out` writes."""
 _STEP_KEYS = {"turn", "calls"}
 _CALL_KEYS = {"name", "arguments", "valid", "executed", "status", "observation", "new_images"}
 _IMAGE_KEYS = {"root", "box", "size"}
@@ -93,6 +95,23 @@ def read_rollouts(path: Path, *, skip_bad: bool = False) -> RolloutFile:
     return result
 
 
+def read_files(paths: Sequence[Path], *, skip_bad: bool = False) -> RolloutFile:
+    """`read_rollouts` of several files as one; each has its own groups.
+
+    A question comes back in another epoch and is then another group. Groups of several files are
+    told apart by the file's name before theirs.
+    """
+    if len(paths) == 1:
+        return read_rollouts(paths[0], skip_bad=skip_bad)
+    result = RolloutFile()
+    for path in paths:
+        part = read_rollouts(path, skip_bad=skip_bad)
+        result.rows += [replace(row, group=f"{path}: {row.group}") for row in part.rows]
+        result.bad += part.bad
+        result.ignored_keys += part.ignored_keys
+    return result
+
+
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes) of the lines that are not blank."""
     try:
@@ -117,7 +136,7 @@ class _Parser:
     def row(self, line: Any) -> CreditRow:
         """One line. A reward without an advantage leaves the advantage NaN for now."""
         data = self._object(line, "line", _ROW_KEYS)
-        if "group" not in data and _is_corrected(data.get("steps")):
+        if _CORRECTED_KEYS.issuperset(data) and "advantage" in data:
             raise DataError("this row was corrected before; want the rollouts it came from")
         row_id, group = text_in(data, "id"), text_in(data, "group")
         advantage, reward = number_in(data, "advantage"), number_in(data, "reward")
@@ -199,10 +218,6 @@ class _Parser:
         for key in value.keys() - known:
             self._ignored[f"{where.split('[')[0]}: {key}"] += 1
         return value
-
-
-def _is_corrected(steps: Any) -> bool:
-    return isinstance(steps, list) and any(isinstance(s, dict) and "gates" in s for s in steps)
 
 
 def _with_advantages(

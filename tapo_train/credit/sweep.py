@@ -16,7 +16,7 @@ from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.overrides import parse_number
 from tapo_train.credit.steps import CreditRow
 from tapo_train.credit.tapo import decide
-from tapo_train.errors import ConfigError
+from tapo_train.errors import ConfigError, DataError
 
 AXES = ("theta", "alpha_min", "cluster_theta", "beta")
 """Options that can be swept: those that leave the eligible calls as they are."""
@@ -81,6 +81,13 @@ def _axis(spec: str) -> Axis:
     return Axis(name=name, values=tuple(round(low + i * step, 10) for i in range(count)))
 
 
+def require_legal(options: TapoOptions, axes: Sequence[Axis]) -> None:
+    """Raise `ConfigError` if an option cannot have one of the swept values."""
+    for axis in axes:
+        for value in axis.values:
+            _with(options, axis.name, value)
+
+
 def sweep(rows: Sequence[CreditRow], options: TapoOptions, axes: Sequence[Axis]) -> list[Point]:
     """The shares at every combination. A swept theta holds for every tool."""
     reader = Reader(options)
@@ -116,14 +123,19 @@ def table(axes: Sequence[Axis], points: Sequence[Point]) -> list[str]:
 
 
 def write_sweep(folder: Path, axes: Sequence[Axis], points: Sequence[Point]) -> list[Path]:
-    """Write `sweep.csv` and `sweep.png`; returns both paths."""
+    """Write `sweep.csv` and `sweep.png`; returns both paths. `DataError` if they cannot be."""
     from tapo_train.credit.sweep_plot import draw  # matplotlib takes a second to import
 
-    folder.mkdir(parents=True, exist_ok=True)
     csv_path, png_path = folder / "sweep.csv", folder / "sweep.png"
-    with csv_path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow([axis.name for axis in axes] + list(SHARES))
-        writer.writerows([*point.at, *point.shares.values()] for point in points)
-    draw(png_path, axes, points)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with csv_path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([axis.name for axis in axes] + list(SHARES))
+            writer.writerows([*point.at, *point.shares.values()] for point in points)
+        draw(png_path, axes, points)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the sweep cannot be written there: {error.strerror or error}"
+        ) from error
     return [csv_path, png_path]

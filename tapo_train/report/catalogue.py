@@ -118,7 +118,7 @@ METRICS: dict[str, str] = {
     "credit/observation_agreement": "share of matched pairs whose observations are equivalent",
     "credit/turn_gap": "mean |turn of the failing call - mean turn of its cluster|",
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",
-    "credit/novelty_gap": "share of corrected calls that repeat an observation",
+    "credit/novelty_gap": "share of corrected calls, of those with an answer, that repeat one",
     "tapo/time_s": "[s] in the credit stage",
     "credit/time_frac": "share of the step's time spent in the credit stage",
     # early signs of collapse

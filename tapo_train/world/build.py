@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tapo_train.errors import DataError
 from tapo_train.tools.images import encode_png
 from tapo_train.world.houses import Document, House, make_corpus, make_houses
 from tapo_train.world.pictures import draw_distinct_emblems, draw_scene
@@ -128,7 +129,12 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     arguments = parser.parse_args(argv)
-    world = write_world(arguments.out, arguments.seed)
+    try:
+        world = write_world(arguments.out, arguments.seed)
+    except OSError as error:
+        raise DataError(
+            f"world: cannot write below {arguments.out}: {error.strerror or error}; wanted a folder"
+        ) from error
     counts = ", ".join(f"{len(items)} {split}" for split, items in world.questions.items())
     print(
         f"world {arguments.seed}: {len(world.houses)} houses, {len(world.corpus)} documents, "
