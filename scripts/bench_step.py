@@ -1,14 +1,16 @@
 """Measure C11: a whole training step against TRL's GRPOTrainer, without and with slow tools.
 
-    PEERS=DIR python scripts/bench_step.py [--rollouts 8] [--pairs 2] [--out FILE]
+    PEERS=DIR python scripts/bench_step.py [--policy demo] [--rollouts 8] [--pairs 2] [--out FILE]
 
-PEERS is a folder with TRL: see bench_update.py. A step is 2 questions x 8 trajectories of four
-tool turns and an answer: rollout, reward, advantages, packing or padding, loss, backward, AdamW.
+PEERS is a folder with TRL: see bench_update.py. A step is 2 questions x ROLLOUTS trajectories of
+four tool turns and an answer: rollout, reward, advantages, packing or padding, loss, backward,
+AdamW.
 
 The same on both sides, and checked before anything is timed: every token of every trajectory
 (chat template, tool schema, observations, token by token), which of them are trained, the loss
-and the gradient norm. Weights are those of bench_update.py (hidden 256, 4 layers) in float32 on
-one thread. The lengths of the observations are log-normal, so half of TRL's batch is padding.
+and the gradient norm. The policy is that of bench_update.py (hidden 256, 4 layers) or, with
+--policy demo, one of the demo's size (hidden 128, 4 layers), in float32 on one thread. The
+lengths of the observations are log-normal, so half of TRL's batch is padding.
 
 Left out on both sides: decoding. A script writes the turns, in no time: ours through an engine
 that answers at once, TRL's in place of `GRPOTrainer._generate_single_turn`. So a step is what the
@@ -19,11 +21,13 @@ Not the same: ours trains the language model of a Qwen3-VL policy (its vision to
 picture), assigns TAPO credit on top and bounds its calls with deadlines; TRL's tool is a plain
 function, as its documentation has it, so its calls run one after another, N x T x latency (its
 `async def` tools run together only within one trajectory, which calls once per turn here).
-The update is real work on a CPU: on a GPU the share of waiting, and with it the ratio, is larger.
+The update is real work on a CPU: the smaller its share of a step, as on a GPU, the larger is that
+of waiting, and with it the ratio. That is why there are two sizes.
 
-`C11.0` and `C11.200ms` are wall time. On a busy machine that counts other programs' work as
-well, so beside them stand `.cpu`: CPU time plus the time asleep for tools, which is exact for
-TRL (calls x latency) and for ours all of the rollout's wall time that was not CPU time.
+`C11.0` and `C11.200ms` (`C11.demo.…`) are wall time. On a busy machine that counts other
+programs' work as well, so beside them stand `.cpu`: CPU time plus the time asleep for tools,
+which is exact for TRL (calls x latency) and for ours all of the rollout's wall time that was not
+CPU time.
 """
 
 from __future__ import annotations
@@ -38,12 +42,12 @@ from pathlib import Path
 
 import torch
 from measures import RESULTS, Measure, append, load, versions
-from step_sides import Ours, Peer, Script, write_policy
+from step_sides import SHAPES, Ours, Peer, Script, write_policy
 
 from tapo_train.credit.assigners import NoTransfer, Tapo
 from tapo_train.credit.options import TapoOptions
 
-LATENCIES = {"C11.0": (0.0, 3.0), "C11.200ms": (0.2, 10.0)}
+LATENCIES = {"0": (0.0, 3.0), "200ms": (0.2, 10.0)}
 """Latency of a call [s], and how many times faster than TRL a step is to be."""
 TOLERANCE = 1e-5
 
@@ -71,12 +75,14 @@ def measure(arguments: argparse.Namespace, scratch: Path) -> list[Measure]:
     """Wall time and CPU time with waiting, for each latency."""
     from trl.chat_template_utils import qwen3_vl_chat_template
 
-    script = Script(arguments.rollouts)
-    folder = write_policy(scratch / "policy", qwen3_vl_chat_template)
-    ours, peer = Ours(folder, script), Peer(folder, script, scratch)
+    script, shape = Script(arguments.rollouts), SHAPES[arguments.policy]
+    folder = write_policy(scratch / "policy", qwen3_vl_chat_template, shape)
+    ours, peer = Ours(folder, script), Peer(folder, script, shape, scratch)
     compare(ours, peer)
     credit, measures = Tapo(TapoOptions()), []
-    for id, (latency, target) in LATENCIES.items():
+    prefix = "C11" if arguments.policy == "update" else f"C11.{arguments.policy}"
+    for name, (latency, target) in LATENCIES.items():
+        id = f"{prefix}.{name}"
         pairs = [(ours(latency, credit), peer(latency)) for _ in range(arguments.pairs)]
         wall = [(mine.wall_s, theirs.wall_s) for mine, theirs in pairs]
         busy = [(mine.busy_s, theirs.busy_s) for mine, theirs in pairs]
@@ -106,6 +112,7 @@ def result(id: str, unit: str, pairs: Sequence[tuple[float, float]], target: flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", choices=SHAPES, default="update")
     parser.add_argument("--rollouts", type=int, default=8, help="of each of the two questions")
     parser.add_argument("--pairs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULTS)

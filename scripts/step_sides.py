@@ -39,6 +39,12 @@ from tapo_train.tiny.model import VOCABULARY, build_tiny_policy
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.types import Group, Observation, Task, Trajectory
 
+Shape = dict[str, int]
+SHAPES: dict[str, Shape] = {
+    "update": {"hidden_size": 256, "intermediate_size": 768, "head_dim": 64},
+    "demo": {"hidden_size": 128, "intermediate_size": 384, "head_dim": 32},
+}
+"""Of the language model: that of bench_update.py, and that which the demo trains."""
 TURNS = 4
 MEDIAN_WORDS, SPREAD = 24, 0.9
 """Of an observation of one trajectory, and the sigma of the logarithm over trajectories."""
@@ -133,16 +139,18 @@ class Step:
     """Tokens of each trajectory and the positions that are trained, sorted."""
 
 
-def write_policy(folder: Path, template: str) -> Path:
-    """The model of bench_update.py with a tokenizer and the chat template of both sides."""
+def write_policy(folder: Path, template: str, shape: Shape) -> Path:
+    """A model with a tokenizer and the chat template of both sides."""
     build_tiny_policy(folder)
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(0)
-    rope = ROPE | {"mrope_section": [16, 8, 8], "mrope_interleaved": True}
+    half = shape["head_dim"] // 2
+    sections = [half // 2, half // 4, half // 4]
+    rope = ROPE | {"mrope_section": sections, "mrope_interleaved": True}
     config = Qwen3VLConfig(
-        text_config=TEXT | {"rope_parameters": rope, "vocab_size": VOCABULARY},
-        vision_config=VISION,
+        text_config=TEXT | shape | {"rope_parameters": rope, "vocab_size": VOCABULARY},
+        vision_config=VISION | {"out_hidden_size": shape["hidden_size"]},
         tie_word_embeddings=False,
         **{name: tokenizer.convert_tokens_to_ids(token) for name, token in MARKS.items()},
     )
@@ -232,14 +240,14 @@ def _trained(trajectory: Trajectory) -> tuple[int, ...]:
 class Peer:
     """`GRPOTrainer.training_step` with `tools=`, then clipping and AdamW as its loop does."""
 
-    def __init__(self, folder: Path, script: Script, scratch: Path) -> None:
+    def __init__(self, folder: Path, script: Script, shape: Shape, scratch: Path) -> None:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
         self.script, self._latency, self._turn, self.calls = script, 0.0, 0, 0
         tokenizer = AutoTokenizer.from_pretrained(folder)
         model = Qwen3ForCausalLM(
-            Qwen3Config(**TEXT | {"vocab_size": VOCABULARY}, rope_parameters=ROPE)
+            Qwen3Config(**TEXT | shape | {"vocab_size": VOCABULARY}, rope_parameters=ROPE)
         )
         ours = Qwen3VL.from_pretrained(folder, dtype=torch.float32)
         state = ours.model.language_model.state_dict(prefix="model.")
