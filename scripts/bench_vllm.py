@@ -14,7 +14,7 @@ vllm.throughput: sampled tokens per second, over those of vLLM's own `generate` 
 the same trajectories as single turns: all tokens that were not sampled and all pictures as the
 prompt, as many tokens to sample. Same prefill, same decode, no turns; both start with cold
 caches. Medians over pairs.
-C7: pictures that vLLM's processor was given, per distinct picture of the trajectories.
+C7: pictures that the image processor was given, per distinct picture of the trajectories.
 """
 
 from __future__ import annotations
@@ -62,21 +62,17 @@ class Watched:
     submit_s: float = 0.0
     steps: int = 0
     processed: int = 0
-    """Pictures that vLLM's processor was given."""
+    """Times that the image processor was fetched, once for each picture."""
 
     def __post_init__(self) -> None:
-        renderer = self.engine._engine.renderer
-        render = type(renderer).render_cmpl.__get__(renderer)
+        info = self.engine._inputs._processor.info
+        find = type(info).get_image_processor.__get__(info)
 
-        def counted(prompts: Any, *arguments: Any, **options: Any) -> Any:
-            self.processed += len(prompts)
-            return render(prompts, *arguments, **options)
+        def counted(**options: Any) -> Any:
+            self.processed += 1
+            return find(**options)
 
-        renderer.render_cmpl = counted
-
-    def prepare(self, image: Image) -> None:
-        """See `Preparer.prepare`."""
-        self.engine.prepare(image)
+        info.get_image_processor = counted
 
     def submit(self, request: GenerationRequest) -> None:
         """See `Engine.submit`."""

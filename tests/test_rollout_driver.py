@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rollout_world import draw_image
 from scripted_engine import ScriptedEngine
 
-from tapo_train.errors import DataError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
-from tapo_train.types import Image
 
 
 @pytest.fixture(scope="module")
@@ -43,26 +39,9 @@ class AbsentEngine(ScriptedEngine):
         return [] if is_early else super().step()
 
 
-class PreparingEngine(ScriptedEngine):
-    """Takes as long for a picture as for three steps of what is under way already."""
-
-    def prepare(self, image: Image) -> None:
-        self.prepared = [*getattr(self, "prepared", []), image.sha256]
-        if image.width == BROKEN_WIDTH:
-            raise DataError("the picture is broken")
-        end, until = self.num_steps + 3, time.monotonic() + 5
-        while self.num_steps < end:
-            assert time.monotonic() < until, "the engine stood still while a picture was processed"
-            time.sleep(0.001)
-
-
-BROKEN_WIDTH = 40
-
-
-def request(id: str, *images: Image) -> GenerationRequest:
+def request(id: str) -> GenerationRequest:
     tokens = np.array([1, 2, 3], dtype=np.int32)
-    sampling = Sampling()
-    return GenerationRequest(id=id, tokens=tokens, images=images, max_tokens=50, sampling=sampling)
+    return GenerationRequest(id=id, tokens=tokens, images=(), max_tokens=50, sampling=Sampling())
 
 
 def driven(
@@ -142,69 +121,3 @@ def test_the_requests_of_a_run_that_fails_do_not_stay_in_the_engine(chat: ChatFo
         driven(engine, play)
     assert sorted(engine.aborted) == ["a", "b"]
     assert not engine.has_unfinished()
-
-
-def test_the_engine_steps_on_while_a_picture_is_processed_once_for_all_who_show_it(
-    chat: ChatFormat,
-) -> None:
-    engine = PreparingEngine(chat, lambda _: "x", steps=2)
-    first, second = draw_image(8, 8), draw_image(9, 9)
-    asked = [request("text"), request("a", first), request("b", first), request("c", first, second)]
-
-    async def keep_busy(driver: EngineDriver, done: asyncio.Event) -> None:
-        number = 0
-        while not done.is_set():
-            await driver.generate(request(f"text{number}"))
-            number += 1
-
-    async def play(driver: EngineDriver) -> list[Completion]:
-        done = asyncio.Event()
-        busy = asyncio.ensure_future(keep_busy(driver, done))
-        completions = await asyncio.gather(*map(driver.generate, asked))
-        done.set()
-        await busy
-        return list(completions)
-
-    assert [completion.id for completion in driven(engine, play)] == ["text", "a", "b", "c"]
-    assert engine.prepared == [first.sha256, second.sha256]
-    submitted = [sent.id for sent in engine.requests if sent.id in "abc"]
-    assert submitted == ["a", "b", "c"]
-
-
-def test_a_picture_that_cannot_be_read_fails_those_who_show_it_and_nobody_else(
-    chat: ChatFormat,
-) -> None:
-    engine = PreparingEngine(chat, lambda _: "x")
-    broken = draw_image(BROKEN_WIDTH, 8)
-
-    async def play(driver: EngineDriver) -> list[Completion]:
-        for id in "ab":
-            with pytest.raises(DataError, match="broken"):
-                await driver.generate(request(id, broken))
-        return [await driver.generate(request("c"))]
-
-    assert [completion.id for completion in driven(engine, play)] == ["c"]
-    assert [sent.id for sent in engine.requests] == ["c"]
-
-
-def test_whoever_gives_up_waiting_for_a_picture_does_not_take_it_from_the_others(
-    chat: ChatFormat,
-) -> None:
-    engine = PreparingEngine(chat, lambda _: "x", steps=20)
-    image, threads = draw_image(8, 8), threading.active_count()
-
-    async def play(driver: EngineDriver) -> list[Completion]:
-        busy = asyncio.ensure_future(driver.generate(request("busy")))
-        given_up = asyncio.ensure_future(driver.generate(request("given up", image)))
-        kept = asyncio.ensure_future(driver.generate(request("kept", image)))
-        await asyncio.sleep(0)
-        given_up.cancel()
-        return [await kept, await busy]
-
-    assert [completion.id for completion in driven(engine, play)] == ["kept", "busy"]
-    assert engine.prepared == [image.sha256]
-    assert "given up" not in [sent.id for sent in engine.requests]
-    until = time.monotonic() + 2
-    while threading.active_count() > threads and time.monotonic() < until:
-        time.sleep(0.01)
-    assert threading.active_count() == threads, "the thread of the pictures ended with the rollout"

@@ -252,10 +252,9 @@ def test_placeholders_that_do_not_fit_their_picture_are_refused_before_it_runs(
 
 def test_the_engine_is_given_what_it_would_have_made_of_the_pictures_itself(pair: Pair) -> None:
     """vLLM's own renderer, given one placeholder per picture and decoded pixels."""
-    chat, task = (
-        pair.chat,
-        replace(picture_task(), images=(draw_image(100, 80), draw_image(64, 90))),
-    )
+    sizes = [(100, 80), (64, 90), (33, 33), (700, 240)]
+    pictures = tuple(draw_image(width, height) for width, height in sizes)
+    chat, task = pair.chat, replace(picture_task(), images=pictures)
     tokens = chat.prompt(task, system_prompt=SYSTEM_PROMPT, tool_schemas=[])
     engine = pair.fast._engine
     prompt = {
@@ -281,17 +280,17 @@ def test_a_picture_is_processed_once_however_often_it_is_sent(
 ) -> None:
     request = request_for(pair.chat, sampling=SAMPLING)
     fresh = draw_image(100, 80, seed=77)
-    renderer, rendered = pair.fast._engine.renderer, []
-    render = renderer.render_cmpl
+    info, asked = pair.fast._inputs._processor.info, []
+    find = info.get_image_processor
 
-    def counted(prompts: list[object], parameters: object) -> object:
-        rendered.append(prompts)
-        return render(prompts, parameters)
+    def counted() -> object:
+        asked.append(True)
+        return find()
 
-    monkeypatch.setattr(renderer, "render_cmpl", counted)
+    monkeypatch.setattr(info, "get_image_processor", counted)
     for id in "abc":
         serve(pair.fast, [replace(request, id=id, images=(fresh,))])
-    assert len(rendered) == 1
+    assert len(asked) == 1
 
 
 def test_an_aborted_request_is_not_returned_and_the_engine_goes_on(pair: Pair) -> None:

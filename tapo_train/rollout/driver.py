@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 
 from tapo_train.errors import EngineError
-from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Preparer
-from tapo_train.types import Image
+from tapo_train.rollout.engine import Completion, Engine, GenerationRequest
 
 T = TypeVar("T")
 
@@ -36,12 +34,9 @@ class EngineDriver:
         self._on_progress = on_progress
         self._waiting: dict[str, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
         self._wake = asyncio.Event()
-        self._pictures = _Pictures(engine) if isinstance(engine, Preparer) else None
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Submit a request and wait for its completion; a cancelled wait aborts the request."""
-        if self._pictures is not None:
-            await self._pictures.prepare(request.images)
         self._engine.submit(request)
         future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = (request, future)
@@ -63,8 +58,6 @@ class EngineDriver:
         finally:
             episodes.cancel()
             await asyncio.gather(episodes, return_exceptions=True)
-            if self._pictures is not None:
-                await self._pictures.close()
 
     async def _drive(self, episodes: asyncio.Future[T]) -> T:
         episodes.add_done_callback(lambda _: self._wake.set())
@@ -99,32 +92,6 @@ class EngineDriver:
         request, future = self._waiting.pop(completion.id)
         require_complete(completion, request, self._end)
         future.set_result(completion)
-
-
-class _Pictures:
-    """Has each picture processed once, in a thread, so that no step waits for it."""
-
-    def __init__(self, engine: Preparer) -> None:
-        self._engine = engine
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="pictures")
-        self._prepared: dict[str, asyncio.Future[None]] = {}
-
-    async def prepare(self, images: Sequence[Image]) -> None:
-        """Return when the engine has processed all of them, whoever asked first."""
-        loop = asyncio.get_running_loop()
-        for image in images:
-            if image.sha256 not in self._prepared:
-                work = loop.run_in_executor(self._thread, self._engine.prepare, image)
-                self._prepared[image.sha256] = work
-            if not (work := self._prepared[image.sha256]).done():
-                # Others may wait for it too: whoever gives up does not stop it.
-                await asyncio.wait([work])
-            work.result()
-
-    async def close(self) -> None:
-        """Stop, pictures that nobody waits for any more included."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
-        await asyncio.gather(*self._prepared.values(), return_exceptions=True)
 
 
 def require_complete(completion: Completion, request: GenerationRequest, end: int) -> None:

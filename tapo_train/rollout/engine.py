@@ -107,21 +107,6 @@ class Sleeper(Protocol):
         ...
 
 
-@runtime_checkable
-class Preparer(Protocol):
-    """An engine that can process a picture beside its steps."""
-
-    def prepare(self, image: Image) -> None:
-        """Process a picture that a request is about to show; known already: no effect.
-
-        Called from one other thread at a time. `submit` does what nobody has prepared.
-
-        Raises:
-            DataError: the picture cannot be read.
-        """
-        ...
-
-
 class Engine(Protocol):
     """A sampler with the policy's current weights."""
 

@@ -6,7 +6,6 @@ by the trajectories of a group, or re-sent every turn, is decoded and processed 
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,38 +22,29 @@ Value = TypeVar("Value")
 
 
 class RecentlyUsed(Generic[Value]):
-    """A least-recently-used cache bounded by the bytes of its values; safe to use from threads."""
+    """A least-recently-used cache bounded by the bytes of its values."""
 
     def __init__(self, *, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._held = 0
         self._entries: OrderedDict[str, tuple[Value, int]] = OrderedDict()
-        self._lock = threading.Lock()
 
     def get(self, key: str, make: Callable[[], tuple[Value, int]]) -> Value:
-        """The value of `key`; `make` returns a missing one with its size in bytes.
-
-        Threads that miss the same key at the same time may both make it; the first stays.
-        """
-        with self._lock:
-            if key in self._entries:
-                self._entries.move_to_end(key)
-                return self._entries[key][0]
+        """The value of `key`; `make` returns a missing one with its size in bytes."""
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
         value, size = make()
-        with self._lock:
-            if key in self._entries:
-                return self._entries[key][0]
-            self._entries[key] = (value, size)
-            self._held += size
-            while self._held > self._limit and len(self._entries) > 1:
-                self._held -= self._entries.popitem(last=False)[1][1]
+        self._entries[key] = (value, size)
+        self._held += size
+        while self._held > self._limit and len(self._entries) > 1:
+            self._held -= self._entries.popitem(last=False)[1][1]
         return value
 
     def clear(self) -> None:
         """Forget everything."""
-        with self._lock:
-            self._entries.clear()
-            self._held = 0
+        self._entries.clear()
+        self._held = 0
 
     def __len__(self) -> int:
         return len(self._entries)

@@ -95,10 +95,6 @@ class VllmEngine:
         self._is_asleep = False
         self.version = 0
 
-    def prepare(self, image: Image) -> None:
-        """See `Preparer.prepare`."""
-        self._inputs.prepare(image)
-
     def submit(self, request: GenerationRequest) -> None:
         """See `Engine.submit`."""
         if request.id in self._in_flight:
