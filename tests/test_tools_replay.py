@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import sqlite3
 import subprocess
@@ -37,6 +38,10 @@ from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
 
 PICTURES = (draw_image(40, 30, seed=1), draw_image(40, 30, seed=2))
 TASK = Task(id="t", question="?", images=PICTURES[:1], answers=("a",))
+
+
+DESCRIBED = {"sha256": "0" * 64, "width": 1, "height": 1, "root": "r", "box": [0, 0, 1, 1]}
+"""A picture as a row describes it."""
 
 
 class Words(BaseModel):
@@ -220,7 +225,7 @@ def test_what_is_damaged_or_strange_is_said(tmp_path: Path) -> None:
     with pytest.raises(ReplayMissError, match="cannot be read"):
         ask(CountingTool(), tmp_path, "replay")
     with sqlite3.connect(tmp_path / "calls.sqlite") as file:
-        described = json.dumps([{"sha256": "../../../../etc/passwd"}])
+        described = json.dumps([DESCRIBED | {"sha256": "../../../../etc/passwd"}])
         file.execute("update calls set images = ?", (described,))
     with pytest.raises(ReplayMissError, match="wanted a digest"):
         ask(CountingTool(), tmp_path, "replay")
@@ -228,6 +233,59 @@ def test_what_is_damaged_or_strange_is_said(tmp_path: Path) -> None:
         file.execute("pragma user_version = 7")
     with pytest.raises(ConfigError, match="its format is 7"):
         Recording(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "complaint"),
+    [
+        ("outcome", "lost", "outcome: Input should be 'ok'"),
+        ("outcome", 3, "outcome: "),
+        ("text", b"\xff", "text: Input should be a valid string"),
+        ("images", "[", "images: Invalid JSON"),
+        ("images", "[" * 100_000, "images: Invalid JSON"),
+        ("images", "7", "images: Input should be a valid tuple"),
+        ("images", "[{}]", "images.0.sha256: Field required"),
+        ("images", json.dumps([DESCRIBED | {"width": "1"}]), "images.0.width: "),
+        ("images", json.dumps([DESCRIBED | {"box": [0, 1]}]), "images.0.box.2: "),
+        ("images", json.dumps([DESCRIBED | {"box": [0, 0, 1, float("nan")]}]), "images.0.box.3: "),
+    ],
+)
+def test_a_row_that_is_no_answer_ends_a_strict_replay_naming_file_and_key(
+    tmp_path: Path, column: str, value: object, complaint: str
+) -> None:
+    ask(CountingTool(), tmp_path, "record")
+    with sqlite3.connect(tmp_path / "calls.sqlite") as file:
+        ((key,),) = file.execute("select key from calls")
+        file.execute(f"update calls set {column} = ?", (value,))
+    with pytest.raises(ReplayMissError) as caught:
+        ask(CountingTool(), tmp_path, "replay")
+    said = f"{tmp_path}/calls.sqlite: the answer to {key} cannot be used: {complaint}"
+    assert str(caught.value).startswith(said)
+
+
+def test_a_recorded_picture_is_what_its_row_says_and_a_picture_at_all(tmp_path: Path) -> None:
+    ask(CountingTool(), tmp_path, "record")
+    with sqlite3.connect(tmp_path / "calls.sqlite") as file:
+        ((images,),) = file.execute("select images from calls")
+        (described,) = json.loads(images)
+        text = hashlib.sha256(b"no picture").hexdigest()
+        (tmp_path / "blobs" / text[:2]).mkdir(exist_ok=True)
+        (tmp_path / "blobs" / text[:2] / text).write_bytes(b"no picture")
+        for change, complaint in (
+            ({"width": 21}, "has 20 x 20 pixels; the row says 21 x 20"),
+            ({"sha256": text}, "not a readable picture"),
+        ):
+            file.execute("update calls set images = ?", (json.dumps([described | change]),))
+            file.commit()
+            with pytest.raises(ReplayMissError, match=complaint):
+                ask(CountingTool(), tmp_path, "replay")
+
+
+def test_a_file_that_was_damaged_after_it_was_opened_ends_a_strict_replay(tmp_path: Path) -> None:
+    recording = Recording(tmp_path)
+    recording.close()
+    with pytest.raises(ReplayMissError, match=r"calls\.sqlite: the answer to k cannot be used"):
+        recording.get("k")
 
 
 WRITER = """

@@ -20,7 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tapo_train.errors import ConfigError, ReplayMissError
+from pydantic import BaseModel, ConfigDict, Json, StrictStr, ValidationError
+
+from tapo_train.data.images import read_image
+from tapo_train.errors import ConfigError, DataError, ReplayMissError
 from tapo_train.types import Image, ImageRef, Observation, Outcome
 
 __all__ = ["Recording"]
@@ -35,6 +38,25 @@ create table if not exists calls (
     outcome text not null, text text not null, images text not null
 ) without rowid
 """
+
+
+class _Picture(BaseModel):
+    """A picture of an answer, as a row describes it."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    sha256: str
+    width: int
+    height: int
+    root: str
+    box: tuple[float, float, float, float]
+
+
+class _Row(BaseModel):
+    """An answer as it is recorded; a recording may be a stranger's."""
+
+    outcome: Outcome
+    text: StrictStr
+    images: Json[tuple[_Picture, ...]]
 
 
 class Recording:
@@ -52,7 +74,7 @@ class Recording:
         self.folder = folder
         self._blobs = folder / "blobs"
         self._lock = threading.Lock()
-        path = folder / "calls.sqlite"
+        self._path = path = folder / "calls.sqlite"
         if must_exist and not path.is_file():
             raise ConfigError(
                 f"tools.recording: found no {path}; wanted what tools.replay=record wrote"
@@ -72,16 +94,22 @@ class Recording:
         """The recorded answer, marked as cached; None if there is none.
 
         Raises:
-            ReplayMissError: a picture of it is gone or damaged.
+            ReplayMissError: what is recorded is no answer, or a picture of it is gone or damaged.
         """
-        with self._lock:
-            row = self._file.execute(
-                "select outcome, text, images from calls where key = ?", (key,)
-            ).fetchone()
-        if row is None:
-            return None
-        images = tuple(self._image(described) for described in json.loads(row[2]))
-        return Observation(text=row[1], images=images, outcome=Outcome(row[0]), cached=True)
+        try:
+            with self._lock:
+                row = self._file.execute(
+                    "select outcome, text, images from calls where key = ?", (key,)
+                ).fetchone()
+            if row is None:
+                return None
+            written = _Row(outcome=row[0], text=row[1], images=row[2])
+            images = tuple(self._image(described) for described in written.images)
+        except (sqlite3.Error, ValidationError, DataError) as error:
+            raise ReplayMissError(
+                f"{self._path}: the answer to {key} cannot be used: {_in_one_line(error)}"
+            ) from error
+        return Observation(text=written.text, images=images, outcome=written.outcome, cached=True)
 
     def put(
         self, key: str, *, tool: str, version: str, arguments: str, observation: Observation
@@ -104,7 +132,7 @@ class Recording:
             self._file.close()
 
     def _keep(self, image: Image) -> None:
-        path = self._path(image.sha256)
+        path = self._blob(image.sha256)
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,29 +140,26 @@ class Recording:
         partial.write_bytes(image.data)
         partial.replace(path)
 
-    def _image(self, described: dict[str, Any]) -> Image:
-        sha256, path = str(described["sha256"]), self._path(str(described["sha256"]))
+    def _image(self, described: _Picture) -> Image:
+        path = self._blob(described.sha256)
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise ReplayMissError(
-                f"the recording's picture {path} cannot be read: {error}"
-            ) from error
-        if hashlib.sha256(data).hexdigest() != sha256:
-            raise ReplayMissError(f"the recording's picture {path} is damaged: its digest differs")
-        x0, y0, x1, y1 = described["box"]
-        return Image(
-            sha256=sha256,
-            data=data,
-            width=described["width"],
-            height=described["height"],
-            ref=ImageRef(root=described["root"], box=(x0, y0, x1, y1)),
-        )
+            raise DataError(f"the recording's picture {path} cannot be read: {error}") from error
+        if hashlib.sha256(data).hexdigest() != described.sha256:
+            raise DataError(f"the recording's picture {path} is damaged: its digest differs")
+        found = read_image(data, where=f"the recording's picture {path}")
+        if (found.width, found.height) != (described.width, described.height):
+            raise DataError(
+                f"the recording's picture {path} has {found.width} x {found.height} pixels; "
+                f"the row says {described.width} x {described.height}"
+            )
+        return replace(found, ref=ImageRef(root=described.root, box=described.box))
 
-    def _path(self, sha256: str) -> Path:
+    def _blob(self, sha256: str) -> Path:
         # The name comes from a file that may be a stranger's.
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise ReplayMissError(f"the recording names a picture {sha256[:80]!r}; wanted a digest")
+            raise DataError(f"the recording names a picture {sha256[:80]!r}; wanted a digest")
         return self._blobs / sha256[:2] / sha256
 
 
@@ -146,6 +171,13 @@ def _described(image: Image) -> dict[str, Any]:
         "root": image.ref.root,
         "box": list(image.ref.box),
     }
+
+
+def _in_one_line(error: Exception) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _opened(path: Path) -> sqlite3.Connection:
