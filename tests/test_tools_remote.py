@@ -19,7 +19,6 @@ from PIL import Image as Pillow
 from rollout_world import HOSTILE, draw_image
 
 from tapo_train.build.remote_tools import build_client, build_remote_tools
-from tapo_train.build.tools import build_toolbox
 from tapo_train.config import load_recipe, recipe_to_dict, recipe_to_show
 from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError
 from tapo_train.rollout.chat import ChatFormat
@@ -328,18 +327,3 @@ def test_a_thumbnail_that_takes_too_long_is_left_out_and_the_call_goes_on(
     seen = search(slow_pictures, sandbox, name="image_search_tool", thumbnail_s=0.2)
     assert (seen.outcome, seen.images) == (Outcome.OK, ())
     assert "(no picture)" in seen.text and seen.latency_s < 4
-
-
-def test_a_strict_replay_pays_for_nothing(tmp_path: Path) -> None:
-    Recording(tmp_path).close()
-    overrides = [
-        f"tools.recording={tmp_path}",
-        "tools.names=[text_search_tool]",
-        "tools.text_endpoint=http://127.0.0.1:9/s",
-        "tools.corpus=null",
-        "+tools.limits.text_search_tool={price: 3}",
-    ]
-    for mode, price in (("replay", 0.0), ("replay_or_record", 3.0)):
-        toolbox = build_toolbox(load_recipe(RECIPE, [*overrides, f"tools.replay={mode}"]))
-        assert toolbox._gates["text_search_tool"].limits.price == price
-        toolbox.close()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ from tapo_train.errors import (
 from tapo_train.tools.base import EVERYTHING, Toolbox, ToolContext
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.ledger import Ledger
+from tapo_train.tools.limits import ToolLimits
 from tapo_train.tools.recording import Recording
 from tapo_train.tools.replay import Mode, ReplayTool
 from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
@@ -207,6 +210,37 @@ def test_a_crop_of_equal_pixels_from_another_place_is_another_call(tmp_path: Pat
     cut = ask(zoom, tmp_path, "record", arguments, images=(part,))
     assert whole.images[0].sha256 == cut.images[0].sha256
     assert cut.images[0].ref.box == (0.5, 0.5, 1.0, 1.0) != whole.images[0].ref.box
+
+
+@pytest.mark.parametrize("mode", ["replay", "replay_or_record"])
+def test_recorded_answers_are_free_however_many_are_asked_for_at_once(
+    tmp_path: Path, mode: Mode
+) -> None:
+    ask(CountingTool(), tmp_path, "record", {"word": "known"})
+    ledger = Ledger()
+    box = Toolbox(
+        [ReplayTool(CountingTool(), Recording(tmp_path), mode)],
+        deadline_s=5,
+        limits={"count": ToolLimits(price=3.0)},
+        ledger=ledger,
+    )
+    ledger.fill(Decimal(3))
+
+    async def all_at_once(*words: str) -> list[Outcome]:
+        context = ToolContext(images=PICTURES, task=TASK)
+        requests = [box.read("count", {"word": word}) for word in words]
+        seen = await asyncio.gather(*(box.execute(request, context) for request in requests))
+        return sorted(answer.outcome for answer in seen)
+
+    assert asyncio.run(all_at_once(*["known"] * 8)) == [Outcome.OK] * 8
+    assert (ledger.spent, ledger.is_exhausted) == (0, False)
+    records = ledger.drain()
+    assert [(r.attempts, r.cost, r.cached) for r in records] == [(1, 0.0, True)] * 8
+    if mode == "replay_or_record":
+        found = asyncio.run(all_at_once("new", "newer", "known"))
+        assert found == [Outcome.INFRA_ERROR, Outcome.OK, Outcome.OK]
+        assert (ledger.spent, ledger.is_exhausted) == (3, True)
+    box.close()
 
 
 def test_what_is_damaged_or_strange_is_said(tmp_path: Path) -> None:

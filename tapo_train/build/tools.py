@@ -55,9 +55,7 @@ def build_toolbox(
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]
     if world is None:
         made = _replayed(made, recipe)
-    # What a recording answers is free; a small purse must not end a run that pays for nothing.
-    pays = world is not None or tools.replay != "replay"
-    limits = {name: _limits(chosen, pays=pays) for name, chosen in tools.limits.items()}
+    limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
     return Toolbox(made, deadline_s=tools.deadline_s, limits=limits, ledger=ledger)
 
 
@@ -97,13 +95,13 @@ def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudi
     )
 
 
-def _limits(chosen: recipe_tools.ToolLimits, *, pays: bool) -> ToolLimits:
+def _limits(chosen: recipe_tools.ToolLimits) -> ToolLimits:
     return ToolLimits(
         concurrency=chosen.concurrency,
         per_second=chosen.per_second,
         deadline_s=chosen.deadline_s,
         retries=chosen.retries,
-        price=chosen.price if pays else 0.0,
+        price=chosen.price,
     )
 
 

@@ -46,27 +46,37 @@ class ReplayTool:
         self._recording = recording
         self._mode = mode
 
+    async def recorded(self, arguments: BaseModel, context: ToolContext) -> Observation | None:
+        """The recorded answer; None if the tool is to be asked.
+
+        Raises:
+            ReplayMissError: in a strict replay, the call was not recorded.
+        """
+        if self._mode == "record":
+            return None
+        written, key = self._named(arguments, context)
+        known = await asyncio.to_thread(self._recording.get, key)
+        if known is None and self._mode == "replay":
+            raise ReplayMissError(
+                f"tools.replay=replay: {self.name} {written[:500]} (version {self.version}) is not "
+                f"among the {len(self._recording)} calls of {self._recording.folder}; wanted a run "
+                "that takes the recorded one's course. replay_or_record asks the tool instead"
+            )
+        return known
+
     async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
-        """The recorded answer, or the tool's.
+        """The recorded answer, or the tool's, which is recorded.
 
         Raises:
             ReplayMissError: in a strict replay, the call was not recorded.
             ToolDownError: the back end is out of order; also whatever else the tool raises
                 that is no answer.
         """
-        written = canonical(arguments)
-        key = call_key(self._tool, written, arguments, context)
-        if self._mode != "record":
-            known = await asyncio.to_thread(self._recording.get, key)
-            if known is not None:
-                return known
-        if self._mode == "replay":
-            raise ReplayMissError(
-                f"tools.replay=replay: {self.name} {written[:500]} (version {self.version}) is not "
-                f"among the {len(self._recording)} calls of {self._recording.folder}; wanted a run "
-                "that takes the recorded one's course. replay_or_record asks the tool instead"
-            )
+        known = await self.recorded(arguments, context)
+        if known is not None:
+            return known
         answer = await self._answer(arguments, context)
+        written, key = self._named(arguments, context)
         return await asyncio.to_thread(
             self._recording.put,
             key,
@@ -81,6 +91,11 @@ class ReplayTool:
         with closing(self._recording):
             if hasattr(self._tool, "close"):
                 self._tool.close()
+
+    def _named(self, arguments: BaseModel, context: ToolContext) -> tuple[str, str]:
+        """The arguments as they are recorded, and the key of the call."""
+        written = canonical(arguments)
+        return written, call_key(self._tool, written, arguments, context)
 
     async def _answer(self, arguments: BaseModel, context: ToolContext) -> Observation:
         """What the policy reads, a "no" included; raises what is no answer."""
