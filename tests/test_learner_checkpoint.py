@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import os
 import random
+import shutil
+import signal
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,10 +20,10 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import CheckpointError
-from tapo_train.learner import checkpoint, export
+from tapo_train.learner import checkpoint, export, snapshot
 from tapo_train.learner.batch import pack
 from tapo_train.learner.engine import end_process_group
-from tapo_train.learner.manifest import Manifest, checkpoints, latest, prune
+from tapo_train.learner.manifest import Manifest, checkpoints, discard_remains, latest, prune
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.settings import AdapterSettings
 from tapo_train.rollout.chat import ChatFormat
@@ -218,6 +224,49 @@ def test_saving_a_step_again_replaces_it(policy, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["tiny_qwen3_vl", "tiny_qwen2_5_vl"])
+def killed_at(moment, write):
+    """Run `write` in a child that is killed before its n-th rename or deletion; whether it was."""
+    child = os.fork()
+    if child == 0:
+        left = itertools.count(moment, -1)
+
+        def stops_at(real):
+            def called(*arguments, **options):
+                if next(left) == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*arguments, **options)
+
+            return called
+
+        Path.rename, shutil.rmtree = stops_at(Path.rename), stops_at(shutil.rmtree)
+        try:
+            write()
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.WIFSIGNALED(status)
+
+
+def test_killed_at_any_moment_of_replacing_a_step_a_whole_checkpoint_is_there(policy, tmp_path):
+    extras = [{"old": 0}, {"new": 1}]
+    found = []
+    for moment in itertools.count():
+        root = tmp_path / str(moment)
+        checkpoint.save(policy, root, step=1, extra=extras[0])
+        taken = snapshot.take(policy, root, step=1, extra=extras[1])
+        was_killed = killed_at(moment, partial(snapshot.write, taken))
+        discard_remains(root)
+        assert [path.name for path in root.iterdir()] == ["step-000001"], moment
+        found.append(checkpoint.load(policy, root / "step-000001").extra)
+        # And it can be replaced after all.
+        checkpoint.save(policy, root, step=1, extra=extras[1])
+        assert [path.name for path in root.iterdir()] == ["step-000001"], moment
+        if not was_killed:
+            break
+    assert len(found) > 3 and found == sorted(found, key=extras.index)
+    assert (found[0], found[-1]) == (extras[0], extras[1])
+
+
 def test_an_export_is_what_transformers_would_write(request, family, tmp_path):
     source = request.getfixturevalue(family)
     policy = make_policy(source, ChatFormat(source), precision="bf16")

@@ -163,7 +163,16 @@ def prune(root: Path, *, keep_last: int, keep_best: int = 0) -> list[Path]:
 
 
 def discard_remains(root: Path) -> None:
-    """Delete what a killed process left half written or half deleted."""
+    """Delete what a killed process left half written or half deleted.
+
+    A checkpoint that was about to be replaced by another of its step gets its name back.
+    """
+    for path in root.glob(".step-*.replaced"):
+        final = path.with_name(path.name.removeprefix(".").removesuffix(".replaced"))
+        if final.exists():
+            shutil.rmtree(path)
+        else:
+            path.rename(final)
     for pattern in (".step-*.partial", ".step-*.deleted"):
         for path in root.glob(pattern):
             shutil.rmtree(path)

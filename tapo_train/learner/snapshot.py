@@ -197,10 +197,11 @@ def _complete(snapshot: Snapshot, hashes: Mapping[str, str]) -> None:
     durable.write_bytes(partial / MANIFEST, manifest.text().encode())
     for folder in (*(path for path in partial.rglob("*") if path.is_dir()), partial):
         durable.sync_folder(folder)
-    old = final.with_name(f".{final.name}.deleted")
+    replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
+        shutil.rmtree(replaced, ignore_errors=True)
+        # Killed before the next rename, the run goes on from it: see `discard_remains`.
+        final.rename(replaced)
     partial.rename(final)
     durable.sync_folder(snapshot.root)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
