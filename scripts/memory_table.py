@@ -1,4 +1,4 @@
-"""Print the table of docs/memory.md: what fits on one device.
+"""Print the tables of docs/memory.md: what fits on one device, and on several that share it.
 
 python scripts/memory_table.py [--device-gb 141] [--picture-share 0.3]
 """
@@ -26,6 +26,31 @@ PLANS = {
     "8 GPUs, ZeRO-3": Plan(num_ranks=8, zero_stage=3),
 }
 
+SHARED = {"trained tower": {}, "frozen tower": {"freeze_vision": True}}
+WAYS = (1, 2, 4, 8)
+GPUS = 8
+
+
+def shared_table(device_gb: float, picture_share: float) -> list[str]:
+    """Longest trajectory with sequence parallelism, ZeRO-3 over all GPUs; a Markdown table."""
+    heads = " | ".join(f"{ways} sharing" for ways in WAYS)
+    lines = [f"| model | tower | {heads} |", "|---|---|" + "---|" * len(WAYS)]
+    for name, shape in SHAPES.items():
+        for how, options in SHARED.items():
+            plans = [
+                Plan(zero_stage=3, num_ranks=GPUS, sequence_parallel=ways, **options)
+                for ways in WAYS
+            ]
+            cells = [
+                longest_trajectory(
+                    shape, plan, device_bytes=device_gb * 1e9, picture_share=picture_share
+                )
+                for plan in plans
+            ]
+            shown = " | ".join(f"{longest // 1000}k" for longest in cells)
+            lines.append(f"| {name} | {how} | {shown} |")
+    return lines
+
 
 def table(device_gb: float, picture_share: float) -> list[str]:
     """Lines of a Markdown table."""
@@ -52,7 +77,8 @@ def main() -> None:
     parser.add_argument("--device-gb", type=float, default=141.0)
     parser.add_argument("--picture-share", type=float, default=0.3, help="of the tokens")
     arguments = parser.parse_args()
-    print("\n".join(table(arguments.device_gb, arguments.picture_share)))
+    size = arguments.device_gb, arguments.picture_share
+    print("\n".join([*table(*size), "", *shared_table(*size)]))
 
 
 if __name__ == "__main__":

@@ -12,9 +12,12 @@ import numpy as np
 import PIL.Image
 import torch
 
-from tapo_train.learner.batch import TrainingRow
+from tapo_train.learner import packed_model
+from tapo_train.learner.batch import TrainingRow, join
+from tapo_train.learner.inputs import model_inputs
 from tapo_train.learner.layout import ModelLayout
 from tapo_train.learner.policy import Policy
+from tapo_train.learner.sequence import ALONE, SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.types import Image, ImageRef, Span
@@ -83,3 +86,32 @@ def make_policy(folder: Path, chat: ChatFormat, **changes: Any) -> Policy:
 def weights_of(policy: Policy) -> dict[str, torch.Tensor]:
     """A copy of every weight."""
     return {name: tensor.clone() for name, tensor in policy.named_weights()}
+
+
+def kept_bytes(model: Any, length: int, sequence: SequenceGroup = ALONE) -> int:
+    """Of the distinct tensors that autograd keeps of a forward pass, weights left out."""
+    row = TrainingRow.supervised(
+        id="r",
+        tokens=np.full(length, 300, dtype=np.int32),
+        images=(),
+        spans=(Span(start=1, end=3),),
+    )
+    batch, cpu = join([row]), torch.device("cpu")
+    inputs = model_inputs(
+        batch, layout=ModelLayout.of(model), pixels=None, device=cpu, multiple_of=sequence.size
+    )
+    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    head = {"temperature": 1.0, "banned": None, "chunk": 64, "with_entropy": False}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_model.PackedModel(model, sequence)(
+            inputs, batch.trained_index, batch.targets, **head
+        )
+        return sum(kept.values())

@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 sequence_rank_worker.py OUT JOB...
 
 A job is a model's folder, how many ranks share a micro-batch and a variant, as
-`tiny:2:zero 3, gspo`. Rank 0 writes losses, gradient norms, metrics and weights of each.
+`tiny:2:zero 3, gspo`. Rank 0 writes losses, gradient norms, metrics and weights of each, and what
+autograd keeps with the model and the ranks of the first job.
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from learner_rows import make_policy, some_rows, weights_of
+from learner_rows import kept_bytes, make_policy, some_rows, weights_of
 
 from tapo_train.algos.losses import grpo, gspo
-from tapo_train.learner import distributed
+from tapo_train.learner import distributed, packed_model
 from tapo_train.learner.balance import Balanced, RowCost, Shared
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.reference import FrozenReference
+from tapo_train.learner.sequence import SequenceGroup
+from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import ModelShape
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.step_metrics import means_over_ranks
@@ -96,11 +99,21 @@ def brought(rows: list[TrainingRow], share: tuple[tuple[int, ...], ...]) -> list
     return [rows[i] for i in sorted(i for part in own for i in part)]
 
 
+def kept_per_token(folder: Path, *, size: int) -> float:
+    """[B] that autograd keeps on this rank per token of a micro-batch."""
+    settings = LearnerSettings(precision="fp32")
+    model = packed_model.load(folder, settings=settings, device=torch.device("cpu")).train()
+    group = SequenceGroup(size)
+    return (kept_bytes(model, 768, group) - kept_bytes(model, 256, group)) / 512
+
+
 def main(out: Path, jobs: list[str]) -> None:
-    results = {}
+    results: dict[str, Any] = {}
     for job in jobs:
         model, size, name = job.rsplit(":", 2)
         results[job] = outcome(Path(model), name, size=int(size))
+    first, size, _ = jobs[0].rsplit(":", 2)
+    results["kept"] = kept_per_token(Path(first), size=int(size))
     if distributed.rank() == 0:
         torch.save(results, out / "results.pt")
     end_process_group()

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from learner_rows import kept_bytes
 
 from tapo_train.learner import packed_model
-from tapo_train.learner.batch import TrainingRow, join
-from tapo_train.learner.inputs import model_inputs
-from tapo_train.learner.layout import ModelLayout
 from tapo_train.learner.memory import (
     Plan,
     bytes_per_patch,
@@ -23,7 +20,6 @@ from tapo_train.learner.memory import (
 )
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import QWEN3_VL_4B, QWEN3_VL_8B, ModelShape
-from tapo_train.types import Span
 
 
 def test_published_sizes_are_met():
@@ -55,6 +51,10 @@ def test_bytes_per_token_of_the_4b_model():
     assert bytes_per_token(QWEN3_VL_4B, free) == 36 * layer + rest
     assert bytes_per_patch(QWEN3_VL_4B, free) == 24 * (22 * 1024 + 4 * 4096)
     assert bytes_per_patch(QWEN3_VL_4B, Plan(freeze_vision=True)) == 0
+    shared = Plan(num_ranks=8, sequence_parallel=4)
+    assert bytes_per_token(QWEN3_VL_4B, shared) == (36 * 2 * 2560 + layer + rest) / 4
+    assert bytes_per_patch(QWEN3_VL_4B, shared) == bytes_per_patch(QWEN3_VL_4B, Plan())
+    assert state_bytes(QWEN3_VL_4B, shared) == state_bytes(QWEN3_VL_4B, Plan(num_ranks=8))
 
 
 def test_the_longest_trajectory_fills_the_device_and_not_a_token_more_fits():
@@ -74,7 +74,7 @@ def test_a_token_keeps_in_the_layers_what_the_model_says(tiny_qwen3_vl, precisio
     settings = LearnerSettings(precision=precision, gradient_checkpointing=checkpointing)
     model = packed_model.load(tiny_qwen3_vl, settings=settings, device=torch.device("cpu"))
     model.train()
-    kept = (_kept_bytes(model, 768) - _kept_bytes(model, 256)) / 512
+    kept = (kept_bytes(model, 768) - kept_bytes(model, 256)) / 512
     shape = ModelShape.of(model.config)
     plan = Plan(precision=precision, gradient_checkpointing=checkpointing)
     # What exists in the backward pass alone is not kept: gradients, one layer made again.
@@ -82,28 +82,3 @@ def test_a_token_keeps_in_the_layers_what_the_model_says(tiny_qwen3_vl, precisio
     outside = {"bf16": 6, "fp32": 8}[precision] * shape.hidden
     wanted = bytes_per_token(shape, plan) - transient + outside
     assert kept == pytest.approx(wanted, rel=0.04)
-
-
-def _kept_bytes(model, length: int) -> int:
-    """Of the distinct tensors that autograd keeps, weights left out."""
-    row = TrainingRow.supervised(
-        id="r",
-        tokens=np.full(length, 300, dtype=np.int32),
-        images=(),
-        spans=(Span(start=1, end=3),),
-    )
-    batch, cpu = join([row]), torch.device("cpu")
-    inputs = model_inputs(batch, layout=ModelLayout.of(model), pixels=None, device=cpu)
-    weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    head = {"temperature": 1.0, "banned": None, "chunk": 64, "with_entropy": False}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        packed_model.PackedModel(model)(inputs, batch.trained_index, batch.targets, **head)
-        return sum(kept.values())

@@ -10,8 +10,9 @@ import pytest
 import torch
 from learner_rows import make_policy, some_rows
 from process_environment import run_ranks
-from sequence_rank_worker import outcome
+from sequence_rank_worker import kept_per_token, outcome
 from test_config import sized
+from transformers import AutoConfig
 
 from tapo_train.config import batch_arithmetic
 from tapo_train.errors import ConfigError, LearnerError
@@ -20,8 +21,10 @@ from tapo_train.learner.balance import same_place
 from tapo_train.learner.batch import TrainingRow, join
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.inputs import model_inputs
+from tapo_train.learner.memory import Plan, bytes_per_token
 from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
+from tapo_train.learner.shape import ModelShape
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.types import Span
 
@@ -50,6 +53,14 @@ def test_ranks_that_share_a_micro_batch_learn_what_one_rank_learns(
             assert there == pytest.approx(here, abs=TOLERANCE, rel=TOLERANCE), job
         for key in ("weights", "logprobs"):
             torch.testing.assert_close(theirs[key], ours[key], atol=TOLERANCE, rtol=0)
+    # A rank keeps its share of a token, as the memory model says, and little more.
+    keeps = kept_per_token(models[0], size=1)
+    assert 1 / 2 < found["kept"] / keeps < 0.53
+    shape = ModelShape.of(AutoConfig.from_pretrained(models[0]))
+    alone, shared = (
+        bytes_per_token(shape, Plan(precision="fp32", sequence_parallel=size)) for size in (1, 2)
+    )
+    assert found["kept"] / keeps == pytest.approx(shared / alone, rel=0.06)
     end_process_group()
 
 

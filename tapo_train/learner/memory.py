@@ -46,6 +46,9 @@ class Plan:
     offload_optimizer: bool = False
     freeze_vision: bool = False
     head_chunk_tokens: int = 2048
+    sequence_parallel: int = 1
+    """Ranks that share a micro-batch, at most as many as the model has heads of keys; counted in
+    num_ranks. Each holds its slice of the layers' activations and all of the tower's."""
 
 
 def state_bytes(shape: ModelShape, plan: Plan) -> float:
@@ -62,7 +65,7 @@ def state_bytes(shape: ModelShape, plan: Plan) -> float:
 
 
 def bytes_per_token(shape: ModelShape, plan: Plan) -> float:
-    """What one more token in a micro-batch takes at the peak [B]."""
+    """What one more token in a micro-batch takes at the peak on each rank that shares it [B]."""
     per = KEPT[plan.precision]
     widths = (
         shape.hidden,
@@ -77,7 +80,8 @@ def bytes_per_token(shape: ModelShape, plan: Plan) -> float:
     if plan.gradient_checkpointing:
         layers = shape.layers * element * shape.hidden + kept
     gradients = 2 * element * shape.intermediate
-    return float(layers + gradients + OUTSIDE[plan.precision] * shape.hidden)
+    whole = layers + gradients + OUTSIDE[plan.precision] * shape.hidden
+    return float(whole / plan.sequence_parallel)
 
 
 def bytes_per_patch(shape: ModelShape, plan: Plan) -> float:
