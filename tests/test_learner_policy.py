@@ -15,9 +15,11 @@ from tapo_train.algos.importance import truncate
 from tapo_train.algos.losses import LossOutput, grpo
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import LearnerError
+from tapo_train.learner import engine
 from tapo_train.learner.batch import join, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import policy_gradient, supervised
+from tapo_train.learner.settings import LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
 
 TOLERANCE = 1e-5
@@ -230,6 +232,33 @@ def test_gradient_checkpointing_changes_no_number(folder, chat):
         results.append(weights_of(policy))
         policy.close()
     torch.testing.assert_close(results[1], results[0], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_the_fused_optimizer_is_the_default_and_changes_no_number(folder, chat, zero_stage):
+    # A bias of keys has no gradient but rounding, which Adam scales up to the learning rate.
+    adam = {"optimizer": "adamw", "learning_rate": 3e-4, "weight_decay": 0.1}
+    results = []
+    for fused in (True, False):
+        policy = make_policy(folder, chat, zero_stage=zero_stage, **adam)
+        (group,) = policy._engine.basic_optimizer.param_groups
+        assert group["fused"] is True
+        group["fused"] = fused
+        for _ in range(3):
+            policy.update([join(some_rows(chat, policy.layout))], supervised)
+        results.append(weights_of(policy))
+        policy.close()
+    torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("device", "offload", "fused"),
+    [("cuda", True, False), ("cuda", False, True), ("cpu", True, True), ("cpu", False, True)],
+)
+def test_the_optimizer_is_fused_unless_its_state_is_away_from_the_device(device, offload, fused):
+    settings = LearnerSettings(offload_optimizer=offload)
+    made = engine._optimizer([torch.nn.Parameter(torch.ones(3))], settings, torch.device(device))
+    assert made.defaults["fused"] is fused
 
 
 def test_the_learning_rate_warms_up_from_its_first_update(folder, chat):
