@@ -67,6 +67,14 @@ def serving(
     finally:
         server.stop()
         thread.join(WAIT_S)
+        until_connections_end()
+
+
+def until_connections_end() -> None:
+    """Wait a moment for what connections say at their end, so that it belongs to their test."""
+    for thread in threading.enumerate():
+        if thread.name.startswith("127.0.0.1:"):
+            thread.join(0.3)
 
 
 @contextmanager
@@ -78,6 +86,7 @@ def impostor(chat: ChatFormat, talk: Callable[[Channel], None]) -> Iterator[List
         yield listener
     finally:
         listener.close()
+        until_connections_end()
 
 
 @contextmanager

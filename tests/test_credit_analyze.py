@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from credit_rows import golden_rows, population, row, text, unbiased
+from credit_rows import golden_rows, population, row, search, text, unbiased
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_credit_parts import trajectory
 
 from tapo_train.credit import CreditRow, Tapo, TapoOptions, from_trajectory
-from tapo_train.credit.analyze import main
+from tapo_train.credit.analyze import main, report
 from tapo_train.credit.overrides import parse_options
 from tapo_train.credit.rollout_file import read_rollouts
-from tapo_train.credit.sweep import Axis, parse_axes, sweep
+from tapo_train.credit.sweep import Axis, Point, parse_axes, sweep
 from tapo_train.errors import ConfigError, DataError, TapoError
 from tapo_train.report.rollout_row import rollout_row
 from tapo_train.types import ImageRef
@@ -343,6 +343,77 @@ def test_without_a_file_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -
     assert "a FILE of rollouts is required" in capsys.readouterr().err
 
 
+def counted_rows() -> list[CreditRow]:
+    """A question with successes and one without, so that no two shares are alike.
+
+    Support of the text search is 1/2, of the image search 1. Failing trajectories: 8, of which 4
+    in the first question; 3 of them match something, 2 the image search. Failing steps: 7, of
+    which 6 in the first question; 5 match something, 2 the image search.
+    """
+    one = text("one")
+    return [
+        row("s", 1.0, one, search()), row("t", 1.0, search()),
+        row("a", -1.0, one), row("b", -1.0, search()), row("c", -1.0, text("two")),
+        row("d", -1.0, one, one, search()),
+        row("e", -1.0, one, group="p"), *(row(n, -1.0, group="p") for n in "fgh"),
+    ]  # fmt: skip
+
+
+def test_each_column_of_a_sweep_is_the_share_it_is_called() -> None:
+    (point,) = sweep(counted_rows(), TapoOptions(), [Axis(name="alpha_min", values=(0.6,))])
+    assert point.shares == {
+        "trajectories, theta only": 3 / 8,
+        "trajectories, both gates": 2 / 8,
+        "steps, theta only": 5 / 7,
+        "steps, both gates": 2 / 7,
+        "steps in mixed groups, theta only": 5 / 6,
+        "steps in mixed groups, both gates": 2 / 6,
+    }
+
+
+def test_the_report_says_every_count_under_its_head() -> None:
+    result = Tapo(TapoOptions(alpha_min=0.6))(counted_rows())
+    lines = [" ".join(line.split()) for line in report(counted_rows(), result)]
+    wanted = [
+        "10 trajectories of 2 questions",
+        "Correctable similarity gate both gates",
+        "failing trajectories 3/8 37.5 % 2/8 25.0 %",
+        "of questions with a success 3/4 75.0 % 2/4 50.0 %",
+        "tool steps of failing ones 5/7 71.4 % 2/7 28.6 %",
+        "of questions with a success 5/6 83.3 % 2/6 33.3 %",
+        "Calls of failing trajectories total similar corrected",
+        "image_search_tool 2 2 2",
+        "text_search_tool 5 3 0",
+        "Steps of failing trajectories total similar corrected",
+        "turn 0 5 3 1",
+        "turn 1 1 1 0",
+        "turn 2 1 1 1",
+        "clusters 2",
+        "calls per cluster 1.500",
+    ]
+    assert [line for line in lines if line in wanted] == wanted
+
+
+def test_a_heat_map_has_the_first_option_upwards_and_the_second_to_the_right() -> None:
+    from matplotlib.figure import Figure
+
+    from tapo_train.credit.sweep_plot import heat_map
+
+    axes = [Axis(name="theta", values=(0.1, 0.2)), Axis(name="alpha_min", values=(0.3, 0.4, 0.5))]
+    places = [(theta, alpha) for theta in axes[0].values for alpha in axes[1].values]
+    points = [Point(at=at, shares={"s": 0.1 * i}) for i, at in enumerate(places)]
+    figure = Figure()
+    panel = figure.subplots()
+    heat_map(panel, figure, axes, points, "s")
+    (image,) = panel.images
+    assert image.origin == "lower" and image.get_clim() == (0.0, 1.0)
+    assert image.get_array().tolist() == [[0.0, 0.1, 0.2], pytest.approx([0.3, 0.4, 0.5])]
+    assert (panel.get_ylabel(), panel.get_xlabel()) == ("theta", "alpha_min")
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0.3", "0.4", "0.5"]
+    written = {label.get_position(): label.get_text() for label in panel.texts}
+    assert written[2, 0] == "0.20" and written[0, 1] == "0.30"
+
+
 def test_a_sweep_over_one_option_is_drawn_as_lines(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     assert (
@@ -360,6 +431,7 @@ def test_a_swept_theta_holds_for_every_tool() -> None:
 
 def test_axes_include_both_ends_and_are_round_numbers() -> None:
     assert parse_axes(["theta=0.3:0.9:0.1"])[0].values == (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    assert parse_axes(["alpha_min=0:0.3:0.1"])[0].values == (0.0, 0.1, 0.2, 0.3)
     assert parse_axes(["credit.beta=1,2"]) == [Axis(name="beta", values=(1.0, 2.0))]
 
 
@@ -368,7 +440,8 @@ def test_axes_include_both_ends_and_are_round_numbers() -> None:
     [
         ["theta"], ["theta=x"], ["theta=0:1"], ["theta=1:0:0.1"], ["theta=0:1:0"], ["span=turn"],
         ["theta=0:1:1e-9"], ["theta=0:1:nan"], ["theta=0.1", "theta=0.2"],
-        ["theta=0:1:0.01", "alpha_min=0:1:0.01"], ["theta=1", "beta=1", "alpha_min=1"],
+        ["theta=0:1:0.01", "alpha_min=0:1:0.01"], ["theta=0.001:1:0.001", "beta=1,2,3"],
+        ["theta=1", "beta=1", "alpha_min=1"],
     ],
 )  # fmt: skip
 def test_an_impossible_sweep_is_refused(specs: list[str]) -> None:

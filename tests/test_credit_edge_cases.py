@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -342,6 +343,13 @@ def test_image_search_without_argument_means_all_pictures_of_the_question() -> N
     assert not moved(there, attempt("b", DOWN, zoom(0, 0, 9, 9, img_idx=1), "x", "z"))
 
 
+def test_pictures_that_tools_brought_are_no_part_of_an_image_search_without_argument() -> None:
+    photo = ImageRef(root="photo")
+    good = row("g", UP, search(), images=[photo, ImageRef(root="t")])
+    bad = row("b", DOWN, search(), images=[photo, ImageRef(root="u")])
+    assert assign([good, bad]).steps[1][0].similarity == 1.0
+
+
 # 28
 def test_without_pictures_image_calls_are_invalid_and_text_search_works() -> None:
     def rows(call: CreditCall) -> list[CreditRow]:
@@ -350,6 +358,20 @@ def test_without_pictures_image_calls_are_invalid_and_text_search_works() -> Non
     assert assign(rows(search())).metrics["tapo/n_fail_steps"] == 0
     assert assign(rows(zoom(0, 0, 9, 9))).metrics["tapo/n_fail_steps"] == 0
     assert assign(rows(QUERY)).step_advantages[1][0] == MOVED
+
+
+def test_a_text_only_question_can_search_the_first_picture_once_a_tool_has_brought_one() -> None:
+    def attempt(name: str, advantage: float, root: str, visible: int) -> CreditRow:
+        images = [ImageRef(root=root)]
+        made = row(name, advantage, search(), images=images, num_images=visible)
+        return replace(made, num_input_images=0)
+
+    same = assign([attempt("g", UP, "t", 1), attempt("b", DOWN, "t", 1)])
+    assert same.steps[1][0].similarity == 1.0
+    other = assign([attempt("g", UP, "t", 1), attempt("b", DOWN, "u", 1)])
+    assert other.steps[1][0].similarity == 0.0
+    early = assign([attempt("g", UP, "t", 1), attempt("b", DOWN, "t", 0)])
+    assert early.metrics["tapo/n_fail_steps"] == 0
 
 
 # 29
@@ -394,6 +416,24 @@ def test_nested_crops_are_compared_in_the_frame_of_their_root() -> None:
     assert assign([nested, thumbnail]).steps[1][0].similarity == 0.0
 
 
+def test_nested_crops_are_resolved_to_a_billionth_of_the_root() -> None:
+    crop = ImageRef(root="photo", box=(0.1, 0.1, 0.5, 0.5))
+    pictures = [ImageRef(root="photo"), crop]
+    nested = row("g", UP, zoom(503, 3, 997, 997, img_idx=1), images=pictures)
+    # 0.1 + 0.4 x 0.503, 0.1 + 0.4 x 0.003, 0.1 + 0.4 x 0.997.
+    direct = row("b", DOWN, zoom(301.2, 101.2, 498.8, 498.8))
+    assert assign([nested, direct]).steps[1][0].similarity == 1.0
+
+
+def test_the_same_region_by_another_number_is_a_repeat() -> None:
+    pictures = [ImageRef(root="photo"), ImageRef(root="photo")]
+    box = (0, 0, 500, 500)
+    good = row("g", UP, zoom(*box), images=pictures)
+    bad = row("b", DOWN, zoom(*box), zoom(*box, img_idx=1), images=pictures)
+    records = assign([good, bad], correct_repeats="first").steps[1]
+    assert [record.matched for record in records] == [True, False]
+
+
 def test_a_picture_that_came_later_cannot_be_indexed() -> None:
     pictures = [ImageRef(root="photo"), ImageRef(root="t")]
     bad = row("b", DOWN, zoom(0, 0, 9, 9, img_idx=1), images=pictures, num_images=1)
@@ -406,7 +446,8 @@ def test_a_picture_that_came_later_cannot_be_indexed() -> None:
     [
         ((0, 0, 1001, 10), 0), ((-1, 0, 10, 10), 0), ((10, 0, 10, 10), 0), ((0, 20, 10, 10), 0),
         ((0, 0, math.nan, 10), 0), ((0, 0, 10, 10), 1), ((0, 0, 10, 10), -1),
-        ((0, 0, 10, 10), 0.5), ((0, 0, 10, 10), True), ((0, 0, 10, 10), math.inf),
+        ((0, 0, 10, 10), 1.0), ((0, 0, 10, 10), 0.5), ((0, 0, 10, 10), True),
+        ((0, 0, 10, 10), math.inf),
     ],
 )  # fmt: skip
 def test_an_impossible_zoom_is_invalid_and_not_clamped(box: Any, index: Any) -> None:

@@ -103,6 +103,28 @@ def test_the_worked_batch_has_the_published_metrics() -> None:
     assert metrics["tapo/by_tool/text_search_tool/corrected"] == 1
 
 
+def test_the_worked_batch_is_counted_by_tool_and_by_turn() -> None:
+    # alpha_min 0.7 is above every support of 2/3: six steps stay similar, none is corrected.
+    closed, opened = (Tapo(TapoOptions(alpha_min=a))(golden_rows()).metrics for a in (0.7, 0.25))
+    parts = {
+        "by_tool/image_search_tool": (4, 4),
+        "by_tool/text_search_tool": (3, 1),
+        "by_tool/image_zoom_in_tool": (2, 1),
+        "by_turn/0": (3, 3),
+        "by_turn/1": (3, 2),
+        "by_turn/2": (2, 1),
+        "calls": (9, 6),
+    }
+    for part, (total, similar) in parts.items():
+        for metrics, corrected in ((closed, 0), (opened, similar)):
+            found = [metrics[f"tapo/{part}/{kind}"] for kind in ("total", "matched", "corrected")]
+            assert found == [total, similar, corrected]
+    assert closed["tapo/frac_fail_steps_corrected_theta"] == 6 / 8
+    assert closed["tapo/frac_fail_traj_corrected_theta"] == 4 / 5
+    assert closed["tapo/frac_fail_steps_corrected"] == 0.0
+    assert opened["tapo/sim_mean"] == 1.0
+
+
 def test_records_hold_similarity_support_and_reference_advantage() -> None:
     record = Tapo(TapoOptions())(golden_rows()).steps[3][1]
     assert record.similarity == 1.0

@@ -49,10 +49,19 @@ PHOTO = ImageRef(root="photo")
         ("東京 tower です", ["東", "京", "tower", "で", "す"]),
         ("हिन्दी भाषा", ["हिन्दी", "भाषा"]),
         ("a an the", []),
+        ("C++ costs 5 $!", ["c", "costs", "5"]),
+        ("C++ costs 5 €…", ["c", "costs", "5"]),
+        ("한국어 tower", ["한", "국", "어", "tower"]),
+        ("\U00020bb7\U00020bbe", ["\U00020bb7", "\U00020bbe"]),
     ],
 )
 def test_words_are_normalised(given: str, wanted: list[str]) -> None:
     assert words(given) == wanted
+
+
+def test_case_does_not_matter_where_a_letter_has_several_code_points() -> None:
+    # Iota with two marks is one code point in lower case and two in upper case.
+    assert words("\u03aa\u0301") == words("\u0390") == ["\u0390"]
 
 
 def test_texts_without_words_are_equal_only_verbatim() -> None:
@@ -78,8 +87,16 @@ def test_alternative_text_similarities_have_their_textbook_values() -> None:
     assert compare("text_ratio", left, right) == 2 * 12 / (19 + 12)
     # " tower height " is a suffix of " eiffel tower height ": 12 of 19 trigrams.
     assert compare("text_trigram", left, right) == 12 / 19
+    # difflib finds "e" one way round and "de" the other: 2/8 and 4/8.
+    assert compare("text_ratio", {"query": "tide"}, {"query": "diet"}) == 3 / 8
     rare = 1 + np.log(3 / 2)
     assert compare("text_tfidf", left, right) == pytest.approx(2**0.5 / (2 + rare**2) ** 0.5)
+
+
+def test_the_tfidf_similarity_of_equal_queries_is_exactly_one() -> None:
+    for count in range(1, 20):
+        query = {"query": " ".join(f"w{i}" for i in range(count))}
+        assert compare("text_tfidf", query, query) == 1.0
 
 
 def test_lists_of_queries_have_the_symmetric_mean_of_their_best_matches() -> None:
@@ -110,6 +127,13 @@ def test_box_similarities_have_their_textbook_values() -> None:
     assert compare("zoom_giou", left, apart) == compare("zoom_iou", left, apart) == 0.0
 
 
+def test_boxes_without_an_area_overlap_only_with_themselves() -> None:
+    dot, other = {"bbox_2d": [0, 0, 1e-9, 1e-9]}, {"bbox_2d": [500, 0, 500.0000001, 1e-9]}
+    assert compare("zoom_iou", dot, dot) == compare("zoom_giou", dot, dot) == 1.0
+    assert compare("zoom_iou", dot, other) == 0.0
+    assert compare("zoom_iou", dot, {"bbox_2d": [0, 0, 1000, 1000]}) == 0.0
+
+
 def test_the_same_region_by_two_numbers_differs_only_where_the_number_counts() -> None:
     where = {"images": [PHOTO, PHOTO]}
     left = {"bbox_2d": [0, 0, 400, 400], "img_idx": 0}
@@ -126,6 +150,10 @@ def test_indexed_image_searches_compare_the_pictures_regions() -> None:
     assert compare("image_exact", {"img_idx": 0}, {"img_idx": 1}, **where) == 0.0
     assert compare("image_iou", {"img_idx": 0}, {"img_idx": 2}, **where) == 0.0
     assert compare("image_iou", {}, {"img_idx": 0}, **where) == 1.0
+    # The same crop by two chains: 0.1 + 0.2 and 0.3 differ in their last bit.
+    chains = [ImageRef(root="p", box=(0.0, 0.0, 0.1 + 0.2, 1.0))]
+    chains.append(ImageRef(root="p", box=(0.0, 0.0, 0.3, 1.0)))
+    assert compare("image_exact", {"img_idx": 0}, {"img_idx": 1}, images=chains) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -145,6 +173,8 @@ def test_indexed_image_searches_compare_the_pictures_regions() -> None:
         ({"o": {"a": 1}}, {"o": {"a": 1}}, 1.0),
         ({"o": {"a": 1}}, {"o": {"a": 2}}, 0.0),
         ({"o": None}, {"o": None}, 1.0),
+        ({"tags": ["a"]}, {"tags": "a"}, 0.0),
+        ({"BBox": [0, 0, 4, 10]}, {"BBox": [2, 0, 6, 10]}, 1 / 3),
     ],
 )
 def test_the_generic_similarity_goes_by_the_type_of_each_argument(
@@ -153,6 +183,11 @@ def test_the_generic_similarity_goes_by_the_type_of_each_argument(
     assert compare("generic", left, right) == pytest.approx(value)
     assert compare("exact", left, left) == 1.0
     assert compare("exact", left, right) == float(left == right and repr(left) == repr(right))
+
+
+def test_the_order_of_arguments_does_not_matter() -> None:
+    left, right = {"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"d": 3, "c": 2}, "a": 1}
+    assert compare("exact", left, right) == compare("generic", left, right) == 1.0
 
 
 def test_arguments_nested_beyond_reason_are_invalid() -> None:
@@ -173,6 +208,11 @@ def above_one(left: dict[str, Any], right: dict[str, Any]) -> float:
     return 1.5
 
 
+def below_zero(left: dict[str, Any], right: dict[str, Any]) -> float:
+    """Another impossible similarity."""
+    return -0.1
+
+
 def test_a_similarity_is_plugged_in_by_its_import_path() -> None:
     rows = [row("g", UP, text("tower")), row("b", DOWN, text("train"))]
     own = TapoOptions(similarity={TEXT: f"{__name__}:half"})
@@ -180,6 +220,8 @@ def test_a_similarity_is_plugged_in_by_its_import_path() -> None:
     bad = TapoOptions(similarity={TEXT: f"{__name__}:above_one"})
     with pytest.raises(CreditError, match=r"above_one returned 1\.5"):
         Tapo(bad)(rows)
+    with pytest.raises(CreditError, match=r"below_zero returned -0\.1"):
+        Tapo(TapoOptions(similarity={TEXT: f"{__name__}:below_zero"}))(rows)
     whole = "tapo_train.credit.similarity:registry"
     assert isinstance(load("text_dice", registry()), Similarity)
     assert callable(load(whole, registry()).key)
@@ -201,6 +243,13 @@ def test_boxes_in_pixels_are_divided_by_the_size_of_their_picture() -> None:
     ]
     record = Tapo(TapoOptions(box_unit="pixels"))(rows).steps[1][0]
     assert record.similarity == 1.0
+    # The lower right quarter of the middle half, by pictures of other shapes and by a crop.
+    wide = sized(row("g", UP, zoom(200, 100, 300, 150)), (400, 200))
+    tall = sized(row("b", DOWN, zoom(50, 400, 75, 600)), (100, 800))
+    crop = ImageRef(root="photo", box=(0.25, 0.25, 0.75, 0.75))
+    inner = row("b", DOWN, zoom(100, 50, 200, 100, img_idx=1), images=[PHOTO, crop])
+    for other in (tall, sized(inner, (400, 200), (200, 100))):
+        assert Tapo(TapoOptions(box_unit="pixels"))([wide, other]).steps[1][0].similarity == 1.0
     outside = [rows[0], sized(row("b", DOWN, zoom(0, 0, 201, 50)), (200, 100))]
     assert Tapo(TapoOptions(box_unit="pixels"))(outside).metrics["tapo/n_fail_steps"] == 0
     with pytest.raises(CreditError, match="size of picture 0 unknown"):
@@ -208,6 +257,7 @@ def test_boxes_in_pixels_are_divided_by_the_size_of_their_picture() -> None:
 
 
 def test_iou_of_disjoint_touching_and_flat_boxes() -> None:
+    assert iou([0, 100, 10, 300], [0, 200, 10, 400]) == 1 / 3
     assert iou([0, 0, 1, 1], [1, 0, 2, 1]) == 0.0
     assert iou([0, 0, 1, 1], [2, 2, 3, 3]) == 0.0
     assert iou([0, 0, 0, 0], [0, 0, 0, 0]) == 1.0
@@ -422,6 +472,8 @@ def test_observations_are_equivalent_from_nine_tenths_on_and_with_equal_pictures
     far = text("one", observation=" ".join(words_of[:8]))
     assert audited([long], [close])["credit/observation_agreement"] == 1.0
     assert audited([long], [far])["credit/observation_agreement"] == 0.0
+    eight, seven = (text("one", observation=" ".join(words_of[:n])) for n in (8, 7))
+    assert audited([eight], [seven])["credit/observation_agreement"] == 0.0  # 7/8
     pictured = replace(long, observation_images=(PHOTO,))
     assert audited([long], [pictured])["credit/observation_agreement"] == 0.0
 
@@ -431,12 +483,16 @@ def test_turn_gap_is_the_distance_to_the_mean_turn_of_the_cluster() -> None:
     metrics = audited([one, search(), one], [search(), search(), search(), one])
     assert metrics["credit/turn_gap"] == pytest.approx((1 + 0 + 1 + 2) / 4)
     assert metrics["credit/turn_gap_hist/2-3"] == 1 and metrics["credit/turn_gap_hist/1-2"] == 2
+    late = audited([one], [*[text("two")] * 4, one, one])
+    assert late["credit/turn_gap_hist/3-5"] == 1 and late["credit/turn_gap_hist/5+"] == 1
 
 
 def test_novelty_gap_counts_repeats_that_were_news_to_the_success() -> None:
     first, again = text("other thing", observation="x"), text("one", observation="x")
     assert audited([again], [first, again])["credit/novelty_gap"] == 1.0
     assert audited([first, again], [first, again])["credit/novelty_gap"] == 0.0
+    # News to one call of the cluster is enough.
+    assert audited([again, again], [first, again])["credit/novelty_gap"] == 1.0
     assert audited([again], [again])["credit/novelty_gap"] == 0.0
 
 

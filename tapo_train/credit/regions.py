@@ -55,7 +55,10 @@ def compose(parent: Box, box: Box, width: float, height: float) -> Box:
     """`box` of a picture of width x height units, in the frame of the picture's root."""
     x0, y0, x1, y1 = box
     if parent == WHOLE:
-        return x0 / width, y0 / height, x1 / width, y1 / height
+        found = x0 / width, y0 / height, x1 / width, y1 / height
+        # Whole thousandths, the usual case, have three decimals: nothing to round.
+        is_exact = width == height == 1000.0 and type(x0) is type(y0) is type(x1) is type(y1) is int
+        return found if is_exact else _rounded(found)
     px0, py0, px1, py1 = parent
     dx, dy = (px1 - px0) / width, (py1 - py0) / height
     return _rounded((px0 + x0 * dx, py0 + y0 * dy, px0 + x1 * dx, py0 + y1 * dy))

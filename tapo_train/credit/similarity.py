@@ -146,7 +146,7 @@ def _text(convert: Callable[[str], Key], space: Space) -> Similarity:
 
 def _image_search_key(arguments: Mapping[str, Any], row: CreditRow, step: CreditStep) -> Key | None:
     """A tuple of regions: the one indexed, or without an index all pictures of the question."""
-    if not row.images:
+    if not row.images or not step.num_images:
         return None
     named = named_picture(arguments)
     if named is None:

@@ -29,7 +29,7 @@ def draw(path: Path, axes: Sequence[Axis], points: Sequence[Point]) -> None:
     else:
         panels = figure.subplots(2, 2)
         for panel, share in zip(panels.flat, _PANELS, strict=True):
-            _heat_map(panel, figure, axes, points, share)
+            heat_map(panel, figure, axes, points, share)
     figure.suptitle("Correctable share of failing trajectories and of their tool steps")
     figure.savefig(path, dpi=110)
 
@@ -41,9 +41,10 @@ def _lines(panel: Axes, axis: Axis, points: Sequence[Point]) -> None:
     panel.legend()
 
 
-def _heat_map(
+def heat_map(
     panel: Axes, figure: Figure, axes: Sequence[Axis], points: Sequence[Point], share: str
 ) -> None:
+    """One share over two axes: the first upwards, the second to the right."""
     first, second = axes
     shape = (len(first.values), len(second.values))
     values = np.array([point.shares[share] for point in points]).reshape(shape)
