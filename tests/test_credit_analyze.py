@@ -160,6 +160,10 @@ BAD_LINES: Mapping[str, tuple[Any, str]] = {
         {**GOOD, "images": [{"root": "a", "box": [1, 0, 0, 1]}]},
         r"images\[0\].box is",
     ),
+    "box without a height": (
+        {**GOOD, "images": [{"root": "a", "box": [0, 0.5, 1, 0.5]}]},
+        r"images\[0\].box is",
+    ),
     "root": ({**GOOD, "images": [{}]}, r"images\[0\].root is None; want text"),
     "same id": (GOOD, "id 't' of group 'q' is in line 1 already"),
     "corrected without a step": ({"id": "t", "advantage": 0, "steps": []}, "corrected before"),
