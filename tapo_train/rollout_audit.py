@@ -62,11 +62,13 @@ class RolloutAudit:
         correct = sum(t.scored().accuracy for t in trajectories if not t.failed_outside_policy)
         records = self._ledger.drain()
         events = self._ledger.drain_events()
-        own = (records, correct, failures_of(trajectories), THREADS.num_abandoned, events)
+        lost = [t for group in groups for t in group.lost]
+        failures = failures_of([*trajectories, *lost])
+        own = (records, correct, failures, THREADS.num_abandoned, events)
         ranks = distributed.all_gather_objects(own)
         self.settle()
-        everywhere, rights, failures, hung, guarded = zip(*ranks, strict=True)
-        self._failures.check(sum(failures, start=Failures()))
+        everywhere, rights, failed, hung, guarded = zip(*ranks, strict=True)
+        self._failures.check(sum(failed, start=Failures()))
         metrics = tool_metrics([r for rank in everywhere for r in rank], num_correct=sum(rights))
         metrics |= {f"tool/guard/{k}": float(n) for k, n in sum(guarded, start=Counter()).items()}
         return metrics | {"tool/spent": float(self._spent), "tool/hung_threads": float(sum(hung))}

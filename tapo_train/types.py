@@ -225,5 +225,7 @@ class Group:
     trajectories: tuple[Trajectory, ...]
     surplus: int = 0
     """Attempts that were started and dropped because others were there first."""
+    lost: tuple[Trajectory, ...] = ()
+    """Those of them that had failed outside the policy: counted as failures, not trained."""
     waiting: int = 0
     """Attempts that go on in a later step; the group has no trajectories before that."""

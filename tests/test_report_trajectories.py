@@ -134,8 +134,18 @@ def test_metrics_of_a_batch_are_those_counted_by_hand() -> None:
         "rollout/stop/max_turns",
         "rollout/stop/deadline",
         "rollout/surplus",
+        "rollout/lost",
         *(f"rollout/outcome/{o}" for o in Outcome if o not in ("ok", "model_error")),
     }
+
+
+def test_attempts_that_failed_and_were_replaced_are_counted_beside_those_that_were_kept() -> None:
+    lost = silent("t3", stop=StopReason.INFRA)
+    spared = dataclasses.replace(group(searching(), silent("t2")), surplus=3, lost=(lost,))
+    metrics = combine([trajectory_sums([spared, group(searching(), silent("t2"))])])
+    require_known(metrics)
+    assert (metrics["rollout/surplus"], metrics["rollout/lost"]) == (3 / 4, 1 / 4)
+    assert metrics["rollout/trajectories"] == 4 and not metrics["rollout/failed_outside_policy"]
 
 
 def test_metrics_do_not_depend_on_how_groups_lie_on_ranks() -> None:

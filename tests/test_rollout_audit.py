@@ -8,16 +8,17 @@ import sys
 from decimal import Decimal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from process_environment import ROOT, environment
 
-from tapo_train.errors import DataError, ToolBudgetError
+from tapo_train.errors import DataError, RolloutError, ToolBudgetError
 from tapo_train.report.catalogue import require_known
 from tapo_train.report.tool_metrics import tool_metrics
 from tapo_train.rollout.failures import FailureBudget
 from tapo_train.rollout_audit import RolloutAudit
 from tapo_train.tools.ledger import CallRecord, Ledger
-from tapo_train.types import Outcome
+from tapo_train.types import Group, Outcome, Reward, StopReason, Task, Trajectory
 
 
 def record(
@@ -123,6 +124,33 @@ def test_without_prices_nothing_is_written_and_without_a_budget_nothing_ends(
     assert not file.exists()
     ledger.charge(1e9)
     assert audit([])["tool/spent"] == 1e9
+
+
+def test_attempts_that_oversampling_replaced_count_as_failures(tmp_path: Path) -> None:
+    task = Task(id="q", question="?", images=(), answers=("a",))
+    (answered, failed) = (
+        Trajectory(
+            id="t",
+            task=task,
+            tokens=np.zeros(3, dtype=np.int32),
+            logprobs=np.zeros(0, dtype=np.float32),
+            turns=(),
+            images=(),
+            answer=None,
+            stop=stop,
+            reward=Reward(total=0.0, accuracy=0.0),
+        )
+        for stop in (StopReason.ANSWER, StopReason.INFRA)
+    )
+
+    def step(num_lost: int) -> list[Group]:
+        group = Group(task=task, trajectories=(answered,) * 16, lost=(failed,) * num_lost)
+        return [group, group]
+
+    file = tmp_path / "spent.json"
+    audit_of(Ledger(), file, None)(step(16))
+    with pytest.raises(RolloutError, match="34 of the last 66 trajectories failed"):
+        audit_of(Ledger(), file, None)(step(17))
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"spent": "much"}', '{"spent": "-1"}', "[]"])

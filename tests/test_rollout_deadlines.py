@@ -222,11 +222,12 @@ def test_requests_of_surplus_attempts_do_not_stay_in_the_engine(chat: ChatFormat
 
 
 def test_a_spare_attempt_takes_the_place_of_a_late_one(chat: ChatFormat) -> None:
-    engine = SilentEngine(chat, lambda request: call(0.3) if turn_of(request) == 0 else ANSWER)
+    engine = SilentEngine(chat, lambda request: call(0.6) if turn_of(request) < 2 else ANSWER)
     engine.silent = ("task/0.0.0:0",)
     group = play(engine, rollouts=2, oversample=1.5, deadlines=Deadlines(turn_s=1.0))
     assert numbers(group) == [1, 2]
     assert [t.stop for t in group.trajectories] == [StopReason.ANSWER] * 2
+    assert [(t.id, t.stop) for t in group.lost] == [("task/0.0.0", StopReason.DEADLINE)]
 
 
 def test_failed_attempts_fill_a_group_only_when_nothing_better_is_left(chat: ChatFormat) -> None:
@@ -235,6 +236,7 @@ def test_failed_attempts_fill_a_group_only_when_nothing_better_is_left(chat: Cha
     group = play(engine, rollouts=2, oversample=1.5, deadlines=Deadlines(turn_s=0.1))
     assert numbers(group) == [0, 1]
     assert [t.stop for t in group.trajectories] == [StopReason.DEADLINE, StopReason.ANSWER]
+    assert [t.id for t in group.lost] == ["task/0.0.2"], "the one that fills a place is kept"
 
 
 def test_a_cancelled_rollout_leaves_the_engine_empty(chat: ChatFormat) -> None:

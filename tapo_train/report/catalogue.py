@@ -27,6 +27,7 @@ METRICS: dict[str, str] = {
     "rollout/trajectories": "number of trajectories sampled",
     "rollout/failed_outside_policy": "share that left loss and baseline",
     "rollout/surplus": "attempts started and dropped (oversample), per trajectory kept",
+    "rollout/lost": "those of them that had failed outside the policy, per trajectory kept",
     "rollout/rounds": "rounds of the step's rollout (refill_rounds)",
     "rollout/groups_played": "groups played in all rounds; the metrics of rollout, reward and "
     "advantage/uniform_groups speak about all of them",

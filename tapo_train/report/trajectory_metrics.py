@@ -31,6 +31,7 @@ def trajectory_sums(groups: Sequence[Group]) -> Sums:
         "rollout/trajectories": (float(len(held)), 1.0),
         "rollout/failed_outside_policy": (float(len(held) - len(scored)), float(len(held))),
         "rollout/surplus": (float(sum(group.surplus for group in groups)), float(len(held))),
+        "rollout/lost": (float(sum(len(group.lost) for group in groups)), float(len(held))),
     }
     return sums | _reward_sums(scored) | _group_sums(groups) | _shape_sums(held) | _call_sums(held)
 

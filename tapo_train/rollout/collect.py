@@ -124,11 +124,12 @@ class _Groups:
         attempts = [
             asyncio.create_task(self._attempt(position, *numbered)) for numbered in enumerate(begun)
         ]
-        kept, interrupted = await _first_usable(attempts, self.rollouts)
+        kept, lost, interrupted = await _first_usable(attempts, self.rollouts)
         if self.carry_over and interrupted:
             self.carry_over.keep(task.id, [attempt.result() for attempt in attempts])
             return Group(task=task, trajectories=(), waiting=interrupted)
-        return Group(task=task, trajectories=kept, surplus=len(attempts) - len(kept))
+        surplus = len(attempts) - len(kept)
+        return Group(task=task, trajectories=kept, surplus=surplus, lost=lost)
 
     async def _attempt(self, position: int, rollout: int, begun: Attempt | None) -> Attempt:
         if isinstance(begun, Trajectory):
@@ -143,12 +144,12 @@ class _Groups:
 
 async def _first_usable(
     attempts: Sequence[asyncio.Task[Attempt]], wanted: int
-) -> tuple[tuple[Trajectory, ...], int]:
+) -> tuple[tuple[Trajectory, ...], tuple[Trajectory, ...], int]:
     """The first `wanted` attempts to end usably, in the order they were started.
 
     What failed outside the policy fills the places that nothing better takes. The other
-    attempts are cancelled; an error of one ends them all. Second, how many were interrupted
-    that are needed; all have come to rest then.
+    attempts are cancelled; an error of one ends them all. Second, those that failed and got
+    no place. Third, how many were interrupted that are needed; all have come to rest then.
     """
     is_race = len(attempts) > wanted
     until = asyncio.FIRST_COMPLETED if is_race else asyncio.FIRST_EXCEPTION
@@ -167,7 +168,9 @@ async def _first_usable(
             attempt.cancel()
         await asyncio.gather(*running, return_exceptions=True)
     interrupted = len(attempts) - len(over) if len(usable) < wanted else 0
-    return tuple(over[number] for number in sorted((usable + failed)[:wanted])), interrupted
+    placed = sorted((usable + failed)[:wanted])
+    kept = tuple(over[number] for number in placed)
+    return kept, tuple(over[number] for number in failed if number not in placed), interrupted
 
 
 def _occurrences(ids: Sequence[str]) -> list[int]:
