@@ -142,7 +142,7 @@ def make_parts(
         credit=build.build_credit(recipe),
         exchange=build.build_exchange(recipe, policy),
         policy=policy,
-        reference=build.build_reference(recipe, policy, chat),
+        reference=build.build_reference(recipe, policy, chat, on_progress=watchdog.beat),
         objective=build.build_objective(recipe),
         nonfinite=NonFiniteGuard(
             folder.nonfinite, rank=distributed.rank(), skip=recipe.learner.on_nonfinite == "skip"

@@ -13,6 +13,8 @@ from learner_rows import make_policy, some_rows
 from tapo_train.algos.kl import KlKind
 from tapo_train.algos.losses import grpo
 from tapo_train.algos.metrics import finalise
+from tapo_train.build import build_reference
+from tapo_train.config import recipe_from_dict
 from tapo_train.learner.batch import MicroBatch, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import policy_gradient
@@ -70,6 +72,26 @@ def test_the_divergence_is_zero_before_the_first_update_and_grows_after(
     for before, after in zip(batches, again, strict=True):
         assert before.reference_logprobs is not None and after.reference_logprobs is not None
         assert torch.equal(before.reference_logprobs, after.reference_logprobs)
+
+
+def test_each_micro_batch_a_reference_scores_is_progress(tiny_qwen3_vl: Path) -> None:
+    recipe = recipe_from_dict(
+        {
+            "run": {"dir": "r"},
+            "model": {"path": str(tiny_qwen3_vl)},
+            "data": {"train": ["t.jsonl"]},
+            "tools": {"names": []},
+            "algo": {"kl": {"coef": 0.1}},
+        }
+    )
+    chat, beats = ChatFormat(tiny_qwen3_vl), list[int]()
+    policy = make_policy(tiny_qwen3_vl, chat)
+    reference = build_reference(recipe, policy, chat, on_progress=lambda: beats.append(1))
+    batches = pack(some_rows(chat, policy.layout), budget_tokens=60)
+    reference(batches)
+    reference.close()
+    policy.close()
+    assert len(beats) == len(batches) > 1
 
 
 @pytest.mark.parametrize("kind", get_args(KlKind))

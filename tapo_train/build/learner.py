@@ -45,8 +45,18 @@ def build_policy(
     )
 
 
-def build_reference(recipe: Recipe, policy: Policy, chat: ChatFormat) -> Reference:
-    """The policy a KL penalty pulls towards: the recipe's model, also when a run is resumed."""
+def build_reference(
+    recipe: Recipe,
+    policy: Policy,
+    chat: ChatFormat,
+    *,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Reference:
+    """The policy a KL penalty pulls towards: the recipe's model, also when a run is resumed.
+
+    Args:
+        on_progress: called after each micro-batch.
+    """
     if recipe.algo.kl.coef == 0:
         return NoReference()
     if policy.settings.adapter is not None:
@@ -58,6 +68,7 @@ def build_reference(recipe: Recipe, policy: Policy, chat: ChatFormat) -> Referen
         device=policy.device,
         distribution=policy.distribution,
         sequence=policy.sequence,
+        on_progress=on_progress,
     )
 
 

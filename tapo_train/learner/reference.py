@@ -7,7 +7,7 @@ the run that was never stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -75,6 +75,7 @@ class FrozenReference:
         device: where the learner's tensors are.
         distribution: the one the learner's log-probabilities are of.
         sequence: the ranks that share each micro-batch, as the learner's.
+        on_progress: called after each micro-batch.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class FrozenReference:
         device: torch.device,
         distribution: Distribution,
         sequence: SequenceGroup = ALONE,
+        on_progress: Callable[[], None] = lambda: None,
     ) -> None:
         loaded = packed_model.load(model, settings=replace(settings, adapter=None), device=device)
         loaded.requires_grad_(False)
@@ -101,6 +103,7 @@ class FrozenReference:
             chunk=settings.head_chunk_tokens,
             distribution=distribution,
             sequence=sequence,
+            on_progress=on_progress,
         )
 
     def __call__(self, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
