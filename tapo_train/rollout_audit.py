@@ -6,18 +6,17 @@ the others waiting in a collective.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from pathlib import Path
 
-from tapo_train.errors import DataError, ToolBudgetError
+from tapo_train.errors import ToolBudgetError
 from tapo_train.learner import distributed
-from tapo_train.report.files import write_atomically
 from tapo_train.report.tool_metrics import tool_metrics
 from tapo_train.rollout.failures import FailureBudget, Failures, failures_of
 from tapo_train.tools.ledger import Ledger
+from tapo_train.tools.spending import Spending
 from tapo_train.tools.threads import THREADS
 from tapo_train.types import Group
 
@@ -27,25 +26,28 @@ __all__ = ["RolloutAudit"]
 class RolloutAudit:
     """Gathers the ledgers of all ranks, and holds the budgets of failures and of money.
 
-    What is spent is kept in a file of the run folder and not in the checkpoint: money spent
-    after the last checkpoint is spent too. Each rank gets an equal share of the rest before a
-    rollout, so the budget cannot be overdrawn between two exchanges.
+    What is spent is kept in the run folder, call by call, and not in the checkpoint: money spent
+    after the last checkpoint is spent too, also by a rank that was killed. Each rank gets an
+    equal share of the rest before a rollout, so the budget cannot be overdrawn between two
+    exchanges.
 
     Args:
         ledger: of this rank's toolbox.
         failures: how many trajectories may fail.
         budget: what a whole run may spend; None: anything.
-        file: where rank 0 keeps the sum.
+        folder: where each rank keeps what it spends; rank 0 adds up what was spent before.
     """
 
     def __init__(
-        self, ledger: Ledger, *, failures: FailureBudget, budget: float | None, file: Path
+        self, ledger: Ledger, *, failures: FailureBudget, budget: float | None, folder: Path
     ) -> None:
         self._ledger = ledger
         self._failures = failures
         self._budget = None if budget is None else Decimal(repr(budget))
-        self._file = file
-        self._spent = _read(file)
+        self._spending = Spending(folder, rank=distributed.rank())
+        ledger.keep = self._spending.write
+        before = self._spending.total() if distributed.rank() == 0 else None
+        self._spent: Decimal = distributed.broadcast_object(before)
         self._refill()
 
     def __call__(self, groups: Sequence[Group]) -> dict[str, float]:
@@ -74,7 +76,7 @@ class RolloutAudit:
         return metrics | {"tool/spent": float(self._spent), "tool/hung_threads": float(sum(hung))}
 
     def settle(self) -> None:
-        """Add up what all ranks spent since the last time, keep it, share out the rest.
+        """Add up what all ranks spent since the last time, share out the rest.
 
         Records of calls go, too: those of a validation are no metrics of the next step.
 
@@ -98,8 +100,7 @@ class RolloutAudit:
         self._ledger.drain()
         self._ledger.drain_events()
         self._spent += sum(spent, start=Decimal(0))
-        if any(spent) and distributed.rank() == 0:
-            write_atomically(self._file, json.dumps({"spent": str(self._spent)}) + "\n")
+        self._spending.force()
         self._refill()
         return any(exhausted)
 
@@ -109,18 +110,3 @@ class RolloutAudit:
         else:
             rest = max(Decimal(0), self._budget - self._spent)
             self._ledger.fill(rest / distributed.world_size())
-
-
-def _read(file: Path) -> Decimal:
-    """What the run in this folder has spent; 0 if it never paid for anything."""
-    if not file.exists():
-        return Decimal(0)
-    try:
-        spent = Decimal(json.loads(file.read_text(encoding="utf-8"))["spent"])
-    except (OSError, ValueError, KeyError, TypeError, InvalidOperation) as error:
-        raise DataError(
-            f"{file}: {type(error).__name__}: {error}; wanted what the run has spent on tools"
-        ) from error
-    if not (spent.is_finite() and spent >= 0):
-        raise DataError(f"{file}: found {spent}, wanted a sum of 0 or more")
-    return spent

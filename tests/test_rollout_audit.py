@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from decimal import Decimal
@@ -41,8 +40,14 @@ def record(
     )
 
 
-def audit_of(ledger: Ledger, file: Path, budget: float | None) -> RolloutAudit:
-    return RolloutAudit(ledger, failures=FailureBudget(0.5), budget=budget, file=file)
+def audit_of(ledger: Ledger, folder: Path, budget: float | None) -> RolloutAudit:
+    return RolloutAudit(ledger, failures=FailureBudget(0.5), budget=budget, folder=folder)
+
+
+def spent_in(folder: Path) -> Decimal:
+    """The sum of what all ranks kept."""
+    lines = [line for file in folder.glob("rank*.txt") for line in file.read_text().split()]
+    return sum(map(Decimal, lines), start=Decimal(0))
 
 
 def test_metrics_by_tool_are_those_of_all_calls() -> None:
@@ -81,29 +86,29 @@ def test_metrics_by_tool_are_those_of_all_calls() -> None:
 
 
 def test_what_is_spent_is_kept_and_the_next_process_has_only_the_rest(tmp_path: Path) -> None:
-    file, ledger = tmp_path / "spent.json", Ledger()
+    file, ledger = tmp_path / "spent", Ledger()
     audit = audit_of(ledger, file, 0.3)
     ledger.charge(0.1)
     found = audit([])
     assert found == {"tool/cost": 0.0, "tool/spent": 0.1, "tool/hung_threads": 0.0}
     require_known(found)
-    assert json.loads(file.read_text()) == {"spent": "0.1"}
+    assert spent_in(file) == Decimal("0.1")
     again = Ledger()
     audit = audit_of(again, file, 0.3)
     again.charge(0.1)
     again.charge(0.1)
     audit.settle()
-    assert json.loads(file.read_text()) == {"spent": "0.3"}
+    assert spent_in(file) == Decimal("0.3")
     with pytest.raises(ToolBudgetError):
         again.charge(0.1)
     with pytest.raises(ToolBudgetError, match=r"^tools\.budget: 0\.3 of 0\.3 is spent"):
         audit([])
-    assert json.loads(file.read_text()) == {"spent": "0.3"}
+    assert spent_in(file) == Decimal("0.3")
 
 
 def test_calls_of_a_validation_are_no_metrics_of_the_next_step(tmp_path: Path) -> None:
     ledger = Ledger()
-    audit = audit_of(ledger, tmp_path / "spent.json", None)
+    audit = audit_of(ledger, tmp_path / "spent", None)
     ledger.add(record(9.0))
     ledger.events["private_address"] += 1
     audit.settle()
@@ -117,7 +122,7 @@ def test_calls_of_a_validation_are_no_metrics_of_the_next_step(tmp_path: Path) -
 def test_without_prices_nothing_is_written_and_without_a_budget_nothing_ends(
     tmp_path: Path,
 ) -> None:
-    file, ledger = tmp_path / "spent.json", Ledger()
+    file, ledger = tmp_path / "spent", Ledger()
     audit = audit_of(ledger, file, None)
     ledger.charge(0.0)
     audit([])
@@ -147,21 +152,49 @@ def test_attempts_that_oversampling_replaced_count_as_failures(tmp_path: Path) -
         group = Group(task=task, trajectories=(answered,) * 16, lost=(failed,) * num_lost)
         return [group, group]
 
-    file = tmp_path / "spent.json"
+    file = tmp_path / "spent"
     audit_of(Ledger(), file, None)(step(16))
     with pytest.raises(RolloutError, match="34 of the last 66 trajectories failed"):
         audit_of(Ledger(), file, None)(step(17))
 
 
-@pytest.mark.parametrize("content", ["", "{}", '{"spent": "much"}', '{"spent": "-1"}', "[]"])
-def test_a_damaged_sum_is_not_taken_for_nothing(tmp_path: Path, content: str) -> None:
-    file = tmp_path / "spent.json"
-    file.write_text(content)
-    with pytest.raises(DataError, match=r"spent\.json"):
-        audit_of(Ledger(), file, 1.0)
+@pytest.mark.parametrize(
+    "content", [b"much\n", b"0.5\n-1\n", b"0.5\n0.", b"NaN\n", b"Infinity\n", b"\n", b"\xff\n"]
+)
+def test_damaged_spending_is_not_taken_for_nothing(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "rank0.txt").write_bytes(b"0.5\n")
+    (tmp_path / "rank3.txt").write_bytes(content)
+    with pytest.raises(DataError, match=r"rank3\.txt: "):
+        audit_of(Ledger(), tmp_path, 1.0)
+
+
+def test_what_a_killed_process_had_bought_is_paid_for_in_the_next_one(tmp_path: Path) -> None:
+    ledger = Ledger()
+    audit_of(ledger, tmp_path, 1.0)
+    ledger.charge(0.25)
+    ledger.charge(0.5)
+    ledger.give_back(0.5)
+    assert (tmp_path / "rank0.txt").read_text() == "0.25\n0.5\n-0.5\n"
+    # No audit came to its end.
+    again = Ledger()
+    audit_of(again, tmp_path, 1.0)
+    again.charge(0.5)
+    with pytest.raises(ToolBudgetError):
+        again.charge(0.5)
+    assert spent_in(tmp_path) == Decimal("0.75"), "what is not bought is not kept"
+
+
+def test_what_cannot_be_kept_is_not_bought(tmp_path: Path) -> None:
+    ledger = Ledger()
+    audit_of(ledger, tmp_path, 1.0)
+    (tmp_path / "rank0.txt").mkdir()
+    with pytest.raises(OSError, match="rank0"):
+        ledger.charge(0.5)
+    assert ledger.spent == 0
 
 
 WORKER = """
+import os
 import sys
 from pathlib import Path
 from tapo_train.errors import ToolBudgetError
@@ -188,6 +221,11 @@ try:
 except ToolBudgetError as error:
     said.append(str(error)[:29])
 sys.stdout.write(f"{rank}: {'; '.join(said)}\\n")
+sys.stdout.flush()
+distributed.barrier()
+if rank == 1:
+    ledger.charge(0.1)
+    os._exit(0)
 """
 
 
@@ -199,7 +237,7 @@ def test_two_ranks_share_what_is_left_and_stop_together(tmp_path: Path) -> None:
     variables = environment()
     variables["PYTHONPATH"] += f":{ROOT / 'tests'}"
     done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(worker), str(tmp_path / "spent.json")],
+        [*launcher, "--nproc-per-node=2", str(worker), str(tmp_path / "spent")],
         cwd=ROOT,
         env=variables,
         capture_output=True,
@@ -212,17 +250,17 @@ def test_two_ranks_share_what_is_left_and_stop_together(tmp_path: Path) -> None:
         f"0: 4 2.5; 0.4 0.4 0.3; {stop}",
         f"1: 4 2.5; 0.4 0.4 0.3; not made; {stop}",
     ]
-    assert json.loads((tmp_path / "spent.json").read_text()) == {"spent": "0.4"}
+    assert spent_in(tmp_path / "spent") == Decimal("0.5"), "rank 1 was killed after its last call"
     assert Decimal("0.3") == (Decimal("1.0") - Decimal("0.4")) / 2
 
 
 def test_what_a_rollout_cost_that_was_given_up_is_kept_without_an_error(tmp_path: Path) -> None:
-    file, ledger = tmp_path / "spent.json", Ledger()
+    file, ledger = tmp_path / "spent", Ledger()
     audit = audit_of(ledger, file, 0.3)
     ledger.charge(0.2)
     assert not audit.keep()
-    assert json.loads(file.read_text()) == {"spent": "0.2"}
+    assert spent_in(file) == Decimal("0.2")
     with pytest.raises(ToolBudgetError):
         ledger.charge(0.2)
     assert audit.keep()
-    assert json.loads(file.read_text()) == {"spent": "0.2"}
+    assert spent_in(file) == Decimal("0.2")

@@ -85,13 +85,13 @@ def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudi
     """The budgets of a run.
 
     Args:
-        spending: the file that keeps what tool calls have cost.
+        spending: the folder that keeps what tool calls have cost.
     """
     return RolloutAudit(
         toolbox.ledger,
         failures=FailureBudget(recipe.rollout.max_failed_fraction),
         budget=recipe.tools.budget,
-        file=spending,
+        folder=spending,
     )
 
 

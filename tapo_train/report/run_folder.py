@@ -4,7 +4,7 @@ RUN/
   recipe.yaml            the resolved recipe; running it again is the same run
   manifest.json          code, versions, model and data hashes, seed; every resumption
   metrics.jsonl          one row per step
-  tool_spending.json     what tool calls have cost, if they cost anything
+  tool_spending/         what tool calls have cost, if they cost anything; each rank's own
   curves.png             reward, accuracy and others over the steps
   wandb/, wandb_id       the dashboard's files
   rollouts/step_000012.jsonl   trajectories as the offline analyser reads them
@@ -55,7 +55,7 @@ class RunFolder:
     @property
     def spending(self) -> Path:
         """What tool calls have cost so far, all processes that ever worked on the run."""
-        return self.path / "tool_spending.json"
+        return self.path / "tool_spending"
 
     @property
     def curves(self) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal
 from functools import cache
@@ -46,6 +47,8 @@ class Ledger:
         self._purse = Decimal("Infinity")
         self.is_exhausted = False
         """Whether a call was not made because the purse could not pay for it."""
+        self.keep: Callable[[Decimal], object] = lambda amount: None
+        """Told each amount before its call is made, and what is given back as a negative one."""
 
     def fill(self, amount: Decimal) -> None:
         """Let the calls until the next `fill` cost `amount` together."""
@@ -68,10 +71,14 @@ class Ledger:
         if taken > self._purse:
             self.is_exhausted = True
             raise ToolBudgetError(f"a call for {price:g} is not made: {self.spent:g} is spent")
+        if price:
+            self.keep(_exactly(price))
         self._taken = taken
 
     def give_back(self, price: float) -> None:
         """Return the price of an attempt that a store answered."""
+        if price:
+            self.keep(-_exactly(price))
         self._taken -= _exactly(price)
 
     def add(self, record: CallRecord) -> None:
