@@ -33,6 +33,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]}?"
+    return _listed(known)
+
+
+def _listed(known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if len(known) <= MOST_NAMES else ""
 
 
@@ -98,7 +102,9 @@ def _nearest_path(path: str, content: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, [item.rpartition(".")[2] for item in neighbours], n=1)
     if close:
         return f"; did you mean {section}.{close[0]}?"
-    return nearest(path, neighbours or known)
+    # Of a section's few other names none is meant: "credit.name" is near "credit.beta" only by
+    # what both begin with.
+    return _listed(neighbours) if neighbours else nearest(path, known)
 
 
 def _paths(section: Any, content: Any, *, prefix: str) -> Iterable[str]:

@@ -43,10 +43,10 @@ from tapo_train.watchdog import Watchdog
 transformers_logging.disable_progress_bar()
 
 
-def train(recipe: Recipe) -> Path:
+def train(recipe: Recipe) -> Path | None:
     """Run a recipe to its end, or on from its last checkpoint; the exported policy's folder.
 
-    A run that was asked to stop is checkpointed and not exported.
+    A run that was asked to stop is checkpointed and not exported: None.
     """
     with ExitStack() as ending:
         return _train(recipe, ending)
@@ -75,7 +75,8 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path:
         folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
         return make_sinks(recipe, folder, step)
 
-    if Trainer(parts, build.build_schedule(recipe)).fit(open_sinks):
+    is_done = Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
+    if is_done:
         watchdog.enter("export")
         export(recipe, parts.policy, folder.export)
         if distributed.rank() == 0:
@@ -84,7 +85,7 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path:
     parts.reference.close()
     parts.policy.close()
     parts.engine.close()
-    return folder.export
+    return folder.export if is_done else None
 
 
 def require_playable(tasks: Sequence[Task], chat: ChatFormat) -> None:

@@ -127,6 +127,7 @@ def test_recipes_stay_small() -> None:
         ("data.train=[]", "data.train: found [], wanted a list of at least one"),
         ("tools.names=[zoom]", "tools.names.0: found 'zoom', wanted 'image_zoom_in_tool'"),
         ("credit.beta=-1", "credit.beta"),
+        ("probe.atol=1", "probe.atol: unknown key; known: probe.tolerance"),
         ("credit.success_rule=bth", "found 'bth', wanted 'both', 'outcome' or 'advantage'"),
         ("model.path=null", "model.path: found None, wanted a string"),
         ("algo.loss=gspo", "algo.loss: found 'gspo', wanted a section; its choices are made by"),

@@ -425,6 +425,14 @@ def test_nested_crops_are_resolved_to_a_billionth_of_the_root() -> None:
     assert assign([nested, direct]).steps[1][0].similarity == 1.0
 
 
+def test_regions_are_not_rounded_to_what_a_policy_can_see() -> None:
+    crop = ImageRef(root="photo", box=(0.1, 0.1, 0.5, 0.5))
+    nested = row("g", UP, zoom(503, 3, 997, 997, img_idx=1), images=[ImageRef(root="photo"), crop])
+    around = assign([nested, row("b", DOWN, zoom(301, 101, 499, 499))]).steps[1][0]
+    # 0.3012 to 0.4988 and 0.1012 to 0.4988 of the root, inside a box with three decimals.
+    assert around.similarity == pytest.approx(0.1976 * 0.3976 / (0.198 * 0.398), abs=1e-9)
+
+
 def test_the_same_region_by_another_number_is_a_repeat() -> None:
     pictures = [ImageRef(root="photo"), ImageRef(root="photo")]
     box = (0, 0, 500, 500)

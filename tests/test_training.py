@@ -67,6 +67,7 @@ def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"policy: {out}/export"
     return read_rows(out)
 
 
@@ -247,6 +248,7 @@ def test_a_warm_start_writes_a_policy_that_a_run_can_start_from(
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "update 6/6" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"policy: {out}/export"
     start = tiny_qwen3_vl / "model.safetensors"
     trained = out / "export" / "model.safetensors"
     assert trained.stat().st_size < 0.6 * start.stat().st_size, "not stored as bfloat16"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from tapo_train.config import (
     Recipe,
@@ -54,3 +55,9 @@ def read_recipe(
     if os.environ.get("RANK", "0") == "0":
         print(f"{to_yaml(recipe)}\n# {arithmetic}")
     return None
+
+
+def say_where(policy: Path | None) -> None:
+    """Print where the exported policy is, if there is one; on the first rank."""
+    if policy is not None and os.environ.get("RANK", "0") == "0":
+        print(f"policy: {policy}")

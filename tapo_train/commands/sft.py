@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser
+from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser, say_where
 from tapo_train.config import warm_start_updates
 
 DESCRIPTION = """\
-Train a policy to imitate demonstrations (sft.demonstrations), with the same learner and the same
-batches as `train`, so that reinforcement learning starts from one that knows the format.
+Train a policy to imitate scripted demonstrations in search worlds of its own (section sft of the
+recipe), with the same learner and the same batches as `train`, so that reinforcement learning
+starts from one that knows the format.
 """
 
 
@@ -19,4 +20,4 @@ def main(argv: Sequence[str]) -> None:
     if recipe is not None:
         from tapo_train import runs  # loads torch and deepspeed
 
-        runs.sft(recipe)
+        say_where(runs.sft(recipe))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser
+from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser, say_where
 from tapo_train.config import training_updates
 
 DESCRIPTION = """\
@@ -22,4 +22,4 @@ def main(argv: Sequence[str]) -> None:
     if recipe is not None:
         from tapo_train import runs  # loads torch, vllm and deepspeed
 
-        runs.train(recipe)
+        say_where(runs.train(recipe))
