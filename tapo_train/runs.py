@@ -52,7 +52,7 @@ def train(recipe: Recipe) -> Path | None:
         return _train(recipe, ending)
 
 
-def _train(recipe: Recipe, ending: ExitStack) -> Path:
+def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
     # The watchdog knows a slow rank from one that hangs; a collective's timeout does not.
     distributed.init(
         device=build.DEVICE, timeout_s=max(distributed.DEFAULT_TIMEOUT_S, 4 * recipe.run.stall_s)
