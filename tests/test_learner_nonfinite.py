@@ -46,11 +46,21 @@ def poisoned(batch, logprobs, entropy):
     return replace(supervised(batch, logprobs, entropy), per_token=logprobs * torch.nan)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+OFFLOADED = {"precision": "bf16", "offload_optimizer": True}
+
+
+@pytest.mark.parametrize(
+    "sharding",
+    [
+        *({"zero_stage": stage} for stage in (0, 1, 2, 3)),
+        *({"zero_stage": stage} | OFFLOADED for stage in (1, 2, 3)),
+    ],
+    ids=str,
+)
 def test_after_a_skipped_update_the_next_one_is_as_if_it_had_not_been_asked_for(
-    folder, chat, zero_stage, tmp_path
+    folder, chat, sharding, tmp_path
 ):
-    settings = {"zero_stage": zero_stage, "optimizer": "adamw", "learning_rate": 1e-3}
+    settings = sharding | {"optimizer": "adamw", "learning_rate": 1e-3}
     settings |= {"warmup_updates": 3, "max_grad_norm": 1.0}
     guard = NonFiniteGuard(tmp_path, rank=0, skip=True)
     results = []

@@ -148,6 +148,17 @@ def abandon_step(engine: deepspeed.DeepSpeedEngine) -> None:
     engine._running_engine_step = False
 
 
+def forget_sums(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Drop the gradients of a step that was skipped, where DeepSpeed keeps them.
+
+    With an offloaded optimizer in bfloat16, ZeRO-1 and 2 sum them in float32 and leave out to
+    drop the sums: one that is no number would have every later step skipped too.
+    """
+    if getattr(engine.optimizer, "cpu_offload", False):
+        for group in engine.optimizer.averaged_gradients:
+            engine.optimizer.averaged_gradients[group] = None
+
+
 def offload_states(engine: Any, *, device: torch.device) -> None:
     """Move what only an update needs (master weights, optimizer states) to the host's memory.
 

@@ -87,6 +87,7 @@ class GradientGuard:
         if not self._settings.plain_optimizer:
             self._norm = float(self._engine.get_global_grad_norm())
         if not self._engine.was_step_applied():
+            engine.forget_sums(self._engine)
             raise NonFiniteError(_not_finite(self._norm))
         return self._norm
 
