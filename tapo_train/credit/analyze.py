@@ -14,7 +14,7 @@ from tapo_train.credit.result import CreditResult
 from tapo_train.credit.rollout_file import RolloutFile, read_files
 from tapo_train.credit.rollout_lines import corrected_line
 from tapo_train.credit.steps import CreditRow
-from tapo_train.credit.sweep import parse_axes, require_legal, sweep, table, write_sweep
+from tapo_train.credit.sweep import parse_axes, require_legal, sweep, table
 from tapo_train.errors import ConfigError, DataError
 
 _DESCRIPTION = """\
@@ -102,6 +102,9 @@ def main(argv: Sequence[str]) -> int:
         _write(arguments.out, file.rows, result)
         print(f"\ncorrected rows: {arguments.out}")
     if axes:
+        # Here, as matplotlib takes a second to import.
+        from tapo_train.credit.sweep_files import write_sweep
+
         points = sweep(file.rows, options, axes)
         print("\nCorrectable share\n" + "\n".join(table(axes, points)))
         paths = write_sweep(arguments.sweep_out or Path("sweep"), axes, points)

@@ -1,13 +1,11 @@
-"""How the correctable shares depend on one or two options: table, CSV, heat map."""
+"""How the correctable shares depend on one or two options."""
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tapo_train.credit.actions import Reader, gather
 from tapo_train.credit.assigners import paused_collector
@@ -16,7 +14,7 @@ from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.overrides import parse_number
 from tapo_train.credit.steps import CreditRow
 from tapo_train.credit.tapo import decide
-from tapo_train.errors import ConfigError, DataError
+from tapo_train.errors import ConfigError
 
 AXES = ("theta", "alpha_min", "cluster_theta", "beta")
 """Options that can be swept: those that leave the eligible calls as they are."""
@@ -120,22 +118,3 @@ def table(axes: Sequence[Axis], points: Sequence[Point]) -> list[str]:
         cells += ["-" if math.isnan(s) else f"{s:.3f}" for s in point.shares.values()]
         lines.append("  ".join(c.rjust(width) for c, width in zip(cells, widths, strict=True)))
     return lines
-
-
-def write_sweep(folder: Path, axes: Sequence[Axis], points: Sequence[Point]) -> list[Path]:
-    """Write `sweep.csv` and `sweep.png`; returns both paths. `DataError` if they cannot be."""
-    from tapo_train.credit.sweep_plot import draw  # matplotlib takes a second to import
-
-    csv_path, png_path = folder / "sweep.csv", folder / "sweep.png"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with csv_path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow([axis.name for axis in axes] + list(SHARES))
-            writer.writerows([*point.at, *point.shares.values()] for point in points)
-        draw(png_path, axes, points)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: the sweep cannot be written there: {error.strerror or error}"
-        ) from error
-    return [csv_path, png_path]

@@ -1,7 +1,8 @@
-"""Pictures of a sweep. The only file of the credit stage that needs matplotlib."""
+"""A sweep as CSV and heat map. The only file of the credit stage that needs matplotlib."""
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from tapo_train.credit.sweep import Axis, Point
+from tapo_train.credit.sweep import SHARES, Axis, Point
+from tapo_train.errors import DataError
 
 _PANELS = (
     "trajectories, theta only",
@@ -21,7 +23,24 @@ _MAX_LABELS = 150
 """Cells beyond are drawn without their number."""
 
 
-def draw(path: Path, axes: Sequence[Axis], points: Sequence[Point]) -> None:
+def write_sweep(folder: Path, axes: Sequence[Axis], points: Sequence[Point]) -> list[Path]:
+    """Write `sweep.csv` and `sweep.png`; returns both paths. `DataError` if they cannot be."""
+    csv_path, png_path = folder / "sweep.csv", folder / "sweep.png"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with csv_path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow([axis.name for axis in axes] + list(SHARES))
+            writer.writerows([*point.at, *point.shares.values()] for point in points)
+        _draw(png_path, axes, points)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the sweep cannot be written there: {error.strerror or error}"
+        ) from error
+    return [csv_path, png_path]
+
+
+def _draw(path: Path, axes: Sequence[Axis], points: Sequence[Point]) -> None:
     """A heat map per share for two axes, lines for one."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     if len(axes) == 1:
