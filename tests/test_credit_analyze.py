@@ -401,7 +401,7 @@ def test_the_report_says_every_count_under_its_head() -> None:
 def test_a_heat_map_has_the_first_option_upwards_and_the_second_to_the_right() -> None:
     from matplotlib.figure import Figure
 
-    from tapo_train.credit.sweep_plot import heat_map
+    from tapo_train.credit.sweep_files import heat_map
 
     axes = [Axis(name="theta", values=(0.1, 0.2)), Axis(name="alpha_min", values=(0.3, 0.4, 0.5))]
     places = [(theta, alpha) for theta in axes[0].values for alpha in axes[1].values]
