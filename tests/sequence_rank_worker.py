@@ -4,11 +4,12 @@
 
 A job is a model's folder, how many ranks share a micro-batch and a variant, as
 `tiny:2:zero 3, gspo`. Rank 0 writes losses, gradient norms, metrics and weights of each, and what
-autograd keeps with the model and the ranks of the first job.
+autograd keeps with the model and the ranks of the first job, and how other heads are refused.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ import torch
 from learner_rows import kept_bytes, make_policy, some_rows, weights_of
 
 from tapo_train.algos.losses import grpo, gspo
+from tapo_train.errors import LearnerError
 from tapo_train.learner import distributed, packed_model
 from tapo_train.learner.balance import Balanced, RowCost, Shared
 from tapo_train.learner.batch import TrainingRow, pack
@@ -107,6 +109,19 @@ def kept_per_token(folder: Path, *, size: int) -> float:
     return (kept_bytes(model, 768, group) - kept_bytes(model, 256, group)) / 512
 
 
+def refusal_of_heads(source: Path, folder: Path) -> str:
+    """What is said of a model with 6 heads for groups of 4 ranks; its folder holds no weights."""
+    folder.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    config["text_config"]["num_attention_heads"] = 6
+    (folder / "config.json").write_text(json.dumps(config))
+    try:
+        make_policy(folder, ChatFormat(source), sequence_parallel=4)
+    except LearnerError as error:
+        return str(error)
+    return "nothing"
+
+
 def main(out: Path, jobs: list[str]) -> None:
     results: dict[str, Any] = {}
     for job in jobs:
@@ -114,6 +129,7 @@ def main(out: Path, jobs: list[str]) -> None:
         results[job] = outcome(Path(model), name, size=int(size))
     first, size, _ = jobs[0].rsplit(":", 2)
     results["kept"] = kept_per_token(Path(first), size=int(size))
+    results["heads"] = refusal_of_heads(Path(first), out / f"heads_{distributed.rank()}")
     if distributed.rank() == 0:
         torch.save(results, out / "results.pt")
     end_process_group()

@@ -53,6 +53,7 @@ def test_ranks_that_share_a_micro_batch_learn_what_one_rank_learns(
             assert there == pytest.approx(here, abs=TOLERANCE, rel=TOLERANCE), job
         for key in ("weights", "logprobs"):
             torch.testing.assert_close(theirs[key], ours[key], atol=TOLERANCE, rtol=0)
+    assert found["heads"].startswith("sequence_parallel is 4 for 6 attention heads")
     # A rank keeps its share of a token, as the memory model says, and little more.
     keeps = kept_per_token(models[0], size=1)
     assert 1 / 2 < found["kept"] / keeps < 0.53
