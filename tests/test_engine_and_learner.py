@@ -33,3 +33,17 @@ def test_engine_and_learner_agree_before_and_after_three_updates_and_syncs(
         timeout=300,
     )
     assert done.returncode == 0 and "agreed" in done.stdout, done.stdout + done.stderr[-4000:]
+
+
+def test_carried_over_and_refilled_groups_are_trained_once_with_the_log_probs_of_their_weights(
+    tiny_qwen3_vl: Path, tmp_path: Path
+) -> None:
+    worker = WORKER.with_name("rounds_engine_worker.py")
+    done = subprocess.run(
+        [sys.executable, str(worker), str(tiny_qwen3_vl), str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "aligned" in done.stdout, done.stdout + done.stderr[-4000:]

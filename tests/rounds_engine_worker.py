@@ -1,0 +1,200 @@
+"""Groups that are carried over, then rounds that are refilled, over vLLM and a learner.
+
+Run by `test_engine_and_learner.py` in a process of its own, because the engine takes the
+process group down with it when it ends.
+
+    python rounds_engine_worker.py TINY_POLICY WORK_FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from engine_and_learner_worker import AGREEMENT, SETTINGS, TEMPERATURE
+from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
+
+from tapo_train.data.sampler import TaskSampler
+from tapo_train.interruption import Interruption
+from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.learner.objective import supervised
+from tapo_train.learner.policy import Policy
+from tapo_train.parts import Rounds
+from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rollout.carry_over import CarryOver
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import Completion, Sampling
+from tapo_train.rollout.hf_engine import HfEngine
+from tapo_train.rollout.limits import NEVER, Deadlines, Limits
+from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
+from tapo_train.rounds import CarriedOver, Questions, Refill
+from tapo_train.types import Group, Reward, Task, Trajectory
+
+TASKS = [picture_task(f"q{number}") for number in range(24)]
+PER_STEP, ROLLOUTS = 3, 2
+STEP_S = 1.0
+"""[s] in which a trajectory of four turns is not over: a step of the engine takes PACE_S."""
+PACE_S = 0.03
+
+
+class PacedEngine(VllmEngine):
+    """vLLM, as slow as a model of some size, and counting what it gave up."""
+
+    pace_s = PACE_S
+    num_aborted = 0
+
+    def step(self) -> list[Completion]:
+        time.sleep(self.pace_s)
+        return super().step()
+
+    def abort(self, ids: Sequence[str]) -> None:
+        self.num_aborted += len(ids)
+        super().abort(ids)
+
+
+class Longer(RewardFunction):
+    """Rewards trajectories of many turns, which a policy that hardly knows anything has, too."""
+
+    def __call__(self, trajectory: Trajectory) -> Reward:
+        good = float(len(trajectory.turns) > 2)
+        return Reward(total=good, accuracy=good, parts={"accuracy": good, "format": 0.0})
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An engine and a learner in step, with the weights of every version."""
+
+    chat: ChatFormat
+    engine: PacedEngine
+    policy: Policy
+    slow: HfEngine
+    version: int = 0
+    weights: list[dict[str, torch.Tensor]] = field(default_factory=list)
+    trained: Counter[str] = field(default_factory=Counter)
+
+    def sync(self) -> None:
+        """Hand the learner's weights over, and keep them."""
+        kept = {name: tensor.detach().clone() for name, tensor in self.policy.named_weights()}
+        self.weights.append(kept)
+        self.engine.load_weights(kept.items(), version=self.version)
+
+    def questions(self, carry_over: CarryOver | None, deadlines: Deadlines) -> Questions:
+        """Rounds over TASKS."""
+
+        def play(
+            tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
+        ) -> list[Group]:
+            return collect(
+                tasks,
+                engine=self.engine,
+                chat=self.chat,
+                toolbox=draw_toolbox(),
+                system_prompt=SYSTEM_PROMPT,
+                rollouts_per_task=rollouts,
+                limits=Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000),
+                sampling=Sampling(temperature=TEMPERATURE),
+                policy_version=policy_version,
+                deadlines=deadlines,
+                carry_over=carry_over,
+            )
+
+        return Questions(
+            tasks=TASKS,
+            order=TaskSampler(len(TASKS), seed=0),
+            play=play,
+            interruption=Interruption(),
+            per_step=PER_STEP,
+            rollouts=ROLLOUTS,
+        )
+
+    def step(self, rounds: Rounds) -> tuple[list[Trajectory], list[Trajectory]]:
+        """Roll out, compare, train, sync; what was trained, and what others replaced."""
+        rolled = rounds(self.version)
+        for group in rolled.groups:
+            assert len(group.trajectories) == ROLLOUTS, "a group is trained whole"
+        held = [t for group in rolled.groups for t in group.trajectories]
+        replaced = [t for group in rolled.replaced for t in group.trajectories]
+        for trajectory in [*held, *replaced]:
+            self.require_alignment(trajectory)
+        rows = [TrainingRow.from_turns(t, np.ones(len(t.turns))) for t in held]
+        self.trained.update(row.id for row in rows)
+        self.policy.update(pack(rows, budget_tokens=2000), supervised)
+        self.version += 1
+        self.sync()
+        return held, replaced
+
+    def require_alignment(self, trajectory: Trajectory) -> None:
+        """Every sampled token has the log-probability that its turn's weights give it."""
+        sampled = [np.arange(turn.span.start, turn.span.end) for turn in trajectory.turns]
+        assert sum(map(len, sampled)) == len(trajectory.logprobs)
+        logprobs = np.split(trajectory.logprobs, np.cumsum(list(map(len, sampled)))[:-1])
+        scores = {}
+        for version in {turn.policy_version for turn in trajectory.turns}:
+            self.slow.load_weights(self.weights[version].items(), version=version)
+            logits = self.slow.logits(trajectory.tokens, trajectory.images)
+            scores[version] = self.slow.processed(logits, Sampling(temperature=TEMPERATURE))
+        for turn, at, ours in zip(trajectory.turns, sampled, logprobs, strict=True):
+            theirs = scores[turn.policy_version][at - 1, trajectory.tokens[at]].numpy()
+            np.testing.assert_allclose(ours, theirs, atol=AGREEMENT, rtol=0)
+            assert self.chat.decode(trajectory.tokens[at]).text.startswith(turn.text)
+
+
+def carried_over(run: Run) -> None:
+    """Steps that are too short for a trajectory: it goes on under newer weights."""
+    rounds = CarriedOver(run.questions(CarryOver(most=99), Deadlines(step_s=STEP_S)))
+    held = [trajectory for _ in range(5) for trajectory in run.step(rounds)[0]]
+    ages = [len({turn.policy_version for turn in t.turns}) for t in held]
+    assert max(ages) > 1, "no trajectory was carried over"
+    assert run.engine.num_aborted > 0, "no turn was interrupted while it was sampled"
+    assert all(t.policy_version == max(u.policy_version for u in t.turns) for t in held if t.turns)
+    waiting = {TASKS[index].id for _, index in rounds.state_dict()["waiting"]}
+    assert waiting.isdisjoint(t.task.id for t in held), "what waits was not trained"
+
+
+def refilled(run: Run) -> None:
+    """Groups whose trajectories all earned the same give way to others."""
+    run.engine.pace_s = 0.0
+    rounds = Refill(run.questions(None, NEVER), Longer(), most=3)
+    num_replaced = 0
+    for _ in range(3):
+        held, replaced = run.step(rounds)
+        num_replaced += len(replaced)
+        assert len(held) == PER_STEP * ROLLOUTS
+        assert {t.policy_version for t in [*held, *replaced]} == {run.version - 1}
+        assert not {t.id for t in held} & {t.id for t in replaced}
+    assert num_replaced > 0, "nothing was refilled"
+
+
+def main(source: Path, work: Path) -> None:
+    """Both, with one engine and one learner."""
+    chat = ChatFormat(teach_calls(source, work / "model"))
+    run = Run(
+        chat=chat,
+        engine=PacedEngine(chat, VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=16)),
+        policy=Policy(
+            chat.model,
+            settings=SETTINGS["full"],
+            pixels=chat.pixels,
+            temperature=TEMPERATURE,
+            banned_token_ids=chat.banned_token_ids,
+        ),
+        slow=HfEngine(chat),
+    )
+    run.sync()
+    carried_over(run)
+    refilled(run)
+    assert set(run.trained.values()) == {1}, "a trajectory was trained twice"
+    run.policy.close()
+    run.engine.close()
+    print("aligned", len(run.trained), run.engine.num_aborted)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
