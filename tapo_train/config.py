@@ -12,6 +12,7 @@ the same run.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
+from omegaconf import resolvers as omegaconf_resolvers
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
@@ -48,6 +50,20 @@ SHIPPED_RECIPES = (Path(__file__).parent / "shipped_recipes").resolve()
 `recipes/`."""
 
 _ADAPTER: TypeAdapter[Recipe] = TypeAdapter(Recipe)
+_SECRET = re.compile(
+    r"(?:^|_)(?:api)?(?:key|secret|token|pass|password|passwd|credential)s?(?:_|$)", re.IGNORECASE
+)
+
+
+def _environment(name: str, *default: str | None) -> str | None:
+    """`${oc.env:NAME}`, but no secret: the resolved recipe is exported, logged and passed on."""
+    if _SECRET.search(name):
+        raise ConfigError(f"${{oc.env:{name}}} looks like a secret, which no recipe may hold")
+    value: str | None = omegaconf_resolvers.oc.env(name, *default)
+    return value
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

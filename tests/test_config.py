@@ -233,6 +233,20 @@ def test_a_file_that_is_no_plain_yaml_is_refused_in_one_message(
     assert [path.name for path in tmp_path.iterdir()] == ["stranger.yaml"]
 
 
+def test_a_recipe_may_read_the_environment_but_no_secret_in_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TAPO_PLACE", "/data")
+    monkeypatch.setenv("SOME_API_KEY", "hunter2")
+    monkeypatch.delenv("TAPO_NOWHERE", raising=False)
+    assert load_recipe(DEMO, ["run.dir=${oc.env:TAPO_PLACE}/x"]).run.dir == "/data/x"
+    assert load_recipe(DEMO, ["run.dir=${oc.env:TOKENIZER_DIR,there}"]).run.dir == "there"
+    assert load_recipe(DEMO, ["run.dir=${oc.env:TAPO_NOWHERE,here}"]).run.dir == "here"
+    assert "TAPO_NOWHERE" in refusal("run.dir=${oc.env:TAPO_NOWHERE}")
+    found = refusal("tools.text_endpoint=https://example.org/${oc.env:SOME_API_KEY}")
+    assert "${oc.env:SOME_API_KEY} looks like a secret" in found and "hunter2" not in found
+
+
 def test_an_installed_package_holds_the_shipped_recipes(tmp_path: Path) -> None:
     for name in ("tapo_train", "recipes"):
         shutil.copytree(
