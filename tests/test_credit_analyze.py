@@ -398,6 +398,15 @@ def test_the_report_says_every_count_under_its_head() -> None:
     assert [line for line in lines if line in wanted] == wanted
 
 
+def test_the_report_tells_questions_without_a_success_apart_in_a_library_of_the_batch() -> None:
+    one = text("one")
+    rows = [row("s", 1.0, one), row("a", -1.0, one), row("b", -1.0, one, group="p")]
+    result = Tapo(TapoOptions(scope="batch"))(rows)
+    lines = [" ".join(line.split()) for line in report(rows, result)]
+    assert "failing trajectories 2/2 100.0 % 2/2 100.0 %" in lines
+    assert "of questions with a success 1/1 100.0 % 1/1 100.0 %" in lines
+
+
 def test_a_heat_map_has_the_first_option_upwards_and_the_second_to_the_right() -> None:
     from matplotlib.figure import Figure
 
