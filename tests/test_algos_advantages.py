@@ -126,7 +126,9 @@ def test_batch_renorm_is_the_population_z_score_of_the_rows_kept() -> None:
     assert found[2] == 0.0
     assert batch_renorm([0.3, 0.3]).tolist() == [0.0, 0.0]
     # A small mean is still a mean: 1e-6 of a deviation of 1.
-    assert batch_renorm([1.0, -1.0, 0.0, 4e-6])[2] == pytest.approx(-(2**0.5) * 1e-6, rel=1e-5)
+    for sign in (1.0, -1.0):
+        found = batch_renorm([1.0, -1.0, 0.0, sign * 4e-6])[2]
+        assert found == pytest.approx(-sign * 2**0.5 * 1e-6, rel=1e-5)
 
 
 @pytest.mark.parametrize("successes", [1, 2, 3, 5, 6, 7])

@@ -141,6 +141,14 @@ def test_eval_of_fewer_than_no_questions_is_refused(capsys: pytest.CaptureFixtur
     assert "--questions is -3; wanted 0 or more" in capsys.readouterr().err
 
 
+def test_eval_into_a_folder_is_refused_before_the_evaluation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", "m", "--tasks", DEMO, "--recipe", DEMO, "--out", str(tmp_path)]
+    assert main(["eval", *arguments]) == 2
+    assert f"--out {tmp_path} is a folder; wanted a file" in capsys.readouterr().err
+
+
 def test_a_world_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     taken = tmp_path / "taken"
     taken.touch()

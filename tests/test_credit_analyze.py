@@ -166,6 +166,7 @@ BAD_LINES: Mapping[str, tuple[Any, str]] = {
     ),
     "root": ({**GOOD, "images": [{}]}, r"images\[0\].root is None; want text"),
     "same id": (GOOD, "id 't' of group 'q' is in line 1 already"),
+    "an id alone": ({"id": "t", "steps": []}, "group is None; want text"),
     "corrected without a step": ({"id": "t", "advantage": 0, "steps": []}, "corrected before"),
     "corrected": ({"id": "t", "advantage": 0, "steps": [{"gates": {}}]}, "was corrected before"),
 }
@@ -341,6 +342,17 @@ def test_each_file_has_groups_of_its_own(
         main([str(one), str(two), "--out", str(two)])
 
 
+def test_bad_lines_of_every_file_are_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = write(tmp_path / "one", GOOD, "{"), write(tmp_path / "two", "{", GOOD, "[")
+    assert main([str(one), str(two), "--skip-bad"]) == 0
+    said = capsys.readouterr().err
+    assert "one, line 2" in said and "two, line 1" in said and "skipped 3 unreadable" in said
+    with pytest.raises(ConfigError, match=r"found 'credit\.beta'; want credit\.name=value"):
+        main([str(one), "credit.beta"])
+
+
 def test_without_a_file_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["credit.beta=0.4"])
@@ -482,7 +494,7 @@ def test_overrides_have_the_type_of_their_field() -> None:
     [
         ("credit.bta=1", r"credit\.bta: unknown key; did you mean credit\.beta"),
         ("beta=1", r"found 'beta=1'; want credit\.name=value"),
-        ("credit.beta", "want credit.name=value"),
+        ("credit.beta", "found 'credit.beta'; want credit.name=value"),
         ("credit.beta=much", r"credit\.beta is 'much'; want a number"),
         ("credit.beta=-1", r"credit\.beta is -1\.0"),
         ("credit.use_clip=1", r"credit\.use_clip is '1'; want true or false"),

@@ -248,6 +248,12 @@ def test_boxes_in_pixels_are_divided_by_the_size_of_their_picture() -> None:
     tall = sized(row("b", DOWN, zoom(50, 400, 75, 600)), (100, 800))
     crop = ImageRef(root="photo", box=(0.25, 0.25, 0.75, 0.75))
     inner = row("b", DOWN, zoom(100, 50, 200, 100, img_idx=1), images=[PHOTO, crop])
+    # The middle of nine fields, directly and as a quarter of a crop.
+    middle = sized(row("g", UP, zoom(100, 100, 200, 200)), (300, 300))
+    part = ImageRef(root="photo", box=(0.0, 0.0, 2 / 3, 2 / 3))
+    quarter = row("b", DOWN, zoom(100, 100, 200, 200, img_idx=1), images=[PHOTO, part])
+    records = Tapo(TapoOptions(box_unit="pixels"))([middle, sized(quarter, (300, 300), (200, 200))])
+    assert records.steps[1][0].similarity == 1.0
     for other in (tall, sized(inner, (400, 200), (200, 100))):
         assert Tapo(TapoOptions(box_unit="pixels"))([wide, other]).steps[1][0].similarity == 1.0
     outside = [rows[0], sized(row("b", DOWN, zoom(0, 0, 201, 50)), (200, 100))]

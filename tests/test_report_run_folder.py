@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tapo_train.errors import DataError
+from tapo_train.errors import ConfigError, DataError
 from tapo_train.report.files import write_atomically
 from tapo_train.report.manifest import (
     describe_data,
@@ -65,6 +65,39 @@ def test_resuming_keeps_the_first_description_and_adds_to_it(tmp_path: Path) -> 
     assert folder.recipe.read_text() == "steps: 9\n"
     assert (tmp_path / "recipe.before_step_4.yaml").read_text() == "steps: 5\n"
     assert not (tmp_path / "recipe.before_step_6.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"seed": 4}, "seed 3 but is resumed with 4;"),
+        ({"model": {"path": "tiny", "sha256": "01"}}, "model.sha256 00 but is resumed with 01;"),
+        (
+            {"data": {"train": {"tasks": 3, "fingerprint": "12"}}},
+            "data.train.tasks 2 but is resumed with 3;",
+        ),
+        (
+            {"data": manifest()["data"] | {"validation": {}}},
+            "data.validation None but is resumed with {};",
+        ),
+    ],
+)
+def test_a_refused_resumption_names_the_first_difference(
+    tmp_path: Path, changes: dict[str, Any], difference: str
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.begin(recipe="", manifest=manifest(), step=0)
+    with pytest.raises(DataError) as caught:
+        folder.begin(recipe="", manifest=manifest(**changes), step=1)
+    assert f"the run was started with {difference} give the same" in str(caught.value)
+
+
+@pytest.mark.parametrize("below", ["", "run", "run/deeper"])
+def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path, below: str) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    with pytest.raises(ConfigError, match=r"run\.dir: found .*taken is a file; wanted a folder"):
+        RunFolder(taken / below)
 
 
 @pytest.mark.parametrize("name", ["model", "data", "seed"])

@@ -35,11 +35,13 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"eval: --questions is {arguments.questions}; wanted 0 or more")
     if not tasks.exists():
         raise ConfigError(f"eval: --tasks {tasks} does not exist; wanted a task file")
+    out = Path(arguments.out) if arguments.out else None
+    if out is not None and out.is_dir():
+        raise ConfigError(f"eval: --out {out} is a folder; wanted a file to write")
     recipe = load_recipe(path, eval_overrides(model, tasks, arguments.overrides))
 
     from tapo_train import runs  # loads torch and vllm
 
-    out = Path(arguments.out) if arguments.out else None
     accuracy = runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out)
     print(f"accuracy: {accuracy}")
 

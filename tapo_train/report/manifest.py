@@ -79,7 +79,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def describe_model(path: str) -> dict[str, Any]:
-    """Name and content hash of a model folder; the hash is null for a hub name."""
+    """Name and content hash of a model folder; the hash is null where there is no folder."""
     folder = Path(path)
     return {"path": path, "sha256": _hash_folder(folder) if folder.is_dir() else None}
 

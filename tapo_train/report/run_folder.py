@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from tapo_train.data.rows import parse_json, read_file
-from tapo_train.errors import DataError
+from tapo_train.errors import ConfigError, DataError
 from tapo_train.report.files import write_atomically
 
 __all__ = ["RunFolder"]
@@ -35,7 +35,11 @@ class RunFolder:
     """Paths of a run and its two descriptions. Only rank 0 writes."""
 
     def __init__(self, path: str | Path) -> None:
+        """Raises `ConfigError` where a file stands in the way."""
         self.path = Path(path)
+        there = next((part for part in (self.path, *self.path.parents) if part.exists()), None)
+        if there is not None and not there.is_dir():
+            raise ConfigError(f"run.dir: found {self.path}, but {there} is a file; wanted a folder")
 
     @property
     def recipe(self) -> Path:
@@ -109,12 +113,21 @@ class RunFolder:
             raise DataError(f"{self.manifest}: not a manifest of this program")
         for name in _SAME:
             if first.get(name) != manifest.get(name):
+                where, old, new = _first_difference(name, first.get(name), manifest.get(name))
                 raise DataError(
-                    f"{self.manifest}: the run was started with {name} {first.get(name)} but is "
-                    f"resumed with {manifest.get(name)}; give the same, or another run.dir"
+                    f"{self.manifest}: the run was started with {where} {old} but is resumed with "
+                    f"{new}; give the same, or another run.dir"
                 )
         again = {key: value for key, value in manifest.items() if key not in _SAME}
         self._write_manifest({**first, "resumed": [*first["resumed"], {"step": step, **again}]})
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
+
+
+def _first_difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:
+    """(dotted path, old, new) of the first entry in which two descriptions differ."""
+    while isinstance(old, Mapping) and isinstance(new, Mapping):
+        key = next(key for key in {**old, **new} if old.get(key) != new.get(key))
+        where, old, new = f"{where}.{key}", old.get(key), new.get(key)
+    return where, old, new
