@@ -8,6 +8,7 @@ import signal
 import struct
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_other_formats_never_reach_the_worker(format: str) -> None:
         sandbox.picture(encoded(RED, format), longest_px=60)
     with pytest.raises(ToolRefusedError, match="none of"):
         sandbox.picture(b"<svg xmlns='http://www.w3.org/2000/svg'/>", longest_px=60)
-    assert sandbox._worker is None and sandbox.counts == {"refused": 2}
+    assert sandbox._idle == [] and sandbox.counts == {"refused": 2}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +145,23 @@ def test_a_worker_that_takes_too_long_is_replaced() -> None:
     sandbox.close()
 
 
+def test_a_slow_input_does_not_hold_up_the_next_one_and_no_more_workers_run_than_said() -> None:
+    sandbox = Sandbox(SandboxLimits(timeout_s=5.0), workers=2)
+    with ThreadPoolExecutor(6) as threads:
+        slow = threads.submit(sandbox.page, 3 * SLOW_PAGE, max_chars=100)
+        pages = [threads.submit(sandbox.page, b"%d" % n, max_chars=9) for n in range(5)]
+        assert [page.result() for page in pages] == ["0", "1", "2", "3", "4"]
+        assert not slow.done(), "it was waited for"
+        with pytest.raises(ToolRefusedError, match=r"took more than 5\.0 s"):
+            slow.result()
+    assert len(sandbox._idle) == 1, "one was killed, and one served all others"
+    (worker,) = sandbox._idle
+    sandbox.close()
+    assert not worker.is_alive and sandbox._idle == []
+    assert sandbox.page(b"again", max_chars=9) == "again"
+    sandbox.close()
+
+
 def test_a_picture_that_needs_too_much_memory_is_refused() -> None:
     sandbox = Sandbox(SandboxLimits(memory_bytes=200 * 2**20))
     large = encoded(Pillow.new("RGBA", (5000, 5000)))
@@ -156,8 +174,8 @@ def test_a_picture_that_needs_too_much_memory_is_refused() -> None:
 def test_a_worker_that_died_between_two_inputs_costs_neither() -> None:
     sandbox = Sandbox()
     assert sandbox.page(b"a", max_chars=9) == "a"
-    assert sandbox._worker is not None
-    process = sandbox._worker[0]
+    (worker,) = sandbox._idle
+    process = worker._process
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert sandbox.page(b"b", max_chars=9) == "b"
@@ -171,8 +189,8 @@ def test_the_worker_gets_nothing_of_the_environment(
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     fresh = Sandbox()
     fresh.page(b"a", max_chars=9)
-    assert fresh._worker is not None
-    environment = Path(f"/proc/{fresh._worker[0].pid}/environ").read_bytes()
+    (worker,) = fresh._idle
+    environment = Path(f"/proc/{worker._process.pid}/environ").read_bytes()
     assert b"PATH=" in environment and b"secret" not in environment
     fresh.close()
 

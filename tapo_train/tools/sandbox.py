@@ -2,8 +2,9 @@
 
 A picture goes in as bytes and comes out as a freshly encoded PNG; a page comes out as text.
 Size and format are checked before anything is unpacked. Memory, time and what may be
-written are limited; when the worker dies or takes too long, that input is refused and
-the next one gets a new worker.
+written are limited; when a worker dies or takes too long, that input is refused and
+another one gets a new worker. Some workers open inputs side by side, or one slow input would
+hold up the calls of every other trajectory.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +28,10 @@ from tapo_train.tools.images import image_from_bytes
 from tapo_train.tools.sandbox_worker import PAGE, PICTURE, READY, REFUSED, REPLY, REQUEST
 from tapo_train.types import Image
 
-__all__ = ["Sandbox", "SandboxLimits"]
+__all__ = ["WORKERS", "Sandbox", "SandboxLimits"]
 
+WORKERS = max(2, min(4, (os.cpu_count() or 2) // 4))
+"""Opening is computing: more than a few would take the cores from the engine and its tools."""
 _START_S = 60.0
 """[s] a new worker may need until it is ready, on a busy machine."""
 _OVERHEAD = 65_536
@@ -54,14 +59,19 @@ class SandboxLimits:
 
 
 class Sandbox:
-    """One worker process, started when first needed; safe to use from threads, one at a time."""
+    """A few worker processes, started when needed; safe to use from threads.
 
-    def __init__(self, limits: SandboxLimits | None = None) -> None:
+    Args:
+        workers: most inputs opened at a time; further ones wait.
+    """
+
+    def __init__(self, limits: SandboxLimits | None = None, *, workers: int = WORKERS) -> None:
         self.limits = limits or SandboxLimits()
         self.counts: Counter[str] = Counter()
         """How many inputs were done, refused, or cost the worker its life (killed)."""
-        self._lock = threading.Lock()
-        self._worker: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+        self._num_seats = workers
+        self._seats = threading.Semaphore(workers)
+        self._idle: list[_Worker] = []
 
     def picture(self, data: bytes, *, longest_px: int) -> Image:
         """The picture, reduced to `longest_px` and encoded anew; it is its own root.
@@ -90,23 +100,23 @@ class Sandbox:
         return self._ask(PAGE, max_chars, data)[2].decode("utf-8", "replace")
 
     def close(self) -> None:
-        """End the worker; a later call starts another."""
-        with self._lock:
-            self._kill()
+        """End the workers, when they are done; a later call starts others."""
+        for _ in range(self._num_seats):
+            self._seats.acquire()
+        while self._idle:
+            self._idle.pop().kill()
+        self._seats.release(self._num_seats)
 
     def _ask(self, kind: int, limit: int, data: bytes) -> tuple[int, int, bytes]:
         """Width, height and bytes of the answer."""
         request = REQUEST.pack(kind, limit, len(data)) + data
         most = 4 * limit * limit + _OVERHEAD if kind == PICTURE else 4 * (limit + _OVERHEAD)
-        with self._lock:
-            self._start()
+        with self._seats, self._worker() as worker:
             try:
-                status, width, height, said = self._exchange(request, most)
+                status, width, height, said = worker.exchange(request, most, self.limits.timeout_s)
             except OSError as error:  # timeouts among them
-                self._kill()
                 self.counts["killed"] += 1
-                limit_s = self.limits.timeout_s
-                slow = f"took more than {limit_s} s"
+                slow = f"took more than {self.limits.timeout_s} s"
                 reason = slow if isinstance(error, TimeoutError) else "ended the process that did"
                 raise ToolRefusedError(f"opening it {reason}") from error
         if status == REFUSED:
@@ -114,54 +124,22 @@ class Sandbox:
         self.counts["done"] += 1
         return width, height, said
 
-    def _exchange(self, request: bytes, most: int) -> tuple[int, int, int, bytes]:
-        assert self._worker is not None
-        channel = self._worker[1]
-        deadline = time.monotonic() + self.limits.timeout_s
-        channel.settimeout(self.limits.timeout_s)
-        channel.sendall(request)
-        status, width, height, length = REPLY.unpack(_receive(channel, REPLY.size, deadline))
-        if length > most:
-            raise ConnectionAbortedError(f"the worker announces {length} bytes")
-        return status, width, height, _receive(channel, length, deadline)
-
-    def _start(self) -> None:
-        """Have a worker that lives. That there is none is no fault of what it would open."""
-        if self._worker is not None and self._worker[0].poll() is not None:
-            self._kill()  # it died between two inputs: neither's fault
-        if self._worker is None:
-            try:
-                self._worker = self._started()
-                _receive(self._worker[1], len(READY), time.monotonic() + _START_S)
-            except OSError as error:
-                self._kill()
-                raise ToolDownError(f"the sandbox does not start: {error}") from error
-
-    def _started(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
-        ours, theirs = socket.socketpair()
-        limits = self.limits
-        numbers = (limits.memory_bytes, limits.max_bytes, limits.max_pixels, limits.max_side)
-        # Of this process's environment, which may hold keys, it gets only where programs are.
-        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(_PACKAGE_PARENT)}
-        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "tapo_train.tools.sandbox_worker", *map(str, numbers)],
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                env=environment | threads,
-                start_new_session=True,
-            )
-        return process, ours
-
-    def _kill(self) -> None:
-        if self._worker is not None:
-            process, channel = self._worker
-            self._worker = None
-            channel.close()
-            process.kill()
-            process.wait()
+    @contextmanager
+    def _worker(self) -> Iterator[_Worker]:
+        """A worker that lives; none of the next inputs gets it unless the block succeeds."""
+        worker = self._idle.pop() if self._idle else _Worker(self.limits)
+        if not worker.is_alive:  # that it died between two inputs is neither's fault
+            worker.kill()
+            worker = _Worker(self.limits)
+        is_sound = False
+        try:
+            yield worker
+            is_sound = True
+        finally:
+            if is_sound:
+                self._idle.append(worker)
+            else:
+                worker.kill()
 
     def _require_bytes(self, data: bytes, what: str) -> None:
         if len(data) > self.limits.max_bytes:
@@ -170,6 +148,60 @@ class Sandbox:
     def _refuse(self, reason: str) -> None:
         self.counts["refused"] += 1
         raise ToolRefusedError(reason)
+
+
+class _Worker:
+    """A process that opens one input at a time.
+
+    Raises:
+        ToolDownError: it does not start, which is no fault of what it would open.
+    """
+
+    def __init__(self, limits: SandboxLimits) -> None:
+        self._channel, theirs = socket.socketpair()
+        numbers = (limits.memory_bytes, limits.max_bytes, limits.max_pixels, limits.max_side)
+        # Of this process's environment, which may hold keys, it gets only where programs are.
+        environment = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(_PACKAGE_PARENT)}
+        threads = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        try:
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "tapo_train.tools.sandbox_worker", *map(str, numbers)],
+                    stdin=theirs.fileno(),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    env=environment | threads,
+                    start_new_session=True,
+                )
+        except OSError as error:
+            self._channel.close()
+            raise ToolDownError(f"the sandbox does not start: {error}") from error
+        try:
+            _receive(self._channel, len(READY), time.monotonic() + _START_S)
+        except OSError as error:
+            self.kill()
+            raise ToolDownError(f"the sandbox does not start: {error}") from error
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process.poll() is None
+
+    def exchange(self, request: bytes, most: int, timeout_s: float) -> tuple[int, int, int, bytes]:
+        """Status, width, height and bytes; OSError if there is no answer of that form in time."""
+        deadline = time.monotonic() + timeout_s
+        self._channel.settimeout(timeout_s)
+        self._channel.sendall(request)
+        head = REPLY.unpack(_receive(self._channel, REPLY.size, deadline))
+        status, width, height, length = head
+        if length > most:
+            raise ConnectionAbortedError(f"the worker announces {length} bytes")
+        return status, width, height, _receive(self._channel, length, deadline)
+
+    def kill(self) -> None:
+        """End it, now."""
+        self._channel.close()
+        self._process.kill()
+        self._process.wait()
 
 
 def _receive(channel: socket.socket, length: int, deadline: float) -> bytes:
