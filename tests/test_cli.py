@@ -166,6 +166,12 @@ def test_eval_takes_the_indexes_beside_the_task_file(tmp_path: Path) -> None:
     assert recipe.tools.text_top_k == 9
 
 
+@pytest.mark.parametrize("name", ["o'neil's", "a b, c=d [e]", "${run.dir}", 'say "x"', "ü#~+"])
+def test_eval_takes_a_folder_of_any_name(name: str) -> None:
+    recipe = load_recipe(DEMO, eval_overrides(Path(name), Path("t.jsonl"), []))
+    assert recipe.model.path == name
+
+
 def test_eval_lets_the_user_choose_another_index(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").touch()
     overrides = eval_overrides(Path("m"), tmp_path, ["tools.corpus=mine.jsonl"])

@@ -40,6 +40,7 @@ from tapo_train.rollout.remote import weight_stream
 from tapo_train.rollout.remote.carriers import FolderWeights
 from tapo_train.rollout.remote.engine import RemoteEngine
 from tapo_train.rollout.remote.link import ServerLink, address_of, servers_of_rank
+from tapo_train.rollout.remote.listener import Listener, Served
 from tapo_train.rollout.remote.messages import (
     Alive,
     BeginWeights,
@@ -673,3 +674,12 @@ def test_a_secret_is_needed_and_an_address_is_tcp(monkeypatch: pytest.MonkeyPatc
     for url in ("http://a:1", "tcp://a", "a:1", "tcp://:1"):
         with pytest.raises(ConfigError, match=r"wanted tcp://host:port"):
             address_of(url)
+
+
+@pytest.mark.parametrize("port", ["taken", 99999])
+def test_a_port_that_cannot_be_listened_on_is_refused(port: str | int) -> None:
+    served = Served(identity="", base="", max_tokens=1)
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        number = other.getsockname()[1] if port == "taken" else int(port)
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{number}: "):
+            Listener(served, secret=SECRET, host="127.0.0.1", port=number, welcome=Channel.close)

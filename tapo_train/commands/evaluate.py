@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from tapo_train.commands.recipe_arguments import OVERRIDES_HELP
+from tapo_train.commands.recipe_arguments import OVERRIDES_HELP, quoted
 from tapo_train.config import load_recipe
 from tapo_train.errors import ConfigError
 
@@ -51,7 +51,7 @@ def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[s
     folder = tasks if tasks.is_dir() else tasks.parent
     found = {key: folder / name for key, name in _INDEXES.items() if (folder / name).is_file()}
     implied = {"model.path": model, **found}
-    return [*(f"{key}='{value}'" for key, value in implied.items()), *overrides]
+    return [*(f"{key}={quoted(value)}" for key, value in implied.items()), *overrides]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -57,6 +57,12 @@ def read_recipe(
     return None
 
 
+def quoted(path: str | Path) -> str:
+    """A path as the value of an override, whatever characters it has."""
+    text = str(path).replace("'", "\\'").replace("${", "\\${")
+    return f"'{text}'"
+
+
 def say_where(policy: Path | None) -> None:
     """Print where the exported policy is, if there is one; on the first rank."""
     if policy is not None and os.environ.get("RANK", "0") == "0":

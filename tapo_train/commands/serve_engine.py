@@ -7,7 +7,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from tapo_train.commands.recipe_arguments import OVERRIDES_HELP
+from tapo_train.commands.recipe_arguments import OVERRIDES_HELP, quoted
 from tapo_train.config import load_recipe
 from tapo_train.errors import ConfigError
 
@@ -61,7 +61,7 @@ def recipe_and_overrides(recipe: str | None, model: str | None) -> tuple[Path, l
         )
     path = Path(recipe) if recipe is not None else beside
     assert path is not None
-    return path, [] if model is None else [f"model.path='{model}'"]
+    return path, [] if model is None else [f"model.path={quoted(model)}"]
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
-from tapo_train.errors import EngineLostError
+from tapo_train.errors import ConfigError, EngineLostError
 from tapo_train.rollout.remote.messages import (
     Challenge,
     Hello,
@@ -53,6 +53,9 @@ class Listener:
 
     Args:
         welcome: talks to a client that has proved itself, until it goes away.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
     """
 
     def __init__(
@@ -67,7 +70,12 @@ class Listener:
         self._served = served
         self._secret = secret
         self._welcome = welcome
-        self._socket = socket.create_server((host, port))
+        try:
+            self._socket = socket.create_server((host, port))
+        except (OSError, OverflowError) as error:  # OverflowError: no such port.
+            raise ConfigError(
+                f"cannot listen on {host}:{port}: {error}; wanted a free port of this machine"
+            ) from error
         self._seats = threading.BoundedSemaphore(MOST_CLIENTS)
         self._closed = threading.Event()
         self.address: tuple[str, int] = self._socket.getsockname()[:2]
