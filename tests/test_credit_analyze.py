@@ -166,6 +166,7 @@ BAD_LINES: Mapping[str, tuple[Any, str]] = {
     ),
     "root": ({**GOOD, "images": [{}]}, r"images\[0\].root is None; want text"),
     "same id": (GOOD, "id 't' of group 'q' is in line 1 already"),
+    "tokens": ({"id": "t", "tokens": [1, 2]}, "a row with tokens; want .* in rollouts/"),
     "an id alone": ({"id": "t", "steps": []}, "group is None; want text"),
     "corrected without a step": ({"id": "t", "advantage": 0, "steps": []}, "corrected before"),
     "corrected": ({"id": "t", "advantage": 0, "steps": [{"gates": {}}]}, "was corrected before"),
@@ -184,9 +185,9 @@ def test_a_bad_line_is_refused_with_its_number_or_counted(tmp_path: Path, name: 
 
 
 def test_unknown_keys_are_counted_and_not_lost_in_silence(tmp_path: Path) -> None:
-    line = {**with_call(excuted=False), "step": 3}
+    line = {**with_call(excuted=False), "step": 3, "tokens": [1]}
     file = read_rollouts(write(tmp_path / "f", line, {**line, "id": "u"}))
-    assert file.ignored_keys == {"line: step": 2, "steps: excuted": 2}
+    assert file.ignored_keys == {"line: step": 2, "line: tokens": 2, "steps: excuted": 2}
 
 
 def test_a_byte_order_mark_and_blank_lines_are_no_error(tmp_path: Path) -> None:

@@ -138,6 +138,8 @@ class _Parser:
         data = self._object(line, "line", _ROW_KEYS)
         if _CORRECTED_KEYS.issuperset(data) and "advantage" in data:
             raise DataError("this row was corrected before; want the rollouts it came from")
+        if "tokens" in data and "steps" not in data:
+            raise DataError("a row with tokens; want the file of that name in rollouts/")
         row_id, group = text_in(data, "id"), text_in(data, "group")
         advantage, reward = number_in(data, "advantage"), number_in(data, "reward")
         if advantage is None and reward is None:
