@@ -78,7 +78,7 @@ class CountingTool:
         self.asked += 1
         if self.fails is not None:
             raise self.fails
-        drawn = draw_image(20, 20, seed=self.asked)
+        drawn = draw_image(20, 24, seed=self.asked)
         image = replace(drawn, ref=ImageRef(root="sha256:r", box=(0.1, 0.2, 1 / 3, 0.9)))
         return Observation(text=f"answer {self.asked} é", images=(image,))
 
@@ -106,7 +106,7 @@ def test_a_replay_gives_the_recorded_bytes_without_asking_the_tool(tmp_path: Pat
     silent = CountingTool(fails=AssertionError("asked"))
     replayed = ask(silent, tmp_path, "replay", {"scale": 1, "word": "ä"})
     assert replayed == replace(recorded, cached=True) and silent.asked == 0
-    assert replayed.images[0].data == draw_image(20, 20, seed=1).data
+    assert replayed.images[0].data == draw_image(20, 24, seed=1).data
     assert replayed.images[0].ref.box == (0.1, 0.2, 1 / 3, 0.9)
 
 
@@ -306,7 +306,7 @@ def test_a_recorded_picture_is_what_its_row_says_and_a_picture_at_all(tmp_path: 
         (tmp_path / "blobs" / text[:2]).mkdir(exist_ok=True)
         (tmp_path / "blobs" / text[:2] / text).write_bytes(b"no picture")
         for change, complaint in (
-            ({"width": 21}, "has 20 x 20 pixels; the row says 21 x 20"),
+            ({"width": 21}, "has 20 x 24 pixels; the row says 21 x 24"),
             ({"sha256": text}, "not a readable picture"),
         ):
             file.execute("update calls set images = ?", (json.dumps([described | change]),))

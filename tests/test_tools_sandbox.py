@@ -156,6 +156,7 @@ def test_a_slow_input_does_not_hold_up_the_next_one_and_no_more_workers_run_than
             slow.result()
     assert len(sandbox._idle) == 1, "one was killed, and one served all others"
     (worker,) = sandbox._idle
+    assert sandbox.page(b"next", max_chars=9) == "next" and sandbox._idle == [worker]
     sandbox.close()
     assert not worker.is_alive and sandbox._idle == []
     assert sandbox.page(b"again", max_chars=9) == "again"
