@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,10 @@ def test_auto_leaves_it_to_the_environment_variable(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("logged_out")
-def test_a_resumed_run_goes_on_under_the_same_dashboard_id(tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_under_the_same_dashboard_id_and_tells_no_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "tools.text_endpoint=http://h/?key=S3CRET"])
     for step in range(2):
         sink = WandbSink(tmp_path, name="demo", mode="auto", config={"run": {"seed": 1}})
         assert sink.mode == "offline"
@@ -220,3 +224,6 @@ def test_a_resumed_run_goes_on_under_the_same_dashboard_id(tmp_path: Path) -> No
     assert len(identifier) == 16
     stored = [path.name for path in tmp_path.glob("wandb/offline-run-*/run-*.wandb")]
     assert set(stored) == {f"run-{identifier}.wandb"}
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(b"reward/mean" in data for data in written)
+    assert not any(b"S3CRET" in data for data in written)

@@ -64,7 +64,14 @@ class WandbSink:
             mode=resolve_mode(mode),
             resume="allow",
             config=dict(config),
-            settings=wandb.Settings(silent=True, console="off", disable_git=True, save_code=False),
+            settings=wandb.Settings(
+                silent=True,
+                console="off",
+                disable_git=True,
+                save_code=False,
+                # Its metadata hold the command line, and that the keys of endpoints.
+                x_disable_meta=True,
+            ),
         )
 
     @property
