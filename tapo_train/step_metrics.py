@@ -82,11 +82,12 @@ def step_metrics(
     step_s = sum(times.values())
     slowest_s = max(rank["seconds"]["rollout"] for rank in ranks)
     sums = _added([rank["credit"] for rank in ranks])
+    credit = finish(sums) if sums else {}
     return (
         rolled
         | means_over_ranks(learned)
-        | (finish(sums) if sums else {})
-        | {"credit/time_frac": times["credit"] / step_s}
+        | credit
+        | _time_of_tapo(credit, times["credit"], step_s)
         | {f"time/{stage}_s": duration for stage, duration in times.items()}
         | {f"memory/{name}_gib": max(r["memory"][name] for r in ranks) for name in memory}
         | {
@@ -103,6 +104,11 @@ def step_metrics(
             "memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
     )
+
+
+def _time_of_tapo(found: Mapping[str, float], credit_s: float, step_s: float) -> dict[str, float]:
+    is_tapo = any(name.startswith("tapo/") for name in found)
+    return {"tapo/time_s": credit_s, "tapo/time_frac": credit_s / step_s} if is_tapo else {}
 
 
 def evaluation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:

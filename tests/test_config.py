@@ -107,6 +107,20 @@ def test_a_group_choice_replaces_the_fields_of_the_other() -> None:
     assert "algo.loss.tau_neg: unknown key" in refusal("algo.loss.tau_neg=2")
 
 
+def test_a_loss_comes_with_the_aggregation_of_its_paper_unless_another_is_said() -> None:
+    paper = {
+        "grpo": "token-mean",
+        "dapo": "token-mean",
+        "gspo": "seq-mean-token-mean",
+        "sapo": "seq-mean-token-mean",
+    }
+    for name, aggregation in paper.items():
+        assert load_recipe(DEMO, [f"algo/loss={name}"]).algo.aggregation == aggregation
+    said = load_recipe(DEMO, ["algo/loss=gspo", "algo.aggregation=seq-mean-token-sum"])
+    assert (said.algo.loss.name, said.algo.aggregation) == ("gspo", "seq-mean-token-sum")
+    assert said.algo.loss.clip_high == 4e-4
+
+
 def test_recipes_stay_small() -> None:
     assert len(known_paths({})) <= MOST_FIELDS
 

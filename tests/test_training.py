@@ -36,7 +36,7 @@ NOT_REPRODUCIBLE = (
     "memory/",
     "time/",
     "rollout/tool_latency_s",
-    "credit/time_frac",
+    "tapo/time_",
 )
 """Metrics that depend on the clock or the machine."""
 
@@ -98,6 +98,11 @@ def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
     weights = {name: digest_of_weights(tmp_path / name / "export") for name in ("none", "idle")}
     assert weights["none"] == weights["idle"]
     assert sum(row["tapo/n_fail_steps_corrected"] for row in acting) > 0, "nothing to correct"
+    with_clock = (tmp_path / "acting" / "metrics.jsonl").read_text().splitlines()
+    for row in map(json.loads, with_clock):
+        assert row["tapo/time_s"] == row["time/credit_s"] > 0
+        assert row["tapo/time_frac"] == pytest.approx(row["time/credit_s"] / row["time/step_s"])
+    assert '"tapo/time_' not in (tmp_path / "none" / "metrics.jsonl").read_text()
     assert digest_of_weights(tmp_path / "acting" / "export") != weights["none"]
 
 

@@ -96,7 +96,8 @@ class Algo:
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = "token-mean"
     """How per-token losses become one number, with the counts of the whole update; the last
-    divides by rollout.max_tokens (Dr. GRPO)."""
+    divides by rollout.max_tokens (Dr. GRPO). `algo/loss=gspo`
+    and `sapo` set seq-mean-token-mean."""
     kl: Kl = field(default_factory=Kl)
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus; 0: entropy is not computed."""

@@ -121,7 +121,7 @@ METRICS: dict[str, str] = {
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",
     "credit/novelty_gap": "share of corrected calls, of those with an answer, that repeat one",
     "tapo/time_s": "[s] in the credit stage",
-    "credit/time_frac": "share of the step's time spent in the credit stage",
+    "tapo/time_frac": "share of the step's time spent in the credit stage",
     # early signs of collapse
     "warning/<name>": "1 while this sign holds, else 0; absent until there is enough to judge",
     # evaluation
