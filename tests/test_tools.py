@@ -23,6 +23,7 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
+from tapo_train.tools import image_search
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.tools.crop import ZoomTool, compose
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
@@ -154,6 +155,30 @@ def test_image_search_finds_what_the_index_holds_and_says_when_it_does_not(
     assert run(box, "image_search_tool", {}, whole).text == "No matching images were found."
     assert run(box, "image_search_tool", {"img_idx": 1}, whole).outcome is Outcome.MODEL_ERROR
     assert "no pictures" in run(box, "image_search_tool", {}).text
+
+
+def test_a_picture_is_looked_up_once_until_so_many_others_were(
+    small_world: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_search, "REMEMBERED", 2)
+    decoder, asked = ImageDecoder(), []
+    decode = decoder.decode
+
+    def counted(image: Image) -> PilImage.Image:
+        asked.append(image.width)
+        return decode(image)
+
+    monkeypatch.setattr(decoder, "decode", counted)
+    index = ImageIndex.load(small_world / "image_index.jsonl")
+    box = Toolbox([ImageSearchTool(index, decoder)], deadline_s=5)
+    pictures = {width: picture(width) for width in (60, 70, 80)}
+    said = {width: run(box, "image_search_tool", {}, pictures[width]) for width in (60, 70)}
+    again = run(box, "image_search_tool", {}, pictures[60])
+    assert again.text == said[60].text
+    assert asked == [60, 70]
+    for width in (80, 70, 60):
+        run(box, "image_search_tool", {}, pictures[width])
+    assert asked == [60, 70, 80, 60], "the first one made room for the third"
 
 
 def test_an_index_entry_outside_its_folder_is_refused(tmp_path: Path) -> None:

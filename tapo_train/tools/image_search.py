@@ -78,6 +78,10 @@ class ImageIndex:
         return nearest
 
 
+REMEMBERED = 4096
+"""Pictures whose hits are kept: the rollouts of a question search the same ones."""
+
+
 class ImageSearchArguments(BaseModel):
     """Arguments of image_search_tool."""
 
@@ -113,12 +117,18 @@ class ImageSearchTool:
         self._decoder = decoder
         self._top_k = top_k
         self._max_distance = max_distance
+        self._found: dict[str, list[IndexedPicture]] = {}
         self.version = f"1 index={index.digest} top_k={top_k} max_distance={max_distance}"
 
     async def run(self, arguments: ImageSearchArguments, context: ToolContext) -> Observation:
         """Titles, then as many thumbnails in the same order."""
         image = indexed_image(context, arguments.img_idx, tool=self.name)
-        hits = await asyncio.to_thread(self._lookup, image)
+        hits = self._found.get(image.sha256)
+        if hits is None:
+            hits = await asyncio.to_thread(self._lookup, image)
+            if len(self._found) >= REMEMBERED:
+                del self._found[next(iter(self._found))]
+            self._found[image.sha256] = hits
         if not hits:
             return Observation(text="No matching images were found.")
         titles = "\n".join(f"Title {rank}: {hit.title}" for rank, hit in enumerate(hits, start=1))
