@@ -33,14 +33,13 @@ CPU time.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from bench_update import find_trl
 from measures import RESULTS, Measure, append, load, versions
 from step_sides import SHAPES, Ours, Peer, Script, write_policy
 
@@ -118,11 +117,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if "PEERS" not in os.environ:
-        print("skipped: PEERS names no folder with TRL; see the top of bench_update.py")
+    if not find_trl():
         return
-    sys.path.append(os.environ["PEERS"])
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     with tempfile.TemporaryDirectory() as scratch:
         append(measure(arguments, Path(scratch)), arguments.out)
 

@@ -85,6 +85,16 @@ MARKS = {
     "vision_start_token_id": 1003,
     "vision_end_token_id": 1004,
 }
+PEER_OPTIONS: dict[str, Any] = {
+    "loss_type": "bnpo",
+    "epsilon": CLIP,
+    "beta": 0.0,
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "report_to": [],
+}
+"""Of TRL's `GRPOConfig`: our loss, on this machine."""
 MEDIAN_TOKENS = 560
 TURNS = 4
 
@@ -176,26 +186,16 @@ class Peer:
 
     def __init__(self, folder: Path, rows: Sequence[TrainingRow], scratch: Path) -> None:
         GRPOConfig, GRPOTrainer, tokenizer = trl_parts(scratch)
-        model = Qwen3ForCausalLM(Qwen3Config(**TEXT, rope_parameters=ROPE))
-        ours = Qwen3VL.from_pretrained(folder, dtype=torch.float32)
-        state = ours.model.language_model.state_dict(prefix="model.")
-        model.load_state_dict(state | {"lm_head.weight": ours.lm_head.weight})
         config = GRPOConfig(
             output_dir=str(scratch / "trl"),
             per_device_train_batch_size=len(rows),
             num_generations=len(rows),
-            loss_type="bnpo",
-            epsilon=CLIP,
-            beta=0.0,
-            use_cpu=True,
-            bf16=False,
-            gradient_checkpointing=False,
-            report_to=[],
+            **PEER_OPTIONS,
         )
         from datasets import Dataset
 
         self.trainer = GRPOTrainer(
-            model=model,
+            model=text_model(folder, TEXT),
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=config,
             train_dataset=Dataset.from_dict({"prompt": ["a"] * len(rows)}),
@@ -217,6 +217,25 @@ class Peer:
         """Of the latest call."""
         self()
         return {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+
+
+def text_model(folder: Path, text: dict[str, Any]) -> Qwen3ForCausalLM:
+    """The language model of the policy in `folder`, which has these settings, as TRL trains it."""
+    model = Qwen3ForCausalLM(Qwen3Config(**text, rope_parameters=ROPE))
+    ours = Qwen3VL.from_pretrained(folder, dtype=torch.float32)
+    state = ours.model.language_model.state_dict(prefix="model.")
+    model.load_state_dict(state | {"lm_head.weight": ours.lm_head.weight})
+    return model
+
+
+def find_trl() -> bool:
+    """Make the TRL in PEERS importable; False, and why on the console, if none is named."""
+    if "PEERS" not in os.environ:
+        print("skipped: PEERS names no folder with TRL; see the top of bench_update.py")
+        return False
+    sys.path.append(os.environ["PEERS"])
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    return True
 
 
 def trl_parts(scratch: Path) -> tuple[Any, Any, Any]:
@@ -467,11 +486,8 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=0, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    if "PEERS" not in os.environ:
-        print("skipped: PEERS names no folder with TRL; see the top of this file")
+    if not find_trl():
         return
-    sys.path.append(os.environ["PEERS"])
-    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
     with tempfile.TemporaryDirectory() as scratch:
         if arguments.peak_of:
             print(peak_of(arguments.peak_of, arguments, Path(scratch)))

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_update import CLIP, ROPE, TEXT, VISION, no_pictures
+from bench_update import CLIP, PEER_OPTIONS, ROPE, TEXT, VISION, no_pictures, text_model
 from pydantic import BaseModel, Field
 from timed_engine import TimedEngine
-from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig
+from transformers import AutoTokenizer, Qwen3VLConfig
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
 from tapo_train.algos.advantages import group_advantages
@@ -246,32 +246,20 @@ class Peer:
 
         self.script, self._latency, self._turn, self.calls = script, 0.0, 0, 0
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        model = Qwen3ForCausalLM(
-            Qwen3Config(**TEXT | shape | {"vocab_size": VOCABULARY}, rope_parameters=ROPE)
-        )
-        ours = Qwen3VL.from_pretrained(folder, dtype=torch.float32)
-        state = ours.model.language_model.state_dict(prefix="model.")
-        model.load_state_dict(state | {"lm_head.weight": ours.lm_head.weight})
         self.inputs = [
             {"prompt": _messages(question), "answer": answer}
             for question, answer in zip(QUESTIONS, ANSWERS, strict=True)
             for _ in range(script.rollouts)
         ]
         self.trainer = GRPOTrainer(
-            model=model,
+            model=text_model(folder, TEXT | shape | {"vocab_size": VOCABULARY}),
             reward_funcs=_rewards,
             args=GRPOConfig(
                 output_dir=str(scratch / "trl"),
                 per_device_train_batch_size=script.count,
                 num_generations=script.rollouts,
                 max_completion_length=8192,
-                loss_type="bnpo",
-                epsilon=CLIP,
-                beta=0.0,
-                use_cpu=True,
-                bf16=False,
-                gradient_checkpointing=False,
-                report_to=[],
+                **PEER_OPTIONS,
             ),
             train_dataset=Dataset.from_list(self.inputs),
             processing_class=tokenizer,
