@@ -24,13 +24,13 @@ from measures import RESULTS, Measure, append, load, versions
 from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from tapo_train.algos.losses import grpo
+from tapo_train.demo.tiny.model import build_tiny_policy
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.memory import Plan, peak_bytes
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import QWEN3_VL_4B, ModelShape
-from tapo_train.tiny.model import build_tiny_policy
 from tapo_train.types import Image, ImageRef, Span
 
 TARGET_MFU = 0.4

@@ -35,7 +35,7 @@ def build_model(folder: Path) -> None:
     """A larger sister of the tiny policy."""
     from transformers import AutoConfig, Qwen3VLForConditionalGeneration
 
-    from tapo_train.tiny.model import build_tiny_policy
+    from tapo_train.demo.tiny.model import build_tiny_policy
 
     build_tiny_policy(folder)
     config = AutoConfig.from_pretrained(folder)

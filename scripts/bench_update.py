@@ -41,12 +41,12 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3VLConfig
 from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
 from tapo_train.algos.losses import grpo
+from tapo_train.demo.tiny.model import build_tiny_policy
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import ModelShape
-from tapo_train.tiny.model import build_tiny_policy
 from tapo_train.types import Span
 
 TARGETS = {"cpu": 3.5, "memory": 12.0, "floor": 1.1}

@@ -35,8 +35,9 @@ import numpy.typing as npt
 from measures import RESULTS, Measure, append, load, versions
 
 from tapo_train.build.tools import build_toolbox
-from tapo_train.config import Recipe, load_recipe
 from tapo_train.data.tasks import load_task_files
+from tapo_train.demo.world.build import WorldSize, write_world
+from tapo_train.recipe.compose import Recipe, load_recipe
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
@@ -44,7 +45,6 @@ from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.vllm_engine import CPU_CACHE_BLOCK, VllmEngine, VllmOptions
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.types import Group, Image, Observation, Trajectory
-from tapo_train.world.build import WorldSize, write_world
 
 ROOT = Path(__file__).resolve().parent.parent
 SLOWER_S = 0.05

@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 PY=.venv/bin/python
 RUN=runs/warm_start
 
-$PY -m tapo_train.tiny.model --out runs/tiny_policy --seed 0
+$PY -m tapo_train.demo.tiny.model --out runs/tiny_policy --seed 0
 rm -rf $RUN
 $PY -m tapo_train sft recipes/warm_start.yaml "run.dir=$RUN"
 rm -rf assets/warm_start

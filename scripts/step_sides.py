@@ -23,6 +23,7 @@ from tapo_train.algos.advantages import group_advantages
 from tapo_train.algos.losses import grpo
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.credit.steps import from_trajectory
+from tapo_train.demo.tiny.model import VOCABULARY, build_tiny_policy
 from tapo_train.learner.batch import pack
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.policy import Policy
@@ -33,10 +34,9 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
-from tapo_train.rounds import scored_groups
-from tapo_train.step_batch import Batch, rows_of_updates
-from tapo_train.tiny.model import VOCABULARY, build_tiny_policy
 from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.training.rounds import scored_groups
+from tapo_train.training.step_batch import Batch, rows_of_updates
 from tapo_train.types import Group, Observation, Task, Trajectory
 
 Shape = dict[str, int]

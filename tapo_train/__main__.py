@@ -46,7 +46,7 @@ COMMANDS = {
         summary="supervised warm start on demonstrations, same learner",
     ),
     "world": Command(
-        module="tapo_train.world.build",
+        module="tapo_train.demo.world.build",
         summary="write an offline search world: questions, pictures, corpus, image index",
     ),
     "analyze": Command(
@@ -58,7 +58,7 @@ COMMANDS = {
         summary="write a checkpoint as a Hugging Face folder",
     ),
     "doctor": Command(
-        module="tapo_train.doctor",
+        module="tapo_train.commands.doctor",
         summary="check this machine's set-up and say how to mend what fails",
     ),
 }

@@ -10,16 +10,22 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
-from tapo_train.config import Recipe, recipe_to_show, to_yaml
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.tasks import load_task_files
+from tapo_train.demo.warm_start import (
+    Progress,
+    WarmStart,
+    copying_drill,
+    record_world,
+    warm_start,
+)
 from tapo_train.errors import AlignmentError, DataError
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
-from tapo_train.parts import Parts
+from tapo_train.recipe.compose import Recipe, recipe_to_show, to_yaml
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
 from tapo_train.report.manifest import describe_data, describe_model, describe_process
 from tapo_train.report.metrics_file import MetricsFile
@@ -27,18 +33,12 @@ from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
 from tapo_train.report.statistics import Accuracy, accuracy_of
-from tapo_train.resume import RECIPE, check_resumption, checkpoints_of
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.trainer import Trainer
+from tapo_train.training.parts import Parts
+from tapo_train.training.resume import RECIPE, check_resumption, checkpoints_of
+from tapo_train.training.trainer import Trainer
+from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Task
-from tapo_train.warm_start import (
-    Progress,
-    WarmStart,
-    copying_drill,
-    record_world,
-    warm_start,
-)
-from tapo_train.watchdog import Watchdog
 
 transformers_logging.disable_progress_bar()
 

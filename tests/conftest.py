@@ -13,7 +13,7 @@ import pytest
 @pytest.fixture(scope="session")
 def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random tiny Qwen3-VL policy."""
-    from tapo_train.tiny.model import build_tiny_policy
+    from tapo_train.demo.tiny.model import build_tiny_policy
 
     return build_tiny_policy(tmp_path_factory.mktemp("qwen3_vl"), family="qwen3_vl")
 
@@ -21,7 +21,7 @@ def tiny_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_qwen2_5_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random tiny Qwen2.5-VL policy."""
-    from tapo_train.tiny.model import build_tiny_policy
+    from tapo_train.demo.tiny.model import build_tiny_policy
 
     return build_tiny_policy(tmp_path_factory.mktemp("qwen2_5_vl"), family="qwen2_5_vl")
 
@@ -29,7 +29,7 @@ def tiny_qwen2_5_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a small world of seed 3."""
-    from tapo_train.world.build import WorldSize, write_world
+    from tapo_train.demo.world.build import WorldSize, write_world
 
     out = tmp_path_factory.mktemp("world")
     size = WorldSize(

@@ -21,11 +21,9 @@ from engine_and_learner_worker import AGREEMENT, SETTINGS, TEMPERATURE
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.interruption import Interruption
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
-from tapo_train.parts import Rounds
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
@@ -34,7 +32,9 @@ from tapo_train.rollout.engine import Completion, Sampling
 from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
-from tapo_train.rounds import CarriedOver, Questions, Refill
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.parts import Rounds
+from tapo_train.training.rounds import CarriedOver, Questions, Refill
 from tapo_train.types import Group, Reward, Task, Trajectory
 
 TASKS = [picture_task(f"q{number}") for number in range(24)]

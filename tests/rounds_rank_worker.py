@@ -17,14 +17,14 @@ from rollout_world import SYSTEM_PROMPT, draw_toolbox
 from scripted_engine import ScriptedEngine
 
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
-from tapo_train.rounds import Questions, Refill
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.rounds import Questions, Refill
 from tapo_train.types import Group, Task
 
 STEPS = 3

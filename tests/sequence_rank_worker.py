@@ -30,7 +30,7 @@ from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import ModelShape
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.step_metrics import means_over_ranks
+from tapo_train.training.step_metrics import means_over_ranks
 
 # Without these two a tiny model is never sharded, and what hangs with a large one does not here.
 SHARDED = {"zero_stage": 3, "persistent_elements": 0, "live_elements": 1}

@@ -12,7 +12,7 @@ import pytest
 
 from tapo_train.__main__ import COMMANDS, main
 from tapo_train.commands.evaluate import eval_overrides
-from tapo_train.config import load_recipe
+from tapo_train.recipe.compose import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = str(ROOT / "recipes" / "demo_cpu.yaml")

@@ -11,14 +11,14 @@ from learner_rows import make_policy, some_rows, weights_of
 
 from tapo_train.algos.metrics import finalise
 from tapo_train.build.learner import build_turns
-from tapo_train.colocation import Turns, begin_stage, stage_memory
-from tapo_train.config import load_recipe
 from tapo_train.errors import ConfigError
 from tapo_train.learner.batch import pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
+from tapo_train.recipe.compose import load_recipe
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Sleeper
+from tapo_train.training.colocation import Turns, begin_stage, stage_memory
 
 RECIPE = "recipes/demo_cpu.yaml"
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from tapo_train.config import (
+from tapo_train.errors import ConfigError
+from tapo_train.recipe.compose import (
     GROUPS,
     Recipe,
     batch_arithmetic,
@@ -21,8 +22,7 @@ from tapo_train.config import (
     recipe_to_dict,
     to_yaml,
 )
-from tapo_train.config_errors import known_paths
-from tapo_train.errors import ConfigError
+from tapo_train.recipe.problems import known_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -14,7 +14,7 @@ from PIL import Image as PilImage
 from rollout_world import SYSTEM_PROMPT
 from scripted_engine import ScriptedEngine, turn_of
 
-from tapo_train.config import load_recipe
+from tapo_train.recipe.compose import load_recipe
 from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect

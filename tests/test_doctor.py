@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tapo_train import doctor, doctor_checks
 from tapo_train.__main__ import main
+from tapo_train.commands import doctor, doctor_checks
 
 
 def test_a_sound_environment_passes(

@@ -17,27 +17,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     {"errors", "types"},
-    {"algos", "credit", "data", "tiny", "tools", "world"},
+    {"algos", "credit", "data", "tools"},
     {"learner", "report", "rewards", "rollout"},
-    {"recipe", "config_errors", "config"},
-    {
-        "colocation",
-        "demonstrate",
-        "interruption",
-        "parts",
-        "probe",
-        "resume",
-        "rollout_audit",
-        "rounds",
-        "step_batch",
-        "step_metrics",
-        "trainer",
-        "warm_start",
-        "watchdog",
-    },
+    {"recipe"},
+    {"training"},
+    {"demo"},
     {"build"},
     {"runs"},
-    {"commands", "doctor", "doctor_checks", "__main__", "__init__"},
+    {"commands", "__main__", "__init__"},
 )
 """From the bottom up; a module imports its own layer and those below."""
 
@@ -46,8 +33,8 @@ DOORS = {
     "deepspeed": {"learner/engine.py"},
     "httpx": {"tools/net.py"},
     "peft": {"learner/adapter.py"},
-    "hydra": {"config.py"},
-    "omegaconf": {"config.py"},
+    "hydra": {"recipe/compose.py"},
+    "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},
     "mcp": {"tools/mcp.py"},
 }

@@ -16,10 +16,10 @@ from process_environment import ROOT, environment
 from test_training import TIMEOUT_S, command, digest_of_weights, read_rows, train
 
 from tapo_train.build import build_interruption
-from tapo_train.interruption import Interruption
 from tapo_train.learner.manifest import checkpoints
 from tapo_train.rollout.tensor_parallel import MirroredEngine
-from tapo_train.watchdog import EXIT_STALLED, START_PATIENCE, Watchdog, _Peer
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.watchdog import EXIT_STALLED, START_PATIENCE, Watchdog, _Peer
 
 WORKER = Path(__file__).with_name("watchdog_worker.py")
 ENGINE = (
@@ -72,7 +72,7 @@ def test_work_is_given_up_at_once_and_nothing_new_is_begun() -> None:
 
 TWICE = """
 import os, signal, time
-from tapo_train import interruption
+from tapo_train.training import interruption
 asked = interruption.Interruption()
 with asked.listening():
     os.kill(os.getpid(), signal.SIGTERM)

@@ -14,12 +14,12 @@ from tapo_train.algos.kl import KlKind
 from tapo_train.algos.losses import grpo
 from tapo_train.algos.metrics import finalise
 from tapo_train.build import build_reference
-from tapo_train.config import recipe_from_dict
 from tapo_train.learner.batch import MicroBatch, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import FrozenReference, NoReference
+from tapo_train.recipe.compose import recipe_from_dict
 from tapo_train.rollout.chat import ChatFormat
 
 TEMPERATURE = 0.7

@@ -14,7 +14,6 @@ from sequence_rank_worker import kept_per_token, outcome
 from test_config import sized
 from transformers import AutoConfig
 
-from tapo_train.config import batch_arithmetic
 from tapo_train.errors import ConfigError, LearnerError
 from tapo_train.learner import distributed
 from tapo_train.learner.balance import same_place
@@ -25,6 +24,7 @@ from tapo_train.learner.memory import Plan, bytes_per_token
 from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import ModelShape
+from tapo_train.recipe.compose import batch_arithmetic
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.types import Span
 

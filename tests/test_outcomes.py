@@ -21,7 +21,6 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
-from tapo_train.parts import Parts, Schedule
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.agent import Limits
@@ -29,7 +28,8 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.tools.base import Toolbox, ToolContext
-from tapo_train.trainer import Trainer
+from tapo_train.training.parts import Parts, Schedule
+from tapo_train.training.trainer import Trainer
 from tapo_train.types import Group, Observation, Outcome, StopReason, Task, Trajectory
 
 RIGHT, WRONG = "<answer>Velor</answer>", "<answer>Miko</answer>"

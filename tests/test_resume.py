@@ -15,8 +15,8 @@ from tapo_train.errors import CheckpointError
 from tapo_train.learner import checkpoint, durable, snapshot
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.manifest import checkpoints
-from tapo_train.resume import CheckpointFolder
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.training.resume import CheckpointFolder
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from tapo_train.errors import DataError, RolloutError, ToolBudgetError
 from tapo_train.report.catalogue import require_known
 from tapo_train.report.tool_metrics import tool_metrics
 from tapo_train.rollout.failures import FailureBudget
-from tapo_train.rollout_audit import RolloutAudit
 from tapo_train.tools.ledger import CallRecord, Ledger
+from tapo_train.training.audit import RolloutAudit
 from tapo_train.types import Group, Outcome, Reward, StopReason, Task, Trajectory
 
 

@@ -18,17 +18,17 @@ from test_outcomes import trainer as outcome_trainer
 from test_rollout_deadlines import ANSWER, SilentEngine, call, rollout_of
 from test_rollout_deadlines import play as play_group
 
-from tapo_train.config import load_recipe
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError, DataError
-from tapo_train.interruption import Interruption
-from tapo_train.parts import Parts, Schedule
+from tapo_train.recipe.compose import load_recipe
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import GenerationRequest
 from tapo_train.rollout.limits import NEVER, Deadlines
-from tapo_train.rounds import CarriedOver, Questions
-from tapo_train.trainer import Trainer
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.parts import Parts, Schedule
+from tapo_train.training.rounds import CarriedOver, Questions
+from tapo_train.training.trainer import Trainer
 from tapo_train.types import Group, Span, StopReason, Task, Trajectory, Turn
 
 STEP = Deadlines(step_s=0.3)

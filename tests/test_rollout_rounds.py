@@ -14,10 +14,10 @@ from process_environment import environment
 from rounds_rank_worker import STEPS, ScriptedPlay, numbered, refill
 
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.interruption import Interruption, StepGivenUp
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rounds import OneRound, Questions, is_informative, scored_groups
+from tapo_train.training.interruption import Interruption, StepGivenUp
+from tapo_train.training.rounds import OneRound, Questions, is_informative, scored_groups
 from tapo_train.types import Group, Reward, StopReason
 
 WORKER = Path(__file__).with_name("rounds_rank_worker.py")

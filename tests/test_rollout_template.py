@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tapo_train.demo.tiny.chat_template import CHAT_TEMPLATE
 from tapo_train.errors import RolloutError
 from tapo_train.rollout.template import ChatTemplate, Message, Render, Schema
-from tapo_train.tiny.chat_template import CHAT_TEMPLATE
 
 QWEN2_5_VL = """\
 {%- for message in messages -%}

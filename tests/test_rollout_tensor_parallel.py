@@ -16,8 +16,8 @@ from process_environment import ROOT, environment
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine, turn_of
 
-from tapo_train.config import batch_arithmetic, load_recipe
 from tapo_train.errors import ConfigError, DataError, EngineError
+from tapo_train.recipe.compose import batch_arithmetic, load_recipe
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Engine, GenerationRequest, Sampling

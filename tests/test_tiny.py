@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from tapo_train.tiny.corpus import tokenizer_texts
-from tapo_train.tiny.tokenizer import learn_merges, without_names
-from tapo_train.world.lexicon import SYLLABLES, draw_name
+from tapo_train.demo.tiny.corpus import tokenizer_texts
+from tapo_train.demo.tiny.tokenizer import learn_merges, without_names
+from tapo_train.demo.world.lexicon import SYLLABLES, draw_name
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen2_5_vl"])

@@ -19,8 +19,8 @@ from PIL import Image as Pillow
 from rollout_world import HOSTILE, draw_image
 
 from tapo_train.build.remote_tools import build_client, build_remote_tools
-from tapo_train.config import load_recipe, recipe_to_dict, recipe_to_show
 from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError
+from tapo_train.recipe.compose import load_recipe, recipe_to_dict, recipe_to_show
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.tools.addresses import shown
 from tapo_train.tools.base import Tool, Toolbox, ToolContext

@@ -21,7 +21,6 @@ from rollout_world import draw_image
 from test_training import digest_of_weights, train
 
 from tapo_train.build.tools import build_toolbox
-from tapo_train.config import load_recipe
 from tapo_train.errors import (
     ConfigError,
     ReplayMissError,
@@ -30,6 +29,7 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
+from tapo_train.recipe.compose import load_recipe
 from tapo_train.tools.base import EVERYTHING, Toolbox, ToolContext
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.images import ImageDecoder

@@ -11,12 +11,12 @@ import pytest
 
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import CollapseError, ToolBudgetError
-from tapo_train.interruption import Interruption
-from tapo_train.parts import Parts, Schedule
 from tapo_train.report.warnings import Watch
-from tapo_train.rounds import OneRound, Questions
-from tapo_train.trainer import Trainer
-from tapo_train.watchdog import Watchdog
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.parts import Parts, Schedule
+from tapo_train.training.rounds import OneRound, Questions
+from tapo_train.training.trainer import Trainer
+from tapo_train.training.watchdog import Watchdog
 
 
 class Written:

@@ -11,16 +11,16 @@ import pytest
 from PIL import Image as PilImage
 
 from tapo_train.data.tasks import load_tasks
-from tapo_train.tools.picture_hash import index_hash, lookup_hashes
-from tapo_train.world.build import WorldSize, main, make_world, write_world
-from tapo_train.world.demonstrations import FAULTLESS, demonstrate, panel_box, read_fact
-from tapo_train.world.houses import SPLITS, make_houses
-from tapo_train.world.lexicon import ATTRIBUTES, COLOURS
-from tapo_train.world.pictures import (
+from tapo_train.demo.world.build import WorldSize, main, make_world, write_world
+from tapo_train.demo.world.demonstrations import FAULTLESS, demonstrate, panel_box, read_fact
+from tapo_train.demo.world.houses import SPLITS, make_houses
+from tapo_train.demo.world.lexicon import ATTRIBUTES, COLOURS
+from tapo_train.demo.world.pictures import (
     MIN_HASH_DISTANCE,
     draw_distinct_emblems,
     draw_scene,
 )
+from tapo_train.tools.picture_hash import index_hash, lookup_hashes
 
 MAX_DISTANCE = 6
 """[bits] what image_search_tool accepts by default."""

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from tapo_train.learner import distributed
-from tapo_train.watchdog import Watchdog
+from tapo_train.training.watchdog import Watchdog
 
 
 def hang_here(kind: str, watchdog: Watchdog, stall_s: float) -> None:

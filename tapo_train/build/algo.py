@@ -7,13 +7,13 @@ from functools import partial
 
 from tapo_train.algos import importance, losses
 from tapo_train.algos.advantages import batch_renorm, group_advantages
-from tapo_train.config import Recipe
 from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
 from tapo_train.credit.gigpo import GiGPO
 from tapo_train.learner.objective import Objective, policy_gradient
-from tapo_train.parts import AdvantageFunction, Floats
 from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.recipe.compose import Recipe
 from tapo_train.rewards.reward import RewardFunction
+from tapo_train.training.parts import AdvantageFunction, Floats
 
 
 def build_reward(recipe: Recipe) -> RewardFunction:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
-from tapo_train.colocation import Turns
-from tapo_train.config import Recipe, training_updates
 from tapo_train.learner.balance import Balanced, Exchange, RowCost, Shared, keep
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
 from tapo_train.learner.shape import ModelShape
+from tapo_train.recipe.compose import Recipe, training_updates
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine, Sleeper
+from tapo_train.training.colocation import Turns
 
 
 def build_policy(

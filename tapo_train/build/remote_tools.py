@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
-from tapo_train.config import Recipe
+from tapo_train.recipe.compose import Recipe
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 from tapo_train.tools.base import Tool
 from tapo_train.tools.contamination import Contamination

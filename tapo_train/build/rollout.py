@@ -13,12 +13,10 @@ import torch
 
 from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
-from tapo_train.config import Recipe
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
-from tapo_train.interruption import Interruption
 from tapo_train.learner import distributed
-from tapo_train.parts import Play, Rounds
+from tapo_train.recipe.compose import Recipe
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
@@ -36,8 +34,10 @@ from tapo_train.rollout.remote.payload import Expected
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
-from tapo_train.rounds import CarriedOver, OneRound, Questions, Refill
 from tapo_train.tools.base import Toolbox
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.parts import Play, Rounds
+from tapo_train.training.rounds import CarriedOver, OneRound, Questions, Refill
 from tapo_train.types import Group, Task
 
 SERVER_MEMORY = 0.9

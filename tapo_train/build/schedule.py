@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from tapo_train.build.algo import is_recomputed_in_passing
-from tapo_train.config import Recipe
-from tapo_train.parts import Schedule
+from tapo_train.recipe.compose import Recipe
 from tapo_train.report.warnings import Watch
+from tapo_train.training.parts import Schedule
 
 
 def build_schedule(recipe: Recipe) -> Schedule:

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tapo_train.build.remote_tools import build_remote_tools
-from tapo_train.config import Recipe
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import tools as recipe_tools
+from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.failures import FailureBudget
-from tapo_train.rollout_audit import RolloutAudit
 from tapo_train.tools.base import Tool, Toolbox
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
@@ -21,6 +20,7 @@ from tapo_train.tools.recording import Recording
 from tapo_train.tools.registry import load_tool
 from tapo_train.tools.replay import ReplayTool
 from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.training.audit import RolloutAudit
 
 
 def build_toolbox(

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tapo_train.commands.recipe_arguments import OVERRIDES_HELP, quoted
-from tapo_train.config import load_recipe
 from tapo_train.errors import ConfigError
+from tapo_train.recipe.compose import load_recipe
 
 DESCRIPTION = """\
 Ask a policy every question of a task file, greedily, and print its accuracy with a 95 %

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from tapo_train.config import (
+from tapo_train.recipe.compose import (
     Recipe,
     batch_arithmetic,
     load_recipe,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser, say_where
-from tapo_train.config import warm_start_updates
+from tapo_train.recipe.compose import warm_start_updates
 
 DESCRIPTION = """\
 Train a policy to imitate scripted demonstrations in search worlds of its own (section sft of the

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser, say_where
-from tapo_train.config import training_updates
+from tapo_train.recipe.compose import training_updates
 
 DESCRIPTION = """\
 Train a policy with a recipe. Every field of a recipe is described in docs/recipe.md.

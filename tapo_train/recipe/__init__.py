@@ -1,7 +1,7 @@
 """Every field a recipe can set: its unit, its range, and what the extremes mean.
 
 The YAML files under `recipes/` are checked against these dataclasses before anything heavy
-starts; `config.py` reads the files. Only plain values here: no torch, no hydra.
+starts; `compose.py` reads the files. Only plain values here: no torch, no hydra.
 A field name is a promise to users: a field nobody needs is deleted.
 """
 

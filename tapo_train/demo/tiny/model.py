@@ -22,10 +22,10 @@ from transformers import (
     Qwen3VLVideoProcessor,
 )
 
-from tapo_train.tiny.chat_template import CHAT_TEMPLATE
-from tapo_train.tiny.corpus import tokenizer_texts
-from tapo_train.tiny.tokenizer import SPECIAL_TOKENS, build_tokenizer
-from tapo_train.world.lexicon import SYLLABLES
+from tapo_train.demo.tiny.chat_template import CHAT_TEMPLATE
+from tapo_train.demo.tiny.corpus import tokenizer_texts
+from tapo_train.demo.tiny.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from tapo_train.demo.world.lexicon import SYLLABLES
 
 Family = Literal["qwen3_vl", "qwen2_5_vl"]
 
@@ -150,9 +150,9 @@ def _processor(family: Family, tokenizer: object) -> Qwen3VLProcessor | Qwen2_5_
 
 
 def main(argv: Sequence[str]) -> None:
-    """`python -m tapo_train.tiny.model --out DIR`."""
+    """`python -m tapo_train.demo.tiny.model --out DIR`."""
     parser = argparse.ArgumentParser(
-        prog="python -m tapo_train.tiny.model",
+        prog="python -m tapo_train.demo.tiny.model",
         description="Write a random policy of about 1.6 M parameters as a Hugging Face folder.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")

@@ -1,6 +1,6 @@
 """The checks of `doctor`: each prints one line that says what it found, or raises.
 
-Run as `python -m tapo_train.doctor_checks NAME MODEL`. Heavy libraries are imported inside
+Run as `python -m tapo_train.commands.doctor_checks NAME MODEL`. Heavy libraries are imported inside
 the checks that need them.
 """
 
@@ -32,7 +32,7 @@ AGREEMENT = 1e-4
 
 def tiny_policy(model: Path) -> str:
     """Build the random policy that the other checks use."""
-    from tapo_train.tiny.model import build_tiny_policy
+    from tapo_train.demo.tiny.model import build_tiny_policy
 
     return f"built {build_tiny_policy(model)}"
 

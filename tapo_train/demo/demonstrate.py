@@ -14,14 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from tapo_train.demo.world.demonstrations import Faults, Script, demonstrate
+from tapo_train.demo.world.questions import Question
 from tapo_train.errors import DataError
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.parse import parse_turn
 from tapo_train.tools.base import Toolbox, ToolContext
 from tapo_train.types import Span, Task
-from tapo_train.world.demonstrations import Faults, Script, demonstrate
-from tapo_train.world.questions import Question
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,10 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from tapo_train.algos.aggregation import Aggregation
-from tapo_train.colocation import Turns
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.interruption import Interruption
 from tapo_train.learner.balance import Exchange
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.objective import Objective
@@ -23,9 +21,11 @@ from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.warnings import Watch
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
-from tapo_train.rollout_audit import RolloutAudit
+from tapo_train.training.audit import RolloutAudit
+from tapo_train.training.colocation import Turns
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Group, Image, Task
-from tapo_train.watchdog import Watchdog
 
 Floats = npt.NDArray[np.float64]
 

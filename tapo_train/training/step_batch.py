@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tapo_train.credit.result import CreditResult, token_advantages
 from tapo_train.learner.batch import TrainingRow
-from tapo_train.parts import Floats
+from tapo_train.training.parts import Floats
 from tapo_train.types import Trajectory
 
 

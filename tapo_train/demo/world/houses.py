@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from tapo_train.world.lexicon import (
+from tapo_train.demo.world.lexicon import (
     ATTRIBUTES,
     CLOSED_ATTRIBUTES,
     FACT_TEMPLATES,

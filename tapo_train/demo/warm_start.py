@@ -26,17 +26,17 @@ import numpy as np
 
 from tapo_train.data.sampler import shard
 from tapo_train.data.tasks import load_tasks
-from tapo_train.demonstrate import Demonstrator
+from tapo_train.demo.demonstrate import Demonstrator
+from tapo_train.demo.world.build import WorldSize, write_world
+from tapo_train.demo.world.demonstrations import FAULTLESS, Faults
+from tapo_train.demo.world.lexicon import draw_name
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.step_metrics import means_over_ranks
 from tapo_train.tools.base import Toolbox
+from tapo_train.training.step_metrics import means_over_ranks
 from tapo_train.types import Span
-from tapo_train.world.build import WorldSize, write_world
-from tapo_train.world.demonstrations import FAULTLESS, Faults
-from tapo_train.world.lexicon import draw_name
 
 DRILLS_PER_UPDATE = 64
 """Over all ranks; they are short."""

@@ -6,8 +6,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tapo_train.world.houses import House
-from tapo_train.world.lexicon import (
+from tapo_train.demo.world.houses import House
+from tapo_train.demo.world.lexicon import (
     ATTRIBUTES,
     COLOURS,
     PLACES,

@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 from tapo_train.algos.metrics import Metrics, finalise, merge
-from tapo_train.colocation import begin_stage, stage_memory
 from tapo_train.credit.diagnostics import finish
 from tapo_train.errors import RolloutError
 from tapo_train.learner import distributed
 from tapo_train.report.statistics import accuracy_of
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
+from tapo_train.training.colocation import begin_stage, stage_memory
 from tapo_train.types import Group, Trajectory
 
 

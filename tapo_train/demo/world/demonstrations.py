@@ -14,9 +14,9 @@ import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
+from tapo_train.demo.world.lexicon import CLOSED_ATTRIBUTES, PLACES, draw_name
+from tapo_train.demo.world.questions import Question
 from tapo_train.types import Observation
-from tapo_train.world.lexicon import CLOSED_ATTRIBUTES, PLACES, draw_name
-from tapo_train.world.questions import Question
 
 SYSTEM_PROMPT = (
     "Answer the question about the image. Think, then call one tool, or finish with "

@@ -20,15 +20,15 @@ from tapo_train.credit.result import CreditResult
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
 from tapo_train.errors import CheckpointError, CollapseError, ToolBudgetError
-from tapo_train.interruption import StepGivenUp
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, pack
-from tapo_train.parts import Parts, Schedule, Stateful
-from tapo_train.probe import require_agreement
 from tapo_train.report.sinks import Sink, write_all
-from tapo_train.rounds import scored_groups
-from tapo_train.step_batch import Batch, rows_of_updates
-from tapo_train.step_metrics import Stopwatch, evaluation_metrics, step_metrics
+from tapo_train.training.interruption import StepGivenUp
+from tapo_train.training.parts import Parts, Schedule, Stateful
+from tapo_train.training.probe import require_agreement
+from tapo_train.training.rounds import scored_groups
+from tapo_train.training.step_batch import Batch, rows_of_updates
+from tapo_train.training.step_metrics import Stopwatch, evaluation_metrics, step_metrics
 from tapo_train.types import Group
 
 

@@ -26,9 +26,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from tapo_train.config_errors import GROUPS, cross_field_problems, explain, nearest
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import Recipe
+from tapo_train.recipe.problems import GROUPS, cross_field_problems, explain, nearest
 from tapo_train.tools.addresses import HIDDEN, shown, shown_text
 
 __all__ = [
@@ -45,7 +45,7 @@ __all__ = [
     "warm_start_updates",
 ]
 
-SHIPPED_RECIPES = (Path(__file__).parent / "shipped_recipes").resolve()
+SHIPPED_RECIPES = (Path(__file__).parent.parent / "shipped_recipes").resolve()
 """Searched for `base` and for groups after the recipe's own folder; in the repository this is
 `recipes/`."""
 

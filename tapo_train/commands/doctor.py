@@ -133,7 +133,7 @@ def _report(check: Check, model: str) -> bool:
 
 def _run(name: str, model: str, *, timeout_s: float) -> tuple[str, str]:
     """(problem or "", detail) of one check in its own process."""
-    command = [sys.executable, "-m", "tapo_train.doctor_checks", name, model]
+    command = [sys.executable, "-m", "tapo_train.commands.doctor_checks", name, model]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=timeout_s, check=False

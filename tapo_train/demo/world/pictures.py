@@ -7,8 +7,8 @@ import random
 from PIL import Image as PilImage
 from PIL import ImageDraw
 
+from tapo_train.demo.world.lexicon import COLOURS
 from tapo_train.tools.picture_hash import index_hash
-from tapo_train.world.lexicon import COLOURS
 
 EMBLEM_SIDE = 96
 """[px] side of an emblem in the index."""

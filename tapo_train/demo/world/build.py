@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tapo_train.demo.world.houses import Document, House, make_corpus, make_houses
+from tapo_train.demo.world.pictures import draw_distinct_emblems, draw_scene
+from tapo_train.demo.world.questions import Question, make_questions
 from tapo_train.errors import DataError
 from tapo_train.tools.images import encode_png
-from tapo_train.world.houses import Document, House, make_corpus, make_houses
-from tapo_train.world.pictures import draw_distinct_emblems, draw_scene
-from tapo_train.world.questions import Question, make_questions
 
 FORMAT_VERSION = 1
 

@@ -15,10 +15,10 @@ from typing import Any
 from tapo_train.algos.advantages import informative_rows
 from tapo_train.data.sampler import TaskSampler, shard
 from tapo_train.errors import DataError
-from tapo_train.interruption import Interruption, StepGivenUp
 from tapo_train.learner import distributed
-from tapo_train.parts import Play, Rolled
 from tapo_train.rewards.reward import RewardFunction
+from tapo_train.training.interruption import Interruption, StepGivenUp
+from tapo_train.training.parts import Play, Rolled
 from tapo_train.types import Group, JsonObject, Task
 
 __all__ = ["CarriedOver", "OneRound", "Questions", "Refill", "is_informative", "scored_groups"]

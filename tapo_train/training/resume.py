@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from tapo_train.config import Recipe, to_yaml
 from tapo_train.errors import CheckpointError, ConfigError
 from tapo_train.learner import checkpoint, distributed, snapshot
 from tapo_train.learner.manifest import POLICY, Manifest, checkpoints, discard_remains, set_aside
 from tapo_train.learner.policy import Policy
+from tapo_train.recipe.compose import Recipe, to_yaml
 from tapo_train.report.run_folder import RunFolder
 
 RECIPE = "recipe.yaml"
