@@ -134,7 +134,7 @@ def make_parts(
         validation=validation,
         order=order,
         engine=engine,
-        turns=build.build_turns(recipe, policy, engine),
+        sharing=build.build_sharing(recipe, policy, engine),
         play=play,
         rounds=build.build_rounds(recipe, tasks, order, play, reward, interruption),
         reward=reward,

@@ -10,7 +10,7 @@ import torch
 from learner_rows import make_policy, some_rows, weights_of
 
 from tapo_train.algos.metrics import finalise
-from tapo_train.build.learner import build_turns
+from tapo_train.build.learner import build_sharing
 from tapo_train.errors import ConfigError
 from tapo_train.learner.batch import pack
 from tapo_train.learner.engine import end_process_group
@@ -18,7 +18,7 @@ from tapo_train.learner.objective import supervised
 from tapo_train.recipe.compose import load_recipe
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Sleeper
-from tapo_train.training.colocation import Turns, begin_stage, stage_memory
+from tapo_train.training.colocation import DeviceSharing, begin_stage, stage_memory
 
 RECIPE = "recipes/demo_cpu.yaml"
 
@@ -44,18 +44,18 @@ def test_states_that_leave_between_updates_change_no_bit_of_weights_scores_or_ch
             optimizer="adamw",
             learning_rate=1e-2,
         )
-        turns = Turns(
+        sharing = DeviceSharing(
             before_learning=[policy.reload_states] if moves else [],
             before_sampling=[policy.offload_states] if moves else [],
         )
         batches = pack(some_rows(chat, policy.layout), budget_tokens=60)
         losses = []
-        turns.sampling()
+        sharing.sampling()
         for _ in range(3):
-            turns.learning()
+            sharing.learning()
             losses.append(finalise(policy.update(batches, supervised))["update/loss"])
-            turns.sampling()
-            turns.sampling()
+            sharing.sampling()
+            sharing.sampling()
         outcomes.append(
             (losses, weights_of(policy), policy.logprobs(batches[0]), policy.learner_state()[0])
         )
@@ -107,9 +107,9 @@ def test_one_leaves_before_the_other_comes(
     both = Recorder()
     assert isinstance(both, Sleeper)
     recipe = load_recipe(RECIPE, ["learner.zero_stage=2", *overrides])
-    turns = build_turns(recipe, both, both)  # type: ignore[arg-type]
-    turns.learning()
-    turns.sampling()
+    sharing = build_sharing(recipe, both, both)  # type: ignore[arg-type]
+    sharing.learning()
+    sharing.sampling()
     assert both.events == wanted
 
 
@@ -119,7 +119,7 @@ def test_an_engine_without_a_gpu_cannot_sleep() -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
     with pytest.raises(ConfigError, match="sleep_in_update: found true without a GPU"):
-        build_turns(recipe, both, both)  # type: ignore[arg-type]
+        build_sharing(recipe, both, both)  # type: ignore[arg-type]
 
 
 def test_the_memory_of_a_stage_is_what_is_resident_after_it() -> None:

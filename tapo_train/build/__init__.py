@@ -15,7 +15,7 @@ from tapo_train.build.learner import (
     build_exchange,
     build_policy,
     build_reference,
-    build_turns,
+    build_sharing,
     learner_settings,
 )
 from tapo_train.build.rollout import (
@@ -48,7 +48,7 @@ __all__ = [
     "build_rounds",
     "build_schedule",
     "build_toolbox",
-    "build_turns",
+    "build_sharing",
     "build_watch",
     "is_recomputed_in_passing",
     "learner_settings",

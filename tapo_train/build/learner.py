@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
-from tapo_train.learner.balance import Balanced, Exchange, RowCost, Shared, keep
+from tapo_train.learner.balance import Balanced, RowCost, RowExchange, Shared, keep
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
@@ -15,7 +15,7 @@ from tapo_train.learner.shape import ModelShape
 from tapo_train.recipe.compose import Recipe, training_updates
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine, Sleeper
-from tapo_train.training.colocation import Turns
+from tapo_train.training.colocation import DeviceSharing
 
 
 def build_policy(
@@ -72,9 +72,9 @@ def build_reference(
     )
 
 
-def build_exchange(recipe: Recipe, policy: Policy) -> Exchange:
+def build_exchange(recipe: Recipe, policy: Policy) -> RowExchange:
     """Which rank trains which rows."""
-    exchange: Exchange = keep
+    exchange: RowExchange = keep
     if recipe.learner.balance:
         shape = ModelShape.of(policy.model.config)
         cost = RowCost(shape=shape, image_token_id=policy.layout.image_token_id)
@@ -84,7 +84,7 @@ def build_exchange(recipe: Recipe, policy: Policy) -> Exchange:
     return exchange
 
 
-def build_turns(recipe: Recipe, policy: Policy, engine: Engine) -> Turns:
+def build_sharing(recipe: Recipe, policy: Policy, engine: Engine) -> DeviceSharing:
     """Who holds the device's memory when."""
     learning: list[Callable[[], None]] = []
     sampling: list[Callable[[], None]] = []
@@ -95,7 +95,7 @@ def build_turns(recipe: Recipe, policy: Policy, engine: Engine) -> Turns:
         # The engine leaves before the states come, and comes after they have left.
         learning.insert(0, engine.sleep)
         sampling.append(engine.wake)
-    return Turns(before_learning=learning, before_sampling=sampling)
+    return DeviceSharing(before_learning=learning, before_sampling=sampling)
 
 
 def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:

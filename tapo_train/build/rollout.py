@@ -70,7 +70,11 @@ def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
 
 
 def build_local_engine(
-    recipe: Recipe, chat: ChatFormat, engine: recipes.VllmEngine | recipes.HfEngine, *, seed: int
+    recipe: Recipe,
+    chat: ChatFormat,
+    engine: recipes.VllmSettings | recipes.HfSettings,
+    *,
+    seed: int,
 ) -> Engine:
     """A sampler in this process, in a training run or in an engine server."""
     if engine.name == "hf":
@@ -119,7 +123,7 @@ def sleeps_in_update(recipe: Recipe) -> bool:
     return True
 
 
-def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerEngine) -> Engine:
+def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerSettings) -> Engine:
     """The servers of this rank; their weights are named after this start of the run."""
     urls, sends = servers_of_rank(engine.urls, distributed.rank(), distributed.world_size())
     root = engine.weights_root
@@ -148,7 +152,7 @@ def build_engine_server(
             "server is one process on one device"
         )
     if engine.name == "server":
-        engine = recipes.VllmEngine(gpu_memory_utilization=SERVER_MEMORY)
+        engine = recipes.VllmSettings(gpu_memory_utilization=SERVER_MEMORY)
     secret = shared_secret()
     # Servers that share a run must not draw the same numbers.
     seed = zlib.crc32(f"{recipe.run.seed} {socket.gethostname()} {host} {port}".encode())
@@ -256,7 +260,7 @@ def seats_of(engine: Engine, *, max_tokens: int) -> int:
     return max(1, min(held, MOST_IN_FLIGHT))
 
 
-def _deadlines(wanted: recipes.Deadlines, *, greedy: bool) -> Deadlines:
+def _deadlines(wanted: recipes.DeadlineSettings, *, greedy: bool) -> Deadlines:
     """An evaluation has to be finished, however long it takes."""
     return Deadlines(
         turn_s=wanted.turn_s or math.inf,

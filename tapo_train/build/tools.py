@@ -69,7 +69,7 @@ def _replayed(made: Sequence[Tool], recipe: Recipe) -> list[Tool]:
     return [ReplayTool(tool, recording, mode) for tool in made]
 
 
-def _served(server: recipe_tools.McpServer, max_chars: int) -> Sequence[Tool]:
+def _served(server: recipe_tools.McpServerSettings, max_chars: int) -> Sequence[Tool]:
     """The tools of an MCP server, which is started and ends with the process."""
     try:
         from tapo_train.tools.mcp import McpServer
@@ -95,7 +95,7 @@ def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudi
     )
 
 
-def _limits(chosen: recipe_tools.ToolLimits) -> ToolLimits:
+def _limits(chosen: recipe_tools.ToolLimitSettings) -> ToolLimits:
     return ToolLimits(
         concurrency=chosen.concurrency,
         per_second=chosen.per_second,

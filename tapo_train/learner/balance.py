@@ -26,7 +26,7 @@ from tapo_train.learner.shape import ModelShape
 from tapo_train.types import Image
 
 
-class Exchange(Protocol):
+class RowExchange(Protocol):
     """Decides which rank trains which rows."""
 
     def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
@@ -43,7 +43,7 @@ def keep(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
 class Shared:
     """The ranks of a sequence group train the rows of all of them, in the same order."""
 
-    inner: Exchange
+    inner: RowExchange
     """Deals the rows to ranks first."""
     sequence: SequenceGroup
 

@@ -15,27 +15,33 @@ from pydantic.dataclasses import dataclass
 from tapo_train.recipe.algo import Advantage, Algo, GrpoLoss, GspoLoss, Importance, Kl, SapoLoss
 from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
 from tapo_train.recipe.learner import Learner
-from tapo_train.recipe.rollout import Deadlines, HfEngine, Rollout, ServerEngine, VllmEngine
+from tapo_train.recipe.rollout import (
+    DeadlineSettings,
+    HfSettings,
+    Rollout,
+    ServerSettings,
+    VllmSettings,
+)
 from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
 from tapo_train.recipe.sft import Sft
-from tapo_train.recipe.tools import McpServer, ToolLimits, Tools
+from tapo_train.recipe.tools import McpServerSettings, ToolLimitSettings, Tools
 from tapo_train.recipe.values import STRICT
-from tapo_train.recipe.watch import Watch
+from tapo_train.recipe.watch import WatchSettings
 
 __all__ = [
     "Advantage",
     "Algo",
     "Data",
-    "Deadlines",
+    "DeadlineSettings",
     "GigpoCredit",
     "GrpoLoss",
     "GspoLoss",
-    "HfEngine",
+    "HfSettings",
     "Importance",
     "Kl",
     "Learner",
     "Lora",
-    "McpServer",
+    "McpServerSettings",
     "Model",
     "NoCredit",
     "Probe",
@@ -44,13 +50,13 @@ __all__ = [
     "Rollout",
     "Run",
     "SapoLoss",
-    "ServerEngine",
+    "ServerSettings",
     "Sft",
     "TapoCredit",
-    "ToolLimits",
+    "ToolLimitSettings",
     "Tools",
-    "VllmEngine",
-    "Watch",
+    "VllmSettings",
+    "WatchSettings",
 ]
 
 
@@ -70,5 +76,5 @@ class Recipe:
     )
     learner: Learner = field(default_factory=Learner)
     probe: Probe = field(default_factory=Probe)
-    watch: Watch = field(default_factory=Watch)
+    watch: WatchSettings = field(default_factory=WatchSettings)
     sft: Sft = field(default_factory=Sft)

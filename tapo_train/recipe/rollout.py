@@ -12,7 +12,7 @@ from tapo_train.recipe.values import STRICT, Count, CountOrZero, Fraction, OpenF
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class VllmEngine:
+class VllmSettings:
     """Sampling by vLLM inside the training process, one engine per rank."""
 
     name: Literal["vllm"] = "vllm"
@@ -27,14 +27,14 @@ class VllmEngine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class HfEngine:
+class HfSettings:
     """Sampling by transformers' forward pass: the slow reference."""
 
     name: Literal["hf"] = "hf"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class ServerEngine:
+class ServerSettings:
     """Sampling by engine servers (`serve-engine`), here or on other machines.
 
     Trainer and servers share a secret in the environment variable TAPO_ENGINE_SECRET.
@@ -53,7 +53,7 @@ class ServerEngine:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class Deadlines:
+class DeadlineSettings:
     """When a training trajectory is late [s]; null is never.
 
     A late one is cut at the border of an observation, kept in the dumps with stop `deadline`,
@@ -72,8 +72,8 @@ class Deadlines:
 class Rollout:
     """How trajectories are sampled."""
 
-    engine: VllmEngine | HfEngine | ServerEngine = Field(
-        default_factory=VllmEngine, discriminator="name"
+    engine: VllmSettings | HfSettings | ServerSettings = Field(
+        default_factory=VllmSettings, discriminator="name"
     )
     rollouts_per_question: Count = 8
     """G, the group size; group-relative advantages need at least 2."""
@@ -107,4 +107,4 @@ class Rollout:
     """Times a trajectory that deadlines.step_s interrupts goes on in the next step, with its
     weights, instead of being cut. Its group waits for it and is trained when it is complete;
     meanwhile fewer new questions are asked. A resumed run asks what waited anew. 0 is off."""
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    deadlines: DeadlineSettings = field(default_factory=DeadlineSettings)

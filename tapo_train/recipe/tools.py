@@ -13,7 +13,7 @@ from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Po
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class ToolLimits:
+class ToolLimitSettings:
     """Limits and price of one tool; of each rank where they count calls."""
 
     concurrency: Count | None = None
@@ -30,7 +30,7 @@ class ToolLimits:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class McpServer:
+class McpServerSettings:
     """A process that serves tools over MCP; every rank starts one of its own."""
 
     command: Annotated[tuple[str, ...], Field(min_length=1)]
@@ -54,9 +54,9 @@ class Tools:
     extra: tuple[str, ...] = ()
     """Your own tools by import path (package.module.name): a function under @tool, an object, or
     what makes one when called without arguments. Training runs the code of that module."""
-    mcp: tuple[McpServer, ...] = ()
+    mcp: tuple[McpServerSettings, ...] = ()
     """Servers whose tools join ours (extra `mcp`), as [{command: [python, server.py]}]."""
-    limits: Mapping[str, ToolLimits] = field(default_factory=dict)
+    limits: Mapping[str, ToolLimitSettings] = field(default_factory=dict)
     """By the name of the tool; a tool that is not named here has no limits but deadline_s."""
     budget: NonNegative | None = None
     """What the calls of a whole run may cost together, over all ranks and resumptions, in the unit

@@ -8,7 +8,7 @@ from tapo_train.recipe.values import STRICT, Count
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class Watch:
+class WatchSettings:
     """Early signs of collapse: `warning/<name>` in the metrics, words on the console. A sign holds
     the median of a quantity over the last steps against the median over the run's first ones."""
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class Exchange(Protocol):
+class RankGroup(Protocol):
     """What ranks that share an engine tell each other; every rank takes part in each call."""
 
     @property
@@ -55,7 +55,7 @@ class Player(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Round:
+class MirroredStep:
     """What the leader does to its engine before a step; without a step, the end."""
 
     commands: tuple[GenerationRequest | tuple[str, ...], ...] = ()
@@ -72,9 +72,9 @@ class MirroredEngine:
     `abort` by the leader inside `leading`, while the others are inside `follow`.
     """
 
-    def __init__(self, engine: Engine, exchange: Exchange) -> None:
+    def __init__(self, engine: Engine, ranks: RankGroup) -> None:
         self._engine = engine
-        self.exchange = exchange
+        self.ranks = ranks
         self._commands: list[GenerationRequest | tuple[str, ...]] = []
 
     @contextmanager
@@ -85,9 +85,9 @@ class MirroredEngine:
             yield
             failure = ""
         finally:
-            last = Round(commands=tuple(self._commands), steps=False, failure=failure)
+            last = MirroredStep(commands=tuple(self._commands), steps=False, failure=failure)
             self._commands = []
-            self.exchange.broadcast(last)
+            self.ranks.broadcast(last)
 
     def follow(self) -> None:
         """On the others: do what the leader does until it is done.
@@ -96,7 +96,7 @@ class MirroredEngine:
             EngineError: the leader failed.
         """
         while True:
-            told: Round = self.exchange.broadcast(None)
+            told: MirroredStep = self.ranks.broadcast(None)
             for command in told.commands:
                 if isinstance(command, GenerationRequest):
                     self._engine.submit(command)
@@ -115,7 +115,7 @@ class MirroredEngine:
 
     def step(self) -> list[Completion]:
         """See `Engine.step`."""
-        self.exchange.broadcast(Round(commands=tuple(self._commands)))
+        self.ranks.broadcast(MirroredStep(commands=tuple(self._commands)))
         self._commands = []
         return self._engine.step()
 
@@ -162,10 +162,10 @@ class GroupPlay:
         self, tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
     ) -> list[Group]:
         """This rank's groups, in the order of its tasks; called by all ranks together."""
-        exchange = self._engine.exchange
-        shares: list[list[Task]] = exchange.gather(list(tasks))
+        ranks = self._engine.ranks
+        shares: list[list[Task]] = ranks.gather(list(tasks))
         played: list[list[Group]] | None = None
-        if exchange.index == 0:
+        if ranks.index == 0:
             everything = [task for share in shares for task in share]
             with self._engine.leading():
                 groups = self._play(
@@ -175,5 +175,5 @@ class GroupPlay:
             played = [[next(remaining) for _ in share] for share in shares]
         else:
             self._engine.follow()
-        own: list[Group] = exchange.broadcast(played)[exchange.index]
+        own: list[Group] = ranks.broadcast(played)[ranks.index]
         return own

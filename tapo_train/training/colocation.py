@@ -20,7 +20,7 @@ import torch
 GIB = 2**30
 
 
-class Turns:
+class DeviceSharing:
     """Calls what makes room for the next phase; without anything to call all stays resident.
 
     Args:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tapo_train.algos.aggregation import Aggregation
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.learner.balance import Exchange
+from tapo_train.learner.balance import RowExchange
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.objective import Objective
 from tapo_train.learner.policy import Policy
@@ -22,7 +22,7 @@ from tapo_train.report.warnings import Watch
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
 from tapo_train.training.audit import RolloutAudit
-from tapo_train.training.colocation import Turns
+from tapo_train.training.colocation import DeviceSharing
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Group, Image, Task
@@ -138,14 +138,14 @@ class Parts:
     validation: Sequence[Task]
     order: TaskSampler
     engine: Engine
-    turns: Turns
+    sharing: DeviceSharing
     play: Play
     rounds: Rounds
     reward: RewardFunction
     audit: RolloutAudit
     advantage: AdvantageFunction
     credit: CreditAssigner
-    exchange: Exchange
+    exchange: RowExchange
     policy: Policy
     reference: Reference
     objective: Objective

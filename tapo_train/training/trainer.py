@@ -114,7 +114,7 @@ class Trainer:
             batch = self._advantages(groups, rolled.questions)
         with watch("credit"):
             credit = self._credit(batch)
-        self._parts.turns.learning()
+        self._parts.sharing.learning()
         with watch("batch"):
             updates, balance = self._cut(batch, credit)
         with watch("update"):
@@ -272,7 +272,7 @@ class Trainer:
             ProbeError: engine and learner disagree by more than the tolerance.
         """
         parts = self._parts
-        parts.turns.sampling()
+        parts.sharing.sampling()
         parts.engine.load_weights(parts.policy.named_weights(), version=version)
         tokens, images = parts.probe
         ours, theirs = parts.policy.score(tokens, images), parts.engine.score(tokens, images)
