@@ -114,14 +114,15 @@ def test_the_run_stops_when_a_chosen_sign_has_held_long_enough() -> None:
     chosen = watch(stop_on=("entropy_collapsing",), stop_after=3)
     for row in series[:-1]:
         chosen.observe(row)
-        chosen.check()
+        assert chosen.collapse() is None
     chosen.observe(series[-1])
-    with pytest.raises(CollapseError, match=r"entropy_collapsing has held for 3 steps"):
-        chosen.check()
+    found = chosen.collapse()
+    assert isinstance(found, CollapseError)
+    assert "entropy_collapsing has held for 3 steps" in str(found)
     other = watch(stop_on=("tool_use_dying",), stop_after=1)
     for row in series:
         other.observe(row)
-        other.check()
+        assert other.collapse() is None
 
 
 def test_the_steps_must_be_in_a_row() -> None:
@@ -129,7 +130,7 @@ def test_the_steps_must_be_in_a_row() -> None:
     chosen = watch(stop_on=("entropy_collapsing",), stop_after=4)
     for row in rows("policy/entropy", [1.0] * EARLY + ill + well + ill + well):
         chosen.observe(row)
-        chosen.check()
+        assert chosen.collapse() is None
 
 
 def test_unknown_names_are_refused() -> None:

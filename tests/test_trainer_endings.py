@@ -12,7 +12,10 @@ import pytest
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import CollapseError, ToolBudgetError
 from tapo_train.report.warnings import Watch
-from tapo_train.training.interruption import Interruption
+from tapo_train.rollout.failures import FailureBudget
+from tapo_train.tools.ledger import Ledger
+from tapo_train.training.audit import RolloutAudit
+from tapo_train.training.interruption import Interruption, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule
 from tapo_train.training.rounds import OneRound, Questions
 from tapo_train.training.trainer import Trainer
@@ -53,7 +56,13 @@ class Rows:
 class Given(Trainer):
     """A trainer whose steps and validations are given."""
 
+    given_up: Exception | None = None
+    asked_at = -1
+
     def step(self, step: int) -> dict[str, float]:
+        if self.given_up and step == 1:
+            raise self.given_up
+        self._parts.interruption.is_requested |= step == self.asked_at
         return {"rollout/calls": 1.0 + 9.0 * (step > 0)}
 
     def validate(self, policy_version: int) -> dict[str, float]:
@@ -69,6 +78,9 @@ def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
         watch=watch,
         watchdog=Watchdog(folder, stall_s=0),
         interruption=Interruption(),
+        audit=RolloutAudit(
+            Ledger(), failures=FailureBudget(0.5), budget=None, folder=folder / "spending"
+        ),
         checkpoints=written,
     )
     schedule = SimpleNamespace(steps=9, eval_every=eval_every, save_every=0)
@@ -78,7 +90,7 @@ def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
 def test_a_step_whose_validation_could_not_be_paid_for_is_logged_and_saved(tmp_path: Path) -> None:
     written, rows = Written(), Rows()
     with pytest.raises(ToolBudgetError, match="all is spent"):
-        trainer(tmp_path, written, eval_every=1)._one(0, [rows])
+        trainer(tmp_path, written, eval_every=1)._run(0, [rows])
     assert rows.steps == [0]
     assert written.events == ["save 0 None", "wait"]
 
@@ -86,7 +98,33 @@ def test_a_step_whose_validation_could_not_be_paid_for_is_logged_and_saved(tmp_p
 def test_a_run_that_collapses_waits_for_its_checkpoint(tmp_path: Path) -> None:
     written = Written()
     run = trainer(tmp_path, written, eval_every=0)
-    assert run._one(0, [])
     with pytest.raises(CollapseError, match="calls_exploding"):
-        run._one(1, [])
+        run._run(0, [])
     assert written.events == ["wait"]
+
+
+@pytest.mark.parametrize("reason", [StepGivenUp(), ToolBudgetError("no money")])
+def test_a_step_that_was_given_up_leaves_the_run_before_it(
+    tmp_path: Path, reason: Exception
+) -> None:
+    written, rows = Written(), Rows()
+    run = trainer(tmp_path, written, eval_every=0)
+    run.given_up = reason
+    if isinstance(reason, StepGivenUp):
+        assert not run._run(0, [rows])
+    else:
+        with pytest.raises(ToolBudgetError, match="no money"):
+            run._run(0, [rows])
+    assert rows.steps == [0]
+    assert written.events == ["save 0 None", "wait"]
+
+
+def test_a_run_that_is_asked_to_stop_stops_and_one_that_is_over_is_done(tmp_path: Path) -> None:
+    for asked_at, steps in ((0, [0]), (8, list(range(9)))):
+        written, rows = Written(), Rows()
+        run = trainer(tmp_path, written, eval_every=0)
+        run._parts.watch._stop_on = ()
+        run.asked_at = asked_at
+        assert run._run(0, [rows]) is (asked_at == 8)
+        assert rows.steps == steps
+        assert written.events == [f"save {asked_at} None", "wait"]

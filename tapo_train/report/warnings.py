@@ -180,15 +180,16 @@ class Watch:
                 warnings[_PREFIX + name] = float(is_bad)
         return warnings
 
-    def check(self) -> None:
-        """Raise `CollapseError` if a sign of `stop_on` has held long enough."""
+    def collapse(self) -> CollapseError | None:
+        """What to end the run with, if a sign of `stop_on` has held long enough."""
         for name in self._stop_on:
             if self._in_a_row[name] >= self._stop_after:
-                raise CollapseError(
+                return CollapseError(
                     f"watch.stop_on: {name} has held for {self._in_a_row[name]} steps in a row "
                     f"(watch.stop_after is {self._stop_after}): {SIGNS[name].text}. To go on all "
                     f"the same, take {name} from watch.stop_on and resume"
                 )
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` takes; plain JSON."""

@@ -15,7 +15,10 @@ import time
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
+
+from tapo_train.errors import TapoError
 
 T = TypeVar("T")
 
@@ -25,6 +28,14 @@ RELAYED_S = 5.0
 
 class StepGivenUp(Exception):
     """A step that is not finished because the run is to stop; nothing has changed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """That the run ends with a step; on all ranks alike."""
+
+    error: TapoError | None = None
+    """Why, raised once every checkpoint is written; None: it was asked to stop."""
 
 
 class _GivenUp(KeyboardInterrupt):

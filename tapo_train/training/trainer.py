@@ -12,22 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
-from tapo_train.algos.advantages import informative_rows
 from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
-from tapo_train.errors import CheckpointError, CollapseError, ToolBudgetError
+from tapo_train.errors import CheckpointError, ToolBudgetError
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, pack
 from tapo_train.report.sinks import Sink, write_all
-from tapo_train.training.interruption import StepGivenUp
+from tapo_train.training.interruption import Ending, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule, Stateful
 from tapo_train.training.probe import require_agreement
 from tapo_train.training.rounds import scored_groups
-from tapo_train.training.step_batch import Batch, rows_of_updates
+from tapo_train.training.step_batch import Batch, compared, rows_of_updates
 from tapo_train.training.step_metrics import Stopwatch, evaluation_metrics, step_metrics
 from tapo_train.types import Group
 
@@ -57,48 +54,59 @@ class Trainer:
         self._sync(first)
         try:
             with parts.interruption.listening():
-                done = all(self._one(step, sinks) for step in range(first, self._schedule.steps))
-                self._finish_writing()
+                done = self._run(first, sinks)
         finally:
             for sink in sinks:
                 sink.close()
         distributed.barrier()
         return done
 
-    def _one(self, step: int, sinks: Sequence[Sink]) -> bool:
-        """A step, validation, warnings, log and checkpoint; whether to go on."""
+    def _run(self, first: int, sinks: Sequence[Sink]) -> bool:
+        """Steps until one ends the run; whether all are done. Every checkpoint is written then."""
+        steps = range(first, self._schedule.steps)
+        ending = next((found for step in steps if (found := self._one(step, sinks))), None)
+        self._finish_writing()
+        if ending is not None and ending.error is not None:
+            raise ending.error
+        return ending is None
+
+    def _one(self, step: int, sinks: Sequence[Sink]) -> Ending | None:
+        """A step, validation, warnings, log and checkpoint; None if the run goes on."""
         schedule, before, draws = self._schedule, self._state(step - 1), random_state.collect()
         try:
             metrics = self.step(step)
-        except (StepGivenUp, ToolBudgetError) as error:
+        except (StepGivenUp, ToolBudgetError) as reason:
             random_state.restore(*draws)
-            self._parts.audit.keep()
-            if step > self._saved_steps:
-                self._save(before)
-            if isinstance(error, StepGivenUp):
-                return False
-            self._finish_writing()
-            raise
-        out_of_budget: ToolBudgetError | None = None
-        if schedule.eval_every and _is_due(step, schedule.eval_every, schedule.steps):
-            self._parts.watchdog.enter("validation")
-            try:
-                metrics |= self.validate(step + 1)
-            except ToolBudgetError as error:
-                out_of_budget = error  # the step is done, and was paid for
+            self._take_back(before)
+            return Ending(error=reason if isinstance(reason, ToolBudgetError) else None)
+        # An error from here on ends the run, but the step is done, and was paid for.
+        found, unpaid = self._validation_of(step)
+        metrics |= found
         metrics |= self._parts.watch.observe(metrics)
         write_all(sinks, step, metrics)
         stop = self._agreed_to_stop()
-        if stop or out_of_budget or _is_due(step, schedule.save_every, schedule.steps):
+        if stop or unpaid or _is_due(step, schedule.save_every, schedule.steps):
             self._save(self._state(step), metrics.get("eval/accuracy"))
+        if error := unpaid or self._parts.watch.collapse():
+            return Ending(error=error)
+        return Ending() if stop and step + 1 < schedule.steps else None
+
+    def _take_back(self, before: Mapping[str, Any]) -> None:
+        """A step was given up: the run goes on from the state before it, but its calls are paid."""
+        self._parts.audit.keep()
+        if before["step"] + 1 > self._saved_steps:
+            self._save(before)
+
+    def _validation_of(self, step: int) -> tuple[dict[str, float], ToolBudgetError | None]:
+        """Metrics of the validation after a step, if one is due and could be paid for."""
+        schedule = self._schedule
+        if not schedule.eval_every or not _is_due(step, schedule.eval_every, schedule.steps):
+            return {}, None
+        self._parts.watchdog.enter("validation")
         try:
-            if out_of_budget:
-                raise out_of_budget
-            self._parts.watch.check()
-        except (ToolBudgetError, CollapseError):
-            self._finish_writing()
-            raise
-        return not stop or step + 1 == schedule.steps
+            return self.validate(step + 1), None
+        except ToolBudgetError as error:
+            return {}, error
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
@@ -204,23 +212,11 @@ class Trainer:
 
     def _advantages(self, groups: Sequence[Group], questions: Sequence[int]) -> Batch:
         """Advantages over the rows of all ranks; ranks wait for the slowest rollout here."""
-        trajectories = [t for group in groups for t in group.trajectories]
-        question = [
-            q for group, q in zip(groups, questions, strict=True) for _ in group.trajectories
-        ]
-        own = [(t.scored().total, t.task.id, t.failed_outside_policy) for t in trajectories]
-        ranks = distributed.all_gather_objects(own)
-        rewards, group, left_out = zip(*(row for rows in ranks for row in rows), strict=True)
-        everywhere = self._parts.advantage(np.array(rewards), group, left_out)
-        start = sum(len(rows) for rows in ranks[: distributed.rank()])
-        trained = ~np.array(left_out)
-        if self._schedule.drop_uniform_groups:
-            trained = informative_rows(rewards, group, leave_out=left_out)
-        return Batch(
-            trajectories=trajectories,
-            question=question,
-            advantages=everywhere[start : start + len(own)],
-            trained=trained[start : start + len(own)].tolist(),
+        return compared(
+            groups,
+            questions,
+            self._parts.advantage,
+            drop_uniform_groups=self._schedule.drop_uniform_groups,
         )
 
     def _credit(self, batch: Batch) -> CreditResult:
