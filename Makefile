@@ -3,6 +3,8 @@ PY := .venv/bin/python
 # EXTRAS=gpu,dev for CUDA builds; remembered in .venv, cpu,dev at first.
 # Two spinning threads on a busy box are far slower than one; ranks use the cores.
 export OMP_NUM_THREADS ?= 1
+# A worker holds a model, an engine and up to two ranks: about 4 GiB.
+TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test check bench bench-gpu chaos docs clean
@@ -16,8 +18,8 @@ venv:  ## make .venv (EXTRAS=gpu,dev for CUDA builds); instant when up to date
 demo: venv  ## train a small search agent on this machine, CPU only, and measure it before and after
 	@scripts/demo.sh
 
-test: venv  ## run all tests
-	$(PY) -m pytest
+test: venv  ## run all tests, independent files side by side (TEST_WORKERS=2)
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: venv  ## style, types and import rules
 	.venv/bin/ruff check .
