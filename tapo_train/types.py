@@ -111,6 +111,14 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan(Span):
+    """Half-open range [start, end) of the sampled tokens of a turn, and whose tokens they are."""
+
+    version: int
+    """Of the weights that sampled them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """What a tool answered. `text` may hold `<image>` nowhere: pictures follow in order."""
 

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapo_train.errors import ConfigError
-from tapo_train.types import Image
+from tapo_train.types import Image, VersionSpan
 
 if TYPE_CHECKING:
     import torch
@@ -92,6 +92,9 @@ class Completion:
     """"stop": the end token was sampled; "length": `max_tokens` were sampled without it."""
     cached_tokens: int = 0
     """Tokens of the request whose keys and values were reused."""
+    versions: tuple[VersionSpan, ...] = ()
+    """Which weights sampled which tokens, in order, covering [0, L). () means all by the weights
+    that were loaded last: what an engine says whose weights never change under a request."""
 
 
 @runtime_checkable
