@@ -160,6 +160,22 @@ def test_an_answer_over_several_lines_has_form() -> None:
     assert RewardFunction()(trajectory("<answer>\nG. Eiffel\n</answer>")).total == 1.5
 
 
+@pytest.mark.parametrize(
+    ("last", "form"),
+    [
+        ("<think>it goes into <answer></think><answer>x</answer>", 1.0),
+        ("<think><answer>y</answer> or not</think><answer>x</answer>", 1.0),
+        ("<think>it is <answer>x</answer></think>", 0.0),
+        ("<think>it is <answer>x</answer>", 0.0),
+        ("<answer>x</answer><think>y</think><answer>z</answer>", 0.0),
+    ],
+)
+def test_an_answer_that_a_thought_mentions_is_none_and_breaks_no_form(
+    last: str, form: float
+) -> None:
+    assert RewardFunction()(trajectory(last)).parts["format"] == form
+
+
 def test_an_answer_beside_a_tool_call_in_the_last_turn_has_no_form() -> None:
     scored = RewardFunction()(trajectory("<answer>x</answer>", last_calls=(call(),)))
     assert scored.parts["format"] == 0.0

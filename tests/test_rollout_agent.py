@@ -73,6 +73,20 @@ def text_of(chat: ChatFormat, trajectory: Trajectory, span: Span | None) -> str:
     return chat.decode(trajectory.tokens[span.start : span.end]).text
 
 
+def test_a_turn_that_is_cut_in_its_thought_has_no_answer(chat: ChatFormat) -> None:
+    thought = "<think>The form is <answer>Velor</answer>. But I had better look " + "again " * 300
+    trajectory = play(chat, [thought])
+    assert trajectory.stop is StopReason.MAX_TOKENS
+    assert trajectory.answer is None and trajectory.turns[0].calls == ()
+
+
+def test_the_call_after_the_thought_is_run_and_not_its_draft(chat: ChatFormat) -> None:
+    turns = [f"<think>perhaps {DOWN}?</think>{CALL}", "<answer>Velor</answer>"]
+    trajectory = play(chat, turns)
+    assert [call.name for call in trajectory.turns[0].calls] == ["draw"]
+    assert trajectory.answer == "Velor"
+
+
 def test_a_turn_without_a_call_is_the_answer(chat: ChatFormat) -> None:
     trajectory = play(chat, ["<think>a</think><answer>Velor</answer>"])
     assert trajectory.stop is StopReason.ANSWER

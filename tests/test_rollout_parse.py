@@ -112,24 +112,68 @@ def test_the_answer_is_the_last_complete_block(text: str, answer: str | None) ->
     assert parse_turn(text).answer == answer
 
 
+DRAFT = '<tool_call>{"name": "draft", "arguments": {}}</tool_call>'
+
+
 @pytest.mark.parametrize(
-    ("text", "think"),
+    ("text", "calls", "answer"),
     [
-        ("<think> a </think>b", "a"),
-        ("<thinking>a</thinking>", "a"),
-        ("<thinking>a</thinking><think>b</think>", "a"),
-        ("<think>b</think><thinking>a</thinking>", "b"),
-        ("<think>a", None),
-        ("<think>a<thinking>b</thinking>", "b"),
-        ("plain", None),
+        (f"<think>perhaps {DRAFT}, too vague</think>{CALL}", ["zoom"], None),
+        (f"<thinking>perhaps {DRAFT}</thinking>{CALL}{CALL}", ["zoom", "zoom"], None),
+        (f"<think>perhaps {DRAFT}? no</think><answer>Vega</answer>", [], "Vega"),
+        (f"<think>a</think>{CALL}<think>and then {DRAFT}</think>", ["zoom"], None),
+        ("<think>the form is <answer>x</answer></think>", [], None),
+        ("<think>the form is <answer>x</answer></think><answer>Vega</answer>", [], "Vega"),
+        ("<think>the form is <answer>x</answer>, but it may be Rigel, so", [], None),
+        ("<answer>Vega</answer><think>or <answer>Rigel</answer>?</think>", [], "Vega"),
+        ("<answer>the tag <think></answer>", [], "the tag <think>"),
+        ("into <answer> <think>no: <answer>Rigel</answer></think>", [], None),
+        ("<answer>a<think>b</think></answer>", [], "a<think>b</think>"),
+        (CALL.replace("0", '"<think>"'), ["zoom"], None),
+        (f"</think>{CALL}", ["zoom"], None),
     ],
 )
-def test_the_thought_is_the_first_complete_block(text: str, think: str | None) -> None:
-    assert parse_turn(text).think == think
+def test_what_stands_in_a_thought_is_neither_call_nor_answer(
+    text: str, calls: list[str], answer: str | None
+) -> None:
+    parsed = parse_turn(text)
+    assert [call.name for call in parsed.calls] == calls
+    assert parsed.answer == answer
+    assert len(parsed.said) == len(text)
 
 
-@pytest.mark.parametrize("piece", ["<tool_call>", "<answer>", "</answer><answer>", "<think>"])
-def test_reading_takes_time_linear_in_the_text(piece: str) -> None:
+def test_a_call_in_a_thought_that_is_never_closed_is_said_to_be_there() -> None:
+    (call,) = parse_turn(f"<think>I look it up {CALL}").calls
+    assert call.error is not None and "inside a thought that is not closed" in call.error
+    assert call.start == len("<think>I look it up ")
+
+
+@pytest.mark.parametrize(
+    "query", ["what is </tool_call> in Hermes", "<tool_call></tool_call>", "</tool_call>"]
+)
+def test_a_closing_tag_inside_a_string_does_not_close_the_call(query: str) -> None:
+    body = json.dumps({"name": "search", "arguments": {"query": query}})
+    first, second = parse_turn(f"<tool_call>\n{body}\n</tool_call>{CALL}").calls
+    assert (first.arguments, first.error) == ({"query": query}, None)
+    assert second.name == "zoom"
+
+
+def test_a_call_that_is_not_json_ends_at_the_next_closing_tag() -> None:
+    first, second = parse_turn(f"<tool_call>{{'q': '</tool_call>'}}{CALL}").calls
+    assert first.error is not None and first.end == len("<tool_call>{'q': '</tool_call>")
+    assert second.name == "zoom"
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        "<tool_call>", "<answer>", "</answer><answer>", "<think>", "<answer><think>",
+        "<think></think>", '<tool_call>{"</tool_call>', '<tool_call>["</tool_call>",',
+        '<tool_call>"</tool_call>', "<answer><think></answer>", '<tool_call>"\\',
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("end", ["", "</tool_call>", "</answer>", "</think>"])
+def test_reading_takes_time_linear_in_the_text(piece: str, end: str) -> None:
     started = time.process_time()
-    parse_turn(piece * 100_000)
+    parse_turn(piece * 100_000 + end)
     assert time.process_time() - started < 2

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from tapo_train.rollout.parse import ANSWER_CLOSE, ANSWER_OPEN, parse_turn
 from tapo_train.types import Outcome, Trajectory, Turn
 
 __all__ = ["is_well_formed"]
-
-_OPEN, _CLOSE = "<answer>", "</answer>"
 
 
 def is_well_formed(trajectory: Trajectory) -> bool:
@@ -18,7 +17,7 @@ def is_well_formed(trajectory: Trajectory) -> bool:
 
     Deviations: exactly one `<answer>` instead of at least one, so that listing
     guesses does not count as form; a last turn that still calls a tool has no
-    answer, since the call takes precedence.
+    answer, since the call takes precedence. Tags that a thought mentions do not count.
     """
     if not trajectory.turns:
         return False
@@ -30,6 +29,7 @@ def is_well_formed(trajectory: Trajectory) -> bool:
 
 
 def _answers(turn: Turn) -> bool:
-    once = turn.text.count(_OPEN) == turn.text.count(_CLOSE) == 1
-    body, closed, _ = turn.text.partition(_OPEN)[2].partition(_CLOSE)
+    said = parse_turn(turn.text).said
+    once = said.count(ANSWER_OPEN) == said.count(ANSWER_CLOSE) == 1
+    body, closed, _ = said.partition(ANSWER_OPEN)[2].partition(ANSWER_CLOSE)
     return not turn.calls and once and bool(closed) and bool(body.strip())

@@ -5,20 +5,31 @@
 
 The text is untrusted: every input gives a result, in time linear in its length, and
 what is wrong with a call is said in words the policy can read.
+
+What stands in a thought is neither call nor answer: a policy that drafts a call, or quotes
+the agreed form, has not made the one or given the other. A thought that is never closed
+reaches to the end of the turn.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+import sys
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from tapo_train.types import JsonObject
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
-THINK_TAGS = (("<think>", "</think>"), ("<thinking>", "</thinking>"))
+THINK_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>"}
 CALL_KEYS = frozenset({"name", "arguments"})
+
+_OPENING = re.compile("|".join([CALL_OPEN, ANSWER_OPEN, *THINK_TAGS]))
+_JSON_TOKENS = re.compile(r'(?:[^"<\\]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
+"""As far as a text can be JSON, which has `<` and backslashes in strings alone."""
+_NO_ANSWER = (sys.maxsize, sys.maxsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,45 +52,116 @@ class ParsedCall:
 class ParsedTurn:
     """What a turn says."""
 
-    think: str | None
-    """Inside the first `<think>` or `<thinking>`."""
+    said: str
+    """The turn with its thoughts blanked out: same length, same offsets."""
     calls: tuple[ParsedCall, ...]
     answer: str | None
     """Inside the last complete `<answer>`, stripped."""
 
 
+@dataclass(slots=True)
+class _Blocks:
+    """Where the blocks of a turn begin and end, as [start, end) of characters."""
+
+    calls: list[tuple[int, int]] = field(default_factory=list)
+    thoughts: list[tuple[int, int]] = field(default_factory=list)
+    unclosed_call: int | None = None
+    """Offset of the first opening tag without a closing one."""
+    unclosed_thought: int | None = None
+
+
 def parse_turn(text: str) -> ParsedTurn:
     """Read a turn.
 
-    Blocks do not nest: a block runs from its opening tag to the next closing tag. A
-    `<tool_call>` that is never closed is a malformed call if the turn holds neither a
-    complete call nor an answer, and plain text otherwise.
+    Blocks do not nest: a call runs to the closing tag after its JSON, or to the next closing
+    tag where it is not JSON. A `<tool_call>` that is never closed, or stands in a thought that
+    is never closed, is a malformed call if the turn holds neither a complete call nor an
+    answer, and plain text otherwise.
     """
-    calls, unclosed = _calls(text)
-    answer = _last_between(text, ANSWER_OPEN, ANSWER_CLOSE)
-    if unclosed is not None and not calls and answer is None:
-        error = f"the tool call is not closed: {CALL_CLOSE} is missing"
-        calls = [ParsedCall(name="", arguments=None, start=unclosed, end=len(text), error=error)]
-    return ParsedTurn(think=_think(text), calls=tuple(calls), answer=answer)
+    blocks = _blocks(text)
+    said = _blanked(text, blocks.thoughts)
+    answer = _last_between(said, ANSWER_OPEN, ANSWER_CLOSE)
+    calls = [_read_call(text, start, end) for start, end in blocks.calls]
+    if not calls and answer is None and (lost := _lost_call(text, blocks)):
+        calls = [lost]
+    return ParsedTurn(said=said, calls=tuple(calls), answer=answer)
 
 
-def _calls(text: str) -> tuple[list[ParsedCall], int | None]:
-    """Complete blocks in order, and the offset of an opening tag without a closing one."""
-    calls: list[ParsedCall] = []
-    position = 0
-    while (start := text.find(CALL_OPEN, position)) >= 0:
-        body = start + len(CALL_OPEN)
-        close = text.find(CALL_CLOSE, body)
-        if close < 0:
-            return calls, start
-        position = close + len(CALL_CLOSE)
-        calls.append(_read_call(text[body:close], start, position))
-    return calls, None
+def _blocks(text: str) -> _Blocks:
+    """From left to right, so that each tag means what it means where it stands."""
+    found = _Blocks()
+    position, answer = 0, (0, 0)
+    while opening := _OPENING.search(text, position):
+        start, position = opening.span()
+        tag = opening.group()
+        if tag in THINK_TAGS:
+            if answer[0] <= start < answer[1]:
+                continue  # an answer that speaks of the tag
+            close = text.find(THINK_TAGS[tag], position)
+            if close < 0:
+                found.unclosed_thought = start
+                found.thoughts.append((start, len(text)))
+                break
+            position = close + len(THINK_TAGS[tag])
+            found.thoughts.append((start, position))
+        elif tag == CALL_OPEN and found.unclosed_call is None:
+            end = _end_of_call(text, position)
+            if end is None:
+                found.unclosed_call = start
+                continue
+            found.calls.append((start, end))
+            position = end
+        elif tag == ANSWER_OPEN and start >= answer[1]:
+            close = text.find(ANSWER_CLOSE, position)
+            # Where there is none, none is looked for again.
+            answer = (text.rfind(ANSWER_OPEN, start, close), close) if close >= 0 else _NO_ANSWER
+    return found
 
 
-def _read_call(body: str, start: int, end: int) -> ParsedCall:
+def _end_of_call(text: str, body: int) -> int | None:
+    """Offset after the `</tool_call>` of a call whose body begins at `body`.
+
+    One inside a string of JSON does not close it.
+    """
+    close = text.find(CALL_CLOSE, body)
+    if close < 0:
+        return None
+    last = _JSON_TOKENS.match(text, body)
+    if last and last.end() > close and text.startswith(CALL_CLOSE, last.end()):
+        close = last.end() if _is_json(text[body : last.end()]) else close
+    return close + len(CALL_CLOSE)
+
+
+def _is_json(body: str) -> bool:
     try:
-        name, arguments = _read_body(body)
+        json.loads(body)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _blanked(text: str, thoughts: list[tuple[int, int]]) -> str:
+    parts, position = [], 0
+    for start, end in thoughts:
+        parts += [text[position:start], " " * (end - start)]
+        position = end
+    return "".join([*parts, text[position:]])
+
+
+def _lost_call(text: str, blocks: _Blocks) -> ParsedCall | None:
+    """What stands where a call should be, in a turn that says nothing else."""
+    start, error = blocks.unclosed_call, f"the tool call is not closed: {CALL_CLOSE} is missing"
+    if start is None and blocks.unclosed_thought is not None:
+        start = text.find(CALL_OPEN, blocks.unclosed_thought)
+        error = "the tool call stands inside a thought that is not closed: </think> is missing"
+    if start is None or start < 0:
+        return None
+    return ParsedCall(name="", arguments=None, start=start, end=len(text), error=error)
+
+
+def _read_call(text: str, start: int, end: int) -> ParsedCall:
+    try:
+        name, arguments = _read_body(text[start + len(CALL_OPEN) : end - len(CALL_CLOSE)])
     except (ValueError, RecursionError) as error:
         # RecursionError: json recurses once per bracket, and the policy chooses how many.
         said = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
@@ -111,16 +193,6 @@ def _refuse_constant(constant: str) -> NoReturn:
 def _kind(value: Any) -> str:
     names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
-
-
-def _think(text: str) -> str | None:
-    found = [(text.find(start), start, end) for start, end in THINK_TAGS]
-    for position, start, end in sorted(item for item in found if item[0] >= 0):
-        body = position + len(start)
-        close = text.find(end, body)
-        if close >= 0:
-            return text[body:close].strip()
-    return None
 
 
 def _last_between(text: str, start: str, end: str) -> str | None:
