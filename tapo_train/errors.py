@@ -7,6 +7,7 @@
     │   ├── AlignmentError     image tokens and image features disagree
     │   ├── EngineError        the engine refused or lost a request
     │   │   └── EngineLostError    an engine process is gone, silent or not one of ours
+    │   ├── OutageError        more trajectories failed outside the policy than may
     │   ├── ReplayMissError    a replayed run asked for a call that was never recorded
     │   └── ToolBudgetError    the next call would cost more than tools.budget has left
     ├── ToolError              a tool call failed; carries the outcome it is recorded as
@@ -36,6 +37,7 @@ __all__ = [
     "EngineLostError",
     "LearnerError",
     "NonFiniteError",
+    "OutageError",
     "ProbeError",
     "ReplayMissError",
     "RolloutError",
@@ -70,6 +72,10 @@ class AlignmentError(RolloutError):
 
 class EngineError(RolloutError):
     """The inference engine refused or lost a request."""
+
+
+class OutageError(RolloutError):
+    """More trajectories failed outside the policy than `rollout.max_failed_fraction` bears."""
 
 
 class ReplayMissError(RolloutError):

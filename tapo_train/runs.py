@@ -32,11 +32,11 @@ from tapo_train.report.metrics_file import MetricsFile
 from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
-from tapo_train.report.statistics import Accuracy, accuracy_of
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.training.parts import Parts
 from tapo_train.training.resume import RECIPE, check_resumption, checkpoints_of
 from tapo_train.training.trainer import Trainer
+from tapo_train.training.validation import Evaluation, evaluated
 from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Task
 
@@ -215,12 +215,15 @@ def record_demonstrations(
 
 def evaluate(
     recipe: Recipe, *, tasks: Path, num_questions: int = 0, out: Path | None = None
-) -> Accuracy:
+) -> Evaluation:
     """Ask the policy every question once, greedily.
 
     Args:
         num_questions: only the first ones; 0 asks all.
         out: where to write the trajectories (jsonl).
+
+    Raises:
+        OutageError: too many questions failed outside the policy.
     """
     questions = read_tasks([str(tasks)], recipe)[: num_questions or None]
     chat = build.build_chat(recipe)
@@ -234,8 +237,7 @@ def evaluate(
     if out is not None:
         write_trajectories(out, trajectories)
     engine.close()
-    correct = sum(t.scored().accuracy == 1.0 for t in trajectories)
-    return accuracy_of(correct, len(trajectories))
+    return evaluated(trajectories, max_failed_fraction=recipe.rollout.max_failed_fraction)
 
 
 def export(recipe: Recipe, policy: Policy, folder: Path) -> None:

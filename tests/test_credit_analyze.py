@@ -22,7 +22,7 @@ from tapo_train.credit.analyze import main, report
 from tapo_train.credit.overrides import parse_options
 from tapo_train.credit.rollout_file import read_rollouts
 from tapo_train.credit.sweep import Axis, Point, parse_axes, sweep
-from tapo_train.errors import ConfigError, DataError, TapoError
+from tapo_train.errors import ConfigError, CreditError, DataError, TapoError
 from tapo_train.report.rollout_row import rollout_row
 from tapo_train.types import ImageRef
 
@@ -266,6 +266,33 @@ def test_an_override_reaches_the_credit_stage(tmp_path: Path) -> None:
     assert main([path, "credit.beta=0.4", "--out", str(out), "credit.use_clip=false"]) == 0
     step = json.loads(out.read_text().splitlines()[3])["steps"][0]
     assert step["advantage"] == pytest.approx(-0.4303, abs=5e-5)
+
+
+def zoom_rows(tmp_path: Path, **picture: Any) -> Path:
+    call = {"name": "image_zoom_in_tool", "arguments": {"bbox_2d": [10, 20, 1500, 900]}}
+    rows = [
+        {
+            "id": name,
+            "group": "g",
+            "correct": name == "a",
+            "reward": float(name == "a"),
+            "images": [{"root": "r", **picture}],
+            "steps": [{"turn": 0, "calls": [call]}],
+        }
+        for name in ("a", "b")
+    ]
+    return write(tmp_path / "zooms", *rows)
+
+
+def test_boxes_in_pixels_want_the_sizes_of_the_pictures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CreditError, match="size of picture 0 is unknown"):
+        main([str(zoom_rows(tmp_path)), "credit.box_unit=pixels"])
+    with pytest.raises(DataError, match=r"images\[0\]\.size is \[0, 900\]; want two numbers > 0"):
+        main([str(zoom_rows(tmp_path, size=[0, 900])), "credit.box_unit=pixels"])
+    main([str(zoom_rows(tmp_path, size=[1600, 900])), "credit.box_unit=pixels"])
+    assert "1/1" in capsys.readouterr().out
 
 
 def test_the_corrected_file_cannot_be_corrected_again(tmp_path: Path) -> None:

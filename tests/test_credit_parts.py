@@ -258,7 +258,7 @@ def test_boxes_in_pixels_are_divided_by_the_size_of_their_picture() -> None:
         assert Tapo(TapoOptions(box_unit="pixels"))([wide, other]).steps[1][0].similarity == 1.0
     outside = [rows[0], sized(row("b", DOWN, zoom(0, 0, 201, 50)), (200, 100))]
     assert Tapo(TapoOptions(box_unit="pixels"))(outside).metrics["tapo/n_fail_steps"] == 0
-    with pytest.raises(CreditError, match="size of picture 0 unknown"):
+    with pytest.raises(CreditError, match=r"size of picture 0 is unknown; credit\.box_unit=pixels"):
         Tapo(TapoOptions(box_unit="pixels"))([row("b", DOWN, zoom(0, 0, 5, 5))])
 
 

@@ -32,7 +32,7 @@ PACKAGE = Path(__file__).parents[1] / "tapo_train"
 SOURCES = [
     *(PACKAGE / "algos").glob("*.py"),
     *(PACKAGE / "learner").glob("*.py"),
-    *PACKAGE.glob("*metrics.py"),
+    *(PACKAGE / "training").glob("*.py"),
 ]
 GROUPS = {name.split("/")[0] for name in METRICS}
 

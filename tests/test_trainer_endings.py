@@ -10,7 +10,7 @@ from typing import Any, cast
 import pytest
 
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.errors import CollapseError, ToolBudgetError
+from tapo_train.errors import CollapseError, OutageError, TapoError, ToolBudgetError
 from tapo_train.report.warnings import Watch
 from tapo_train.rollout.failures import FailureBudget
 from tapo_train.tools.ledger import Ledger
@@ -19,6 +19,7 @@ from tapo_train.training.interruption import Interruption, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule
 from tapo_train.training.rounds import OneRound, Questions
 from tapo_train.training.trainer import Trainer
+from tapo_train.training.validation import Validation
 from tapo_train.training.watchdog import Watchdog
 
 
@@ -57,6 +58,7 @@ class Given(Trainer):
     """A trainer whose steps and validations are given."""
 
     given_up: Exception | None = None
+    validation_error: TapoError | None = None
     asked_at = -1
 
     def step(self, step: int) -> dict[str, float]:
@@ -65,8 +67,8 @@ class Given(Trainer):
         self._parts.interruption.is_requested |= step == self.asked_at
         return {"rollout/calls": 1.0 + 9.0 * (step > 0)}
 
-    def validate(self, policy_version: int) -> dict[str, float]:
-        raise ToolBudgetError("all is spent")
+    def validate(self, policy_version: int) -> Validation:
+        return Validation(metrics={"eval/failed": 1.0}, error=self.validation_error)
 
 
 def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
@@ -87,10 +89,15 @@ def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
     return Given(cast(Parts, parts), cast(Schedule, schedule))
 
 
-def test_a_step_whose_validation_could_not_be_paid_for_is_logged_and_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", [ToolBudgetError("all is spent"), OutageError("search is down")])
+def test_a_step_whose_validation_ends_the_run_is_logged_and_saved_but_not_as_a_best(
+    tmp_path: Path, error: TapoError
+) -> None:
     written, rows = Written(), Rows()
-    with pytest.raises(ToolBudgetError, match="all is spent"):
-        trainer(tmp_path, written, eval_every=1)._run(0, [rows])
+    run = trainer(tmp_path, written, eval_every=1)
+    run.validation_error = error
+    with pytest.raises(type(error), match=str(error)):
+        run._run(0, [rows])
     assert rows.steps == [0]
     assert written.events == ["save 0 None", "wait"]
 
@@ -103,7 +110,9 @@ def test_a_run_that_collapses_waits_for_its_checkpoint(tmp_path: Path) -> None:
     assert written.events == ["wait"]
 
 
-@pytest.mark.parametrize("reason", [StepGivenUp(), ToolBudgetError("no money")])
+@pytest.mark.parametrize(
+    "reason", [StepGivenUp(), ToolBudgetError("no money"), OutageError("no money to search")]
+)
 def test_a_step_that_was_given_up_leaves_the_run_before_it(
     tmp_path: Path, reason: Exception
 ) -> None:
@@ -113,7 +122,7 @@ def test_a_step_that_was_given_up_leaves_the_run_before_it(
     if isinstance(reason, StepGivenUp):
         assert not run._run(0, [rows])
     else:
-        with pytest.raises(ToolBudgetError, match="no money"):
+        with pytest.raises(type(reason), match="no money"):
             run._run(0, [rows])
     assert rows.steps == [0]
     assert written.events == ["save 0 None", "wait"]

@@ -14,6 +14,9 @@ DESCRIPTION = """\
 Ask a policy every question of a task file, greedily, and print its accuracy with a 95 %
 confidence interval.
 
+A question that failed outside the policy (its search was down) is not counted, and said; where
+that is more than rollout.max_failed_fraction of them, there is no accuracy and the exit code is 2.
+
 Prompt, tools and limits are those the policy was trained with: the recipe.yaml in its folder,
 unless --recipe says another. Where the task file's folder holds a corpus.jsonl or an
 image_index.jsonl, the search tools use these.
@@ -42,8 +45,7 @@ def main(argv: Sequence[str]) -> None:
 
     from tapo_train import runs  # loads torch and vllm
 
-    accuracy = runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out)
-    print(f"accuracy: {accuracy}")
+    print(runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out))
 
 
 def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[str]:

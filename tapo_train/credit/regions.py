@@ -105,9 +105,12 @@ def zoom_region(
         return None
     width = height = 1000.0
     if pixels:
-        if index >= len(row.image_sizes):
-            raise CreditError(f"row {row.id!r}: size of picture {index} unknown")
-        width, height = row.image_sizes[index]
+        width, height = row.image_sizes[index] if index < len(row.image_sizes) else (0.0, 0.0)
+        if not (width > 0 and height > 0):
+            raise CreditError(
+                f"row {row.id!r}: the size of picture {index} is unknown; credit.box_unit=pixels "
+                'wants "size": [width, height] beside each picture'
+            )
     box = arguments.get("bbox_2d")
     legal = legal_box(arguments.get("bbox") if box is None else box, width, height)
     if legal is None:

@@ -49,8 +49,9 @@ _CALL_KEYS = {"name", "arguments", "valid", "executed", "status", "observation",
 _IMAGE_KEYS = {"root", "box", "size"}
 
 
+_UNKNOWN = [0, 0]
 _Registry = list[tuple[ImageRef, tuple[float, float]]]
-"""Pictures with (width, height); (0, 0) if not given."""
+"""Pictures with (width, height); `_UNKNOWN` if not given."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -210,7 +211,9 @@ class _Parser:
         box = numbers_of(data.get("box", [0, 0, 1, 1]), 4, f"{where}.box")
         if not (0 <= box[0] < box[2] <= 1 and 0 <= box[1] < box[3] <= 1):
             raise DataError(f"{where}.box is {box}; want 0 <= x0 < x1 <= 1 and 0 <= y0 < y1 <= 1")
-        width, height = numbers_of(data.get("size", [0, 0]), 2, f"{where}.size")
+        width, height = numbers_of(data.get("size", _UNKNOWN), 2, f"{where}.size")
+        if "size" in data and not (width > 0 and height > 0):
+            raise DataError(f"{where}.size is [{width:g}, {height:g}]; want two numbers > 0")
         ref = ImageRef(root=text_in(data, "root", where), box=(box[0], box[1], box[2], box[3]))
         return ref, (width, height)
 

@@ -21,6 +21,7 @@ METRICS: dict[str, str] = {
     "reward/mean": "total reward",
     "reward/std": "population standard deviation of the total reward over the batch",
     "reward/accuracy": "outcome correctness, without format or tool bonuses",
+    "reward/accuracy/<source>": "that of the questions of one data set, where there are several",
     "reward/format": "share of trajectories that keep to the agreed form",
     "reward/part/<part>": "any other named part of the reward, unweighted",
     # rollout
@@ -125,10 +126,12 @@ METRICS: dict[str, str] = {
     # early signs of collapse
     "warning/<name>": "1 while this sign holds, else 0; absent until there is enough to judge",
     # evaluation
-    "eval/accuracy": "share of validation questions answered correctly, greedy",
+    "eval/accuracy": "share answered correctly, greedy, of the questions that did not fail",
     "eval/accuracy_low": "lower end of its 95 % Wilson interval",
     "eval/accuracy_high": "upper end of its 95 % Wilson interval",
+    "eval/accuracy/<source>": "that of the questions of one data set, where there are several",
     "eval/questions": "validation questions asked",
+    "eval/failed": "share of them that failed outside the policy; no other eval metric has them",
     "eval/format": "share of validation trajectories that keep to the agreed form",
     "eval/calls": "tool calls per validation trajectory",
     "eval/turns": "assistant turns per validation trajectory",

@@ -36,8 +36,9 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("throughput/tokens_per_s", lambda value: f"{value:.0f} tokens/s"),
     ("time/step_s", lambda value: f"{value:.1f} s"),
     ("eval/accuracy", lambda value: f"validation {value:.3f}"),
+    ("eval/failed", lambda value: f"{value:.0%} of the validation failed" if value else ""),
 )
-"""What the console shows of a row, in this order; metrics that are absent are left out."""
+"""What the console shows of a row, in this order; what is absent or empty is left out."""
 
 
 class Console:
@@ -63,7 +64,8 @@ class Console:
         """Print the row; steps are shown from 1."""
         width = len(str(self._total_steps))
         parts = [f"step {step + 1:{width}d}/{self._total_steps}"]
-        parts += [show(metrics[name]) for name, show in _COLUMNS if name in metrics]
+        shown = [show(metrics[name]) for name, show in _COLUMNS if name in metrics]
+        parts += filter(None, shown)
         self._ends.append((step, self._clock()))
         left = self._seconds_left(step, metrics.get("time/step_s"))
         if left is not None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from tapo_train.types import Group, Outcome, StopReason, Trajectory
 
-__all__ = ["combine", "trajectory_sums"]
+__all__ = ["combine", "most_frequent_sources", "trajectory_sums"]
 
 Sums = dict[str, tuple[float, float]]
 """name -> (sum, count); the metric is sum / count."""
 
+MOST_SOURCES = 20
+"""Data sets with metrics of their own; a file that names each row's origin has thousands."""
+
+_UNFIT = re.compile(r"[^A-Za-z0-9_.+-]")
+_BY_SOURCE = "reward/accuracy/"
 _SQUARE = "reward/square"
 """Only for `reward/std`; not logged itself."""
 
@@ -47,7 +53,32 @@ def _reward_sums(scored: Sequence[Trajectory]) -> Sums:
         _SQUARE: (math.fsum(reward.total**2 for reward in rewards), num),
         "reward/accuracy": (math.fsum(reward.accuracy for reward in rewards), num),
         **{_part_name(name): (value, num) for name, value in parts.items()},
+        **_source_sums(scored),
     }
+
+
+def _source_sums(scored: Sequence[Trajectory]) -> Sums:
+    sums: Sums = {}
+    for trajectory in scored:
+        name = _BY_SOURCE + trajectory.task.source
+        total, num = sums.get(name, (0.0, 0.0))
+        sums[name] = (total + trajectory.scored().accuracy, num + 1.0)
+    return sums
+
+
+def most_frequent_sources(counts: Mapping[str, float]) -> list[tuple[str, str]]:
+    """(source, its name in a metric) of the largest data sets; none where there is only one.
+
+    Args:
+        counts: trajectories by `Task.source`.
+    """
+    if len(counts) < 2:
+        return []
+    largest = sorted(counts, key=lambda source: (-counts[source], source))[:MOST_SOURCES]
+    names = {source: _UNFIT.sub("_", source) or "unnamed" for source in largest}
+    if len(set(names.values())) < len(names):
+        names = {source: f"{name}.{number}" for number, (source, name) in enumerate(names.items())}
+    return list(names.items())
 
 
 def _group_sums(groups: Sequence[Group]) -> Sums:
@@ -121,7 +152,12 @@ def combine(parts: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, flo
         sums, counts = zip(*(part.get(name, _absent(name, part)) for part in held), strict=True)
         total[name] = (math.fsum(sums), math.fsum(counts))
     total["rollout/trajectories"] = (total["rollout/trajectories"][0], 1.0)
+    by_source = {name: total.pop(name) for name in list(total) if name.startswith(_BY_SOURCE)}
     metrics = {name: value / count for name, (value, count) in total.items() if count}
+    sizes = {name.removeprefix(_BY_SOURCE): count for name, (_, count) in by_source.items()}
+    for source, name in most_frequent_sources(sizes):
+        value, count = by_source[_BY_SOURCE + source]
+        metrics[_BY_SOURCE + name] = value / count
     square = metrics.pop(_SQUARE, None)
     if square is not None:
         metrics["reward/std"] = math.sqrt(max(0.0, square - metrics["reward/mean"] ** 2))

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from tapo_train.errors import RolloutError
+from tapo_train.errors import OutageError
 from tapo_train.types import Outcome, StopReason, ToolCall, Trajectory
 
 __all__ = ["FEWEST", "FailureBudget", "Failures", "failures_of"]
@@ -47,6 +47,17 @@ class Failures:
             messages=self.messages + other.messages,
         )
 
+    def words(self) -> str:
+        """Which calls failed, and what their tools said most often."""
+        counts = ", ".join(
+            f"{tool}: {count} {outcome}" for (tool, outcome), count in self.calls.most_common(8)
+        )
+        said = "no tool said why"
+        if self.messages:
+            (tool, text), count = self.messages.most_common(1)[0]
+            said = f"most often ({count} times) {tool} said: {text!r}"
+        return f"calls that failed: {counts or 'none'}; {said}"
+
 
 def failures_of(trajectories: Sequence[Trajectory]) -> Failures:
     """Count the failures of `trajectories`."""
@@ -73,43 +84,39 @@ def _calls(trajectories: Iterable[Trajectory]) -> list[ToolCall]:
 class FailureBudget:
     """Ends a run in which too many trajectories fail outside the policy.
 
-    Judged are the trajectories of the step; where those are fewer than FEWEST, the steps
+    Judged are the trajectories of the step; where those are fewer than `fewest`, the steps
     before it are added until there are as many. A run that is resumed begins to count anew.
 
     Args:
         max_fraction: largest share that is borne; 1 bears everything.
+        fewest: trajectories that are judged.
     """
 
-    def __init__(self, max_fraction: float) -> None:
+    def __init__(self, max_fraction: float, *, fewest: int = FEWEST) -> None:
         self._most = max_fraction
+        self._fewest = fewest
         self._steps: deque[Failures] = deque()
+
+    def anew(self) -> FailureBudget:
+        """One of the same share that has seen nothing."""
+        return FailureBudget(self._most, fewest=self._fewest)
 
     def check(self, step: Failures) -> None:
         """Count a step of all ranks.
 
         Raises:
-            RolloutError: more than the share failed; quotes the most frequent message.
+            OutageError: more than the share failed; quotes the most frequent message.
         """
         self._steps.append(step)
-        while self._held(skip=1) >= FEWEST:
+        while self._held(skip=1) >= self._fewest:
             self._steps.popleft()
         seen = sum(self._steps, start=Failures())
-        if seen.trajectories >= FEWEST and seen.failed > self._most * seen.trajectories:
-            raise RolloutError(self._report(seen))
+        if seen.trajectories >= self._fewest and seen.failed > self._most * seen.trajectories:
+            raise OutageError(
+                f"rollout.max_failed_fraction: {seen.failed} of the last {seen.trajectories} "
+                f"trajectories failed outside the policy, wanted at most {self._most:g} of them; "
+                f"{seen.words()}"
+            )
 
     def _held(self, *, skip: int) -> int:
         return sum(step.trajectories for step in list(self._steps)[skip:])
-
-    def _report(self, seen: Failures) -> str:
-        counts = ", ".join(
-            f"{tool}: {count} {outcome}" for (tool, outcome), count in seen.calls.most_common(8)
-        )
-        words = "no tool said why"
-        if seen.messages:
-            (tool, text), count = seen.messages.most_common(1)[0]
-            words = f"most often ({count} times) {tool} said: {text!r}"
-        return (
-            f"rollout.max_failed_fraction: {seen.failed} of the last {seen.trajectories} "
-            f"trajectories failed outside the policy, wanted at most {self._most:g} of them; "
-            f"calls that failed: {counts or 'none'}; {words}"
-        )

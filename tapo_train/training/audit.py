@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from decimal import Decimal
 from pathlib import Path
 
-from tapo_train.errors import ToolBudgetError
+from tapo_train.errors import OutageError, ToolBudgetError
 from tapo_train.learner import distributed
 from tapo_train.report.tool_metrics import tool_metrics
 from tapo_train.rollout.failures import FailureBudget, Failures, failures_of
@@ -43,6 +43,7 @@ class RolloutAudit:
     ) -> None:
         self._ledger = ledger
         self._failures = failures
+        self._validations = failures.anew()
         self._budget = None if budget is None else Decimal(repr(budget))
         self._spending = Spending(folder, rank=distributed.rank())
         ledger.keep = self._spending.write
@@ -57,7 +58,7 @@ class RolloutAudit:
             groups: this rank's, scored.
 
         Raises:
-            RolloutError: too many trajectories failed outside the policy.
+            OutageError: too many trajectories failed outside the policy.
             ToolBudgetError: a call was not made because the budget could not pay for it.
         """
         trajectories = [t for group in groups for t in group.trajectories]
@@ -74,6 +75,21 @@ class RolloutAudit:
         metrics = tool_metrics([r for rank in everywhere for r in rank], num_correct=sum(rights))
         metrics |= {f"tool/guard/{k}": float(n) for k, n in sum(guarded, start=Counter()).items()}
         return metrics | {"tool/spent": float(self._spent), "tool/hung_threads": float(sum(hung))}
+
+    def of_validation(self, failures: Failures) -> OutageError | ToolBudgetError | None:
+        """As `settle`; why the run may not go on after a validation. Every rank calls it.
+
+        Validations are judged apart from training: a few questions, asked in between.
+
+        Args:
+            failures: of all ranks.
+        """
+        try:
+            self.settle()
+            self._validations.check(failures)
+        except (OutageError, ToolBudgetError) as error:
+            return error
+        return None
 
     def settle(self) -> None:
         """Add up what all ranks spent since the last time, share out the rest.

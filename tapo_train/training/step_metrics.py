@@ -16,10 +16,9 @@ from tapo_train.algos.metrics import Metrics, finalise, merge
 from tapo_train.credit.diagnostics import finish
 from tapo_train.errors import RolloutError
 from tapo_train.learner import distributed
-from tapo_train.report.statistics import accuracy_of
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.training.colocation import begin_stage, stage_memory
-from tapo_train.types import Group, Trajectory
+from tapo_train.types import Group
 
 
 @dataclass(slots=True)
@@ -109,30 +108,6 @@ def step_metrics(
 def _time_of_tapo(found: Mapping[str, float], credit_s: float, step_s: float) -> dict[str, float]:
     is_tapo = any(name.startswith("tapo/") for name in found)
     return {"tapo/time_s": credit_s, "tapo/time_frac": credit_s / step_s} if is_tapo else {}
-
-
-def evaluation_metrics(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """Accuracy with its interval, form, calls and turns, over the trajectories of all ranks."""
-    own = [
-        (t.scored().accuracy, t.scored().parts["format"], len(t.turns), _num_calls(t))
-        for t in trajectories
-    ]
-    rows = np.array([row for rank in distributed.all_gather_objects(own) for row in rank])
-    accuracy, form, turns, calls = rows.mean(axis=0)
-    interval = accuracy_of(int(rows[:, 0].sum()), len(rows))
-    return {
-        "eval/accuracy": float(accuracy),
-        "eval/accuracy_low": interval.low,
-        "eval/accuracy_high": interval.high,
-        "eval/questions": float(len(rows)),
-        "eval/format": float(form),
-        "eval/turns": float(turns),
-        "eval/calls": float(calls),
-    }
-
-
-def _num_calls(trajectory: Trajectory) -> int:
-    return sum(len(turn.calls) for turn in trajectory.turns)
 
 
 def means_over_ranks(own: Metrics) -> dict[str, float]:

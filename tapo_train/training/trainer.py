@@ -16,7 +16,7 @@ from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
-from tapo_train.errors import CheckpointError, ToolBudgetError
+from tapo_train.errors import CheckpointError, OutageError, ToolBudgetError
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, pack
 from tapo_train.report.sinks import Sink, write_all
@@ -25,7 +25,8 @@ from tapo_train.training.parts import Parts, Schedule, Stateful
 from tapo_train.training.probe import require_agreement
 from tapo_train.training.rounds import scored_groups
 from tapo_train.training.step_batch import Batch, compared, rows_of_updates
-from tapo_train.training.step_metrics import Stopwatch, evaluation_metrics, step_metrics
+from tapo_train.training.step_metrics import Stopwatch, step_metrics
+from tapo_train.training.validation import Validation, validated
 from tapo_train.types import Group
 
 
@@ -75,19 +76,19 @@ class Trainer:
         schedule, before, draws = self._schedule, self._state(step - 1), random_state.collect()
         try:
             metrics = self.step(step)
-        except (StepGivenUp, ToolBudgetError) as reason:
+        except (StepGivenUp, ToolBudgetError, OutageError) as reason:
             random_state.restore(*draws)
             self._take_back(before)
-            return Ending(error=reason if isinstance(reason, ToolBudgetError) else None)
+            return Ending(error=None if isinstance(reason, StepGivenUp) else reason)
         # An error from here on ends the run, but the step is done, and was paid for.
-        found, unpaid = self._validation_of(step)
-        metrics |= found
+        validation = self._validation_of(step)
+        metrics |= validation.metrics
         metrics |= self._parts.watch.observe(metrics)
         write_all(sinks, step, metrics)
         stop = self._agreed_to_stop()
-        if stop or unpaid or _is_due(step, schedule.save_every, schedule.steps):
-            self._save(self._state(step), metrics.get("eval/accuracy"))
-        if error := unpaid or self._parts.watch.collapse():
+        if stop or validation.error or _is_due(step, schedule.save_every, schedule.steps):
+            self._save(self._state(step), validation.score)
+        if error := validation.error or self._parts.watch.collapse():
             return Ending(error=error)
         return Ending() if stop and step + 1 < schedule.steps else None
 
@@ -97,16 +98,13 @@ class Trainer:
         if before["step"] + 1 > self._saved_steps:
             self._save(before)
 
-    def _validation_of(self, step: int) -> tuple[dict[str, float], ToolBudgetError | None]:
-        """Metrics of the validation after a step, if one is due and could be paid for."""
+    def _validation_of(self, step: int) -> Validation:
+        """What the validation after a step showed, if one is due."""
         schedule = self._schedule
         if not schedule.eval_every or not _is_due(step, schedule.eval_every, schedule.steps):
-            return {}, None
+            return Validation()
         self._parts.watchdog.enter("validation")
-        try:
-            return self.validate(step + 1), None
-        except ToolBudgetError as error:
-            return {}, error
+        return self.validate(step + 1)
 
     def step(self, step: int) -> dict[str, float]:
         """One batch of questions from rollout to synced weights; its metrics."""
@@ -145,17 +143,16 @@ class Trainer:
             )
         )
 
-    def validate(self, policy_version: int) -> dict[str, float]:
+    def validate(self, policy_version: int) -> Validation:
         """Greedy accuracy on the validation questions, shared among the ranks."""
         parts = self._parts
         if not parts.validation:
-            return {}
+            return Validation()
         mine = shard(parts.validation, distributed.rank(), distributed.world_size())
         groups = self._score(
             parts.play(mine, rollouts=1, greedy=True, policy_version=policy_version)
         )
-        parts.audit.settle()
-        return evaluation_metrics([t for group in groups for t in group.trajectories])
+        return validated([t for group in groups for t in group.trajectories], parts.audit)
 
     def _resume(self) -> int:
         """The first step to do."""
