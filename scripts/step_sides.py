@@ -228,7 +228,7 @@ class Ours:
         )
         pairs = zip(trajectories, advantages, strict=True)
         result = credit([from_trajectory(t, float(a)) for t, a in pairs])
-        (rows,) = rows_of_updates(batch, result, updates=1, questions=len(QUESTIONS))
+        (rows,) = rows_of_updates(batch, result, version=0, updates=1, questions=len(QUESTIONS))
         return trajectories, self.policy.update(pack(rows, budget_tokens=BUDGET), self._objective)
 
 

@@ -171,7 +171,10 @@ class Turn:
     num_images_before: int = 0
     """Length of the picture registry when the turn was sampled: what img_idx meant."""
     policy_version: int = 0
-    """Of the weights that sampled the turn."""
+    """Of the weights that were there when the turn was asked for."""
+    versions: tuple[VersionSpan, ...] = ()
+    """Which weights sampled which of its tokens, covering [0, len(span)); () is all by
+    `policy_version`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -213,6 +216,17 @@ class Trajectory:
     def failed_outside_policy(self) -> bool:
         """True if the trajectory must leave loss and baseline."""
         return self.stop in (StopReason.INFRA, StopReason.DEADLINE)
+
+    def token_versions(self) -> npt.NDArray[np.int64]:
+        """[sum of turn lengths] version of the weights that sampled each token."""
+        spans = [
+            (part.version, len(part))
+            for turn in self.turns
+            for part in turn.versions
+            or (VersionSpan(start=0, end=len(turn.span), version=turn.policy_version),)
+        ]
+        versions = np.array([version for version, _ in spans], dtype=np.int64)
+        return np.repeat(versions, [length for _, length in spans])
 
     def scored(self) -> Reward:
         """The reward; raises if the reward stage has not run."""

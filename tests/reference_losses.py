@@ -156,6 +156,55 @@ def importance_weights(
     return result
 
 
+def geometric_weights(
+    learner: Rows, sampler: Rows, mask: Mask, *, low: float, high: float, cap: float
+) -> Rows:
+    """Capped token weights of the trajectories whose geometric mean ratio lies within bounds."""
+    result = []
+    for i, row in enumerate(mask):
+        kept = [t for t, m in enumerate(row) if m]
+        mean = 1.0
+        for t in kept:
+            mean *= math.exp(learner[i][t] - sampler[i][t]) ** (1 / len(kept))
+        inside = low <= mean <= high
+        weights = [0.0] * len(row)
+        for t in kept:
+            ratio = math.exp(learner[i][t]) / math.exp(sampler[i][t])
+            weights[t] = min(ratio, cap) if inside else 0.0
+        result.append(weights)
+    return result
+
+
+def total_variation_weights(
+    learner: Rows, sampler: Rows, current: Rows, advantages: Rows, mask: Mask, *, delta: float
+) -> Rows:
+    """DPPO's mask by cases: a token is left out where its update would lead further away."""
+    result = []
+    for i, row in enumerate(mask):
+        weights = [0.0] * len(row)
+        for t, kept in enumerate(row):
+            if not kept:
+                continue
+            pi, mu, sign = math.exp(current[i][t]), math.exp(sampler[i][t]), advantages[i][t]
+            too_far = abs(pi - mu) > delta
+            leads_on = (sign > 0 and pi > mu) or (sign < 0 and pi < mu)
+            ratio = math.exp(learner[i][t]) / mu
+            weights[t] = 0.0 if too_far and leads_on else ratio
+        result.append(weights)
+    return result
+
+
+def log_linear(current: list[float], sampler: list[float], ages: list[int]) -> list[float]:
+    """log pi_old between the versions v_behave = -age, v_old = 0 and v_current = 1."""
+    found = []
+    for theta, behave, age in zip(current, sampler, ages, strict=True):
+        v_behave, v_old, v_theta = -age, 0, 1
+        found.append(
+            (behave * (v_theta - v_old) + theta * (v_old - v_behave)) / (v_theta - v_behave)
+        )
+    return found
+
+
 def slopes(name: str, logp: Rows, old: Rows, advantages: Rows, mask: Mask) -> Rows:
     """Derivative of each token's loss by its own log-probability, by central differences."""
     step = 1e-6

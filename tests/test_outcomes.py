@@ -171,7 +171,7 @@ def test_baseline_credit_and_loss_know_the_outcome(chat: ChatFormat, outcome: Ou
         np.testing.assert_allclose(list(turns), [call, down], atol=1e-6)
     else:
         np.testing.assert_allclose(list(turns), [0.0], atol=0)
-    ((micro_batch,),), _ = run._cut(batch, credit)
+    ((micro_batch,),), _ = run._cut(0, batch, credit)
     trajectories = groups[0].trajectories
     in_loss = [t for t, trained in zip(trajectories, batch.trained, strict=True) if trained]
     assert sorted(micro_batch.row_ids) == sorted(t.id for t in in_loss)

@@ -350,7 +350,7 @@ def test_a_carried_group_is_compared_and_trained_as_one_with_the_samplers_own_nu
     np.testing.assert_allclose(batch.advantages, [1.0, -1.0], atol=1e-6)
     credit = run._credit(batch)
     assert list(credit.step_advantages[1]) == pytest.approx([-0.2, -1.0]), "0.8 of the blame"
-    ((micro_batch,),), _ = run._cut(batch, credit)
+    ((micro_batch,),), _ = run._cut(0, batch, credit)
     own = {t.id: t.logprobs for t in group.trajectories}
     expected = np.concatenate([own[id] for id in micro_batch.row_ids])
     np.testing.assert_array_equal(micro_batch.sampler_logprobs.numpy(), expected)
@@ -372,8 +372,8 @@ def test_waiting_questions_of_another_run_are_refused(waiting: list[list[int]]) 
             r"rollout\.refill_rounds: found 1, wanted 0",
         ),
         (
-            ["rollout.deadlines.step_s=9", "algo.importance.mode=off"],
-            r"algo\.importance\.mode: found 'off', wanted a correction",
+            ["rollout.deadlines.step_s=9", "algo/importance=none"],
+            r"algo\.importance: found none, wanted a correction",
         ),
     ],
 )

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tapo_train.algos.metrics import Metrics, by_turn, pair
+from tapo_train.algos.metrics import Metrics, by_index, pair
 from tapo_train.errors import ConfigError, LearnerError
 
 LOG_RATIO_BOUND = 20.0
@@ -153,7 +153,7 @@ def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> L
         gate = ((ratio - 1) * tau).sigmoid_()
         weight = torch.addcmul(gate, gate, gate, value=-1).mul_(4)  # 4 p (1 - p)
         metrics["policy/gate_weight"] = pair(weight)
-        metrics |= by_turn("policy/gate_weight/by_turn", weight, batch.turn, batch.num_turns)
+        metrics |= by_index("policy/gate_weight/by_turn", weight, batch.turn, batch.num_turns)
         slope = weight.mul_(ratio).mul_(batch.advantages).neg_().mul_(is_free)
         value = gate.mul_(-4).div_(tau).mul_(batch.advantages)
     return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
@@ -247,7 +247,7 @@ def _clip_metrics(ratio: Tensor, held: Tensor, batch: TokenBatch) -> Metrics:
         "policy/clip_high": pair(is_above & (advantages > 0)),
         "policy/clip_low": pair((held > ratio) & (advantages < 0)),
         "policy/clip_dual": pair(is_above & (advantages < 0)),
-    } | by_turn(
+    } | by_index(
         "policy/clip/by_turn", (held != ratio) & (advantages != 0), batch.turn, batch.num_turns
     )
 

@@ -23,20 +23,20 @@ def pair(values: Tensor) -> Tensor:
     return torch.stack((total, torch.full_like(total, values.numel())))
 
 
-def by_turn(name: str, values: Tensor, turn: Tensor | None, num_turns: int) -> Metrics:
-    """`name/<turn>` pairs of per-token values.
+def by_index(name: str, values: Tensor, index: Tensor | None, size: int) -> Metrics:
+    """`name/<index>` pairs of per-token values.
 
     Args:
         values: [K] numbers or booleans.
-        turn: [K] int64 in [0, num_turns); None gives no metrics.
+        index: [K] int64 in [0, size); None gives no metrics.
     """
-    if turn is None:
+    if index is None:
         return {}
     wide = values.detach().double()
-    sums = wide.new_zeros(2, num_turns)
-    sums[0].index_add_(0, turn, wide)
-    sums[1].index_add_(0, turn, torch.ones_like(wide))
-    return {f"{name}/{number}": sums[:, number] for number in range(num_turns)}
+    sums = wide.new_zeros(2, size)
+    sums[0].index_add_(0, index, wide)
+    sums[1].index_add_(0, index, torch.ones_like(wide))
+    return {f"{name}/{number}": sums[:, number] for number in range(size)}
 
 
 def merge(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> Metrics:

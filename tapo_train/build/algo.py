@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+from tapo_train import recipe as recipes
 from tapo_train.algos import importance, losses
 from tapo_train.algos.advantages import batch_renorm, group_advantages
 from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
@@ -59,11 +60,14 @@ def build_objective(recipe: Recipe) -> Objective:
         surrogate = partial(losses.sapo, tau_pos=loss.tau_pos, tau_neg=loss.tau_neg)
     return policy_gradient(
         surrogate,
-        correction=build_correction(recipe),
+        correction=build_correction(algo.importance),
         kl_kind=algo.kl.estimator,
         kl_coefficient=algo.kl.coef,
         entropy_coefficient=algo.entropy_coef,
         is_only_update=is_recomputed_in_passing(recipe),
+        proximal=(
+            importance.log_linear_proximal if recipe.learner.old_logprobs == "log_linear" else None
+        ),
     )
 
 
@@ -78,12 +82,23 @@ def is_recomputed_in_passing(recipe: Recipe) -> bool:
     return is_single and learner.old_logprobs == "recompute"
 
 
-def build_correction(recipe: Recipe) -> importance.Correction:
+def build_correction(settings: recipes.ImportanceChoice) -> importance.Correction:
     """The importance correction between sampler and learner."""
-    settings = recipe.algo.importance
-    if settings.mode == "off":
-        return importance.uncorrected
-    if settings.mode == "truncate":
-        return partial(importance.truncate, level=settings.level, high=settings.threshold)
-    low, high = 1 / settings.threshold, settings.threshold
-    return partial(importance.mask, level=settings.level, low=low, high=high)
+    match settings:
+        case recipes.TruncatedImportance():
+            return partial(importance.truncate, level=settings.level, high=settings.high)
+        case recipes.MaskedImportance():
+            return partial(
+                importance.mask, level=settings.level, low=settings.low, high=settings.high
+            )
+        case recipes.GeometricImportance():
+            return partial(
+                importance.geometric_mask,
+                low=settings.low,
+                high=settings.high,
+                cap=settings.cap,
+            )
+        case recipes.TotalVariationImportance():
+            return partial(importance.total_variation_mask, delta=settings.delta)
+        case recipes.NoImportance():
+            return importance.uncorrected

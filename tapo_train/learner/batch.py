@@ -45,6 +45,8 @@ class TrainingRow:
     """[K] one per trained token; weights of the tokens in supervised training."""
     sampler_logprobs: npt.NDArray[np.float32]
     """[K] as sampled; zeros where nobody sampled."""
+    age: npt.NDArray[np.int64] | None = None
+    """[K] updates since the weights that sampled each token; None: they are the present ones."""
 
     def __post_init__(self) -> None:
         start = 1
@@ -55,8 +57,11 @@ class TrainingRow:
                     f"wanted ascending, disjoint spans within [{start}, {len(self.tokens)})"
                 )
             start = span.end
-        for name in ("advantages", "sampler_logprobs"):
-            found = getattr(self, name).shape
+        for name in ("advantages", "sampler_logprobs", "age"):
+            values = getattr(self, name)
+            if values is None:
+                continue
+            found = values.shape
             if found != (self.num_trained,):
                 raise LearnerError(
                     f"row {self.id}: {name} has shape {found}; wanted ({self.num_trained},), "
@@ -92,8 +97,14 @@ class TrainingRow:
         )
 
     @classmethod
-    def from_tokens(cls, trajectory: Trajectory, advantages: Floats) -> TrainingRow:
-        """Every sampled token of a trajectory, each with its own advantage [K]."""
+    def from_tokens(
+        cls, trajectory: Trajectory, advantages: Floats, *, version: int
+    ) -> TrainingRow:
+        """Every sampled token of a trajectory, each with its own advantage [K].
+
+        Args:
+            version: of the weights that are about to learn from it.
+        """
         return cls(
             id=trajectory.id,
             tokens=trajectory.tokens,
@@ -101,6 +112,7 @@ class TrainingRow:
             spans=tuple(turn.span for turn in trajectory.turns),
             advantages=advantages,
             sampler_logprobs=trajectory.logprobs,
+            age=version - trajectory.token_versions(),
         )
 
     @classmethod
@@ -144,6 +156,8 @@ class MicroBatch:
     """[n + 1] 0, ..., S."""
     num_turns: int
     """Spans of the row with the most of them."""
+    max_age: int
+    """Largest of `age`."""
     images: tuple[tuple[Image, ...], ...]
     """[n] the pictures of each row."""
     trained_index: Tensor
@@ -162,6 +176,8 @@ class MicroBatch:
     """[K] float32."""
     old_logprobs: Tensor
     """[K] float32 at the start of the step: the sampler's, until the learner's replace them."""
+    age: Tensor
+    """[K] int64 updates since the weights that sampled each token."""
     reference_logprobs: Tensor | None = None
     """[K] float32 of the frozen reference policy; None without a KL term."""
 
@@ -250,6 +266,7 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
         offset=np.repeat(starts[:-1], [len(row.spans) for row in rows]),
     )
     tokens = _concatenate([row.tokens for row in rows], np.int64)
+    ages = [np.zeros(row.num_trained) if row.age is None else row.age for row in rows]
     sampled = torch.from_numpy(_concatenate([row.sampler_logprobs for row in rows], np.float32))
     return MicroBatch(
         row_ids=tuple(row.id for row in rows),
@@ -261,10 +278,12 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
         trajectory=torch.from_numpy(np.repeat(np.arange(len(rows)), counts)),
         turn=torch.from_numpy(_concatenate(turns, np.int64)),
         num_turns=max((len(row.spans) for row in rows), default=0),
+        max_age=max((int(age.max(initial=0)) for age in ages), default=0),
         lengths=torch.tensor(counts, dtype=torch.int64),
         advantages=torch.from_numpy(_concatenate([row.advantages for row in rows], np.float32)),
         sampler_logprobs=sampled,
         old_logprobs=sampled,
+        age=torch.from_numpy(_concatenate(ages, np.int64)),
     )
 
 

@@ -29,7 +29,7 @@ MOST_DUMPS = 20
 
 _VECTORS = (
     "input_ids", "trained_index", "targets", "trajectory", "turn", "lengths",
-    "advantages", "sampler_logprobs", "old_logprobs", "reference_logprobs",
+    "advantages", "sampler_logprobs", "old_logprobs", "age", "reference_logprobs",
 )  # fmt: skip
 """Tensors of a micro-batch; the last may be missing."""
 
@@ -137,6 +137,7 @@ def _batch(arrays: dict[str, npt.NDArray[Any]], number: int, *, where: str) -> M
         row_ids=row_ids,
         boundaries=tuple(own["boundaries"].tolist()),
         num_turns=int(own["num_turns"]),
+        max_age=int(own["age"].max(initial=0)),
         images=tuple(
             tuple(read_image(images[i], where=where) for i in sorted(images)) for images in pictures
         ),

@@ -21,12 +21,16 @@ from tapo_train.learner.batch import MicroBatch
 Objective = Callable[[MicroBatch, Tensor, Tensor | None], LossOutput]
 """(micro-batch, log-probabilities [K], entropies [K] if measured) -> per-token loss, metrics."""
 
+Proximal = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(current [K], sampler [K], age [K]) -> log-probabilities [K] at the start of the step."""
+
 
 def policy_gradient(
     loss: PolicyLoss,
     *,
     correction: Correction = uncorrected,
     is_only_update: bool = False,
+    proximal: Proximal | None = None,
     kl_kind: KlKind = "k3+",
     kl_coefficient: float = 0.0,
     entropy_coefficient: float = 0.0,
@@ -40,14 +44,18 @@ def policy_gradient(
         is_only_update: every row is used in one update only, so the policy's log-probabilities
             at the start of the step are the ones of that very pass: `old_logprobs` are not
             read, and the forward pass that would compute them is saved.
+        proximal: estimates them instead, as `log_linear_proximal` does.
         kl_coefficient: 0 leaves the reference policy out; above 0 the micro-batches must
             hold `reference_logprobs`.
         entropy_coefficient: above 0 the policy must measure entropies.
     """
 
     def objective(batch: MicroBatch, logprobs: Tensor, entropy: Tensor | None) -> LossOutput:
-        old = logprobs.detach() if is_only_update else batch.old_logprobs
-        weights = correction(_sampled(batch, old))
+        current = logprobs.detach()
+        old = current if is_only_update else batch.old_logprobs
+        if proximal is not None:
+            old = proximal(current, batch.sampler_logprobs, batch.age)
+        weights = correction(_sampled(batch, old, current))
         surrogate = loss(_tokens(batch, logprobs, old))
         per_token = surrogate.per_token * weights.per_token
         metrics = surrogate.metrics | weights.metrics
@@ -94,12 +102,16 @@ def _tokens(batch: MicroBatch, logprobs: Tensor, old: Tensor) -> TokenBatch:
     )
 
 
-def _sampled(batch: MicroBatch, old: Tensor) -> SampledTokens:
+def _sampled(batch: MicroBatch, old: Tensor, current: Tensor) -> SampledTokens:
     return SampledTokens(
         learner_logprobs=old,
         sampler_logprobs=batch.sampler_logprobs,
         trajectory=batch.trajectory,
         num_trajectories=len(batch.row_ids),
+        current_logprobs=current,
+        advantages=batch.advantages,
+        age=batch.age,
+        max_age=batch.max_age,
     )
 
 

@@ -12,7 +12,20 @@ from dataclasses import field
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.algo import Advantage, Algo, GrpoLoss, GspoLoss, Importance, Kl, SapoLoss
+from tapo_train.recipe.algo import (
+    Advantage,
+    Algo,
+    GeometricImportance,
+    GrpoLoss,
+    GspoLoss,
+    ImportanceChoice,
+    Kl,
+    MaskedImportance,
+    NoImportance,
+    SapoLoss,
+    TotalVariationImportance,
+    TruncatedImportance,
+)
 from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
 from tapo_train.recipe.learner import Learner
 from tapo_train.recipe.rollout import (
@@ -33,17 +46,20 @@ __all__ = [
     "Algo",
     "Data",
     "DeadlineSettings",
+    "GeometricImportance",
     "GigpoCredit",
     "GrpoLoss",
     "GspoLoss",
     "HfSettings",
-    "Importance",
+    "ImportanceChoice",
     "Kl",
     "Learner",
     "Lora",
+    "MaskedImportance",
     "McpServerSettings",
     "Model",
     "NoCredit",
+    "NoImportance",
     "Probe",
     "Recipe",
     "RewardWeights",
@@ -55,6 +71,8 @@ __all__ = [
     "TapoCredit",
     "ToolLimitSettings",
     "Tools",
+    "TotalVariationImportance",
+    "TruncatedImportance",
     "VllmSettings",
     "WatchSettings",
 ]

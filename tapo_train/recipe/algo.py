@@ -9,7 +9,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.algos.advantages import AdvantageKind, StdKind
-from tapo_train.recipe.values import STRICT, InnerFraction, NonNegative, Positive
+from tapo_train.recipe.values import STRICT, Fraction, InnerFraction, NonNegative, Positive
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -75,15 +75,65 @@ class Kl:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class Importance:
-    """Correction between sampler (engine) and learner log-probabilities."""
+class TruncatedImportance:
+    """Weights between sampler and learner, capped (truncated importance sampling)."""
 
+    name: Literal["truncate"] = "truncate"
     level: Literal["token", "sequence"] = "token"
     """One weight per token, or the product over the trajectory."""
-    mode: Literal["truncate", "mask", "off"] = "truncate"
-    """truncate: weights are capped at the threshold; mask: beyond it the weight is 0."""
-    threshold: Annotated[float, Field(gt=1)] = 2.0
-    """Largest weight; mask also drops those below its inverse."""
+    high: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class MaskedImportance:
+    """Weights, and 0 beyond both bounds (IcePop; by sequence: trajectories are rejected)."""
+
+    name: Literal["mask"] = "mask"
+    level: Literal["token", "sequence"] = "token"
+    """As for truncate."""
+    low: Fraction = 0.5
+    """Smallest weight that is kept."""
+    high: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight that is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class GeometricImportance:
+    """Capped weights, and 0 for trajectories whose geometric mean of them is out of bounds."""
+
+    name: Literal["geometric"] = "geometric"
+    low: Fraction = 0.99
+    """Smallest geometric mean of a trajectory's weights; the mean does not grow with length."""
+    high: Annotated[float, Field(ge=1)] = 1.01
+    """Largest one."""
+    cap: Annotated[float, Field(ge=1)] = 2.0
+    """Largest weight of a token of a trajectory that is kept."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class TotalVariationImportance:
+    """DPPO: weights, and 0 where a token's probability has moved far from the sampler's."""
+
+    name: Literal["total_variation"] = "total_variation"
+    delta: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Change of probability, in the direction of the token's advantage, that stops it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class NoImportance:
+    """Weights of 1; the mismatch is measured all the same."""
+
+    name: Literal["none"] = "none"
+
+
+ImportanceChoice = (
+    TruncatedImportance
+    | MaskedImportance
+    | GeometricImportance
+    | TotalVariationImportance
+    | NoImportance
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -101,4 +151,4 @@ class Algo:
     kl: Kl = field(default_factory=Kl)
     entropy_coef: NonNegative = 0.0
     """Weight of the entropy bonus; 0: entropy is not computed."""
-    importance: Importance = field(default_factory=Importance)
+    importance: ImportanceChoice = Field(default_factory=TruncatedImportance, discriminator="name")

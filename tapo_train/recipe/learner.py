@@ -64,6 +64,7 @@ class Learner:
     out. Its micro-batches are written to `nonfinite/` of the run folder either way."""
     gradient_checkpointing: bool = True
     """Compute activations twice and keep few: slower, far less memory."""
-    old_logprobs: Literal["recompute", "engine"] = "recompute"
-    """Where the ratio's denominator comes from; engine saves a forward pass and needs
-    algo.importance.mode=off."""
+    old_logprobs: Literal["recompute", "engine", "log_linear"] = "recompute"
+    """Where the ratio's denominator comes from. engine: the sampler, which saves a forward pass and
+    wants algo/importance=none or total_variation. log_linear saves it too: estimated between
+    sampler and present policy by the age of each token; only where a step makes several updates."""

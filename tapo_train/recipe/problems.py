@@ -15,7 +15,7 @@ from tapo_train.recipe import Recipe
 from tapo_train.report.warnings import SIGNS
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 
-GROUPS = ("algo/advantage", "algo/loss", "credit", "rollout/engine")
+GROUPS = ("algo/advantage", "algo/importance", "algo/loss", "credit", "rollout/engine")
 """Parts of a recipe that are chosen whole, by the name of a file in a folder."""
 
 MOST_NAMES = 30
@@ -160,9 +160,9 @@ def _carry_over_problems(recipe: Recipe) -> Iterable[str]:
             f"rollout.refill_rounds: found {rollout.refill_rounds}, wanted 0 because "
             f"rollout.carry_over is {rollout.carry_over}: a group that waits cannot be judged"
         )
-    if recipe.learner.old_logprobs != "engine" and recipe.algo.importance.mode == "off":
+    if recipe.learner.old_logprobs != "engine" and recipe.algo.importance.name == "none":
         yield (
-            "algo.importance.mode: found 'off', wanted a correction because rollout.carry_over "
+            "algo.importance: found none, wanted a correction because rollout.carry_over "
             "trains on what older weights sampled (or learner.old_logprobs=engine)"
         )
 
@@ -189,11 +189,13 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
             f"rollout.rollouts_per_question: found {group}, wanted at least 2 because "
             f"algo.advantage.kind={algo.advantage.kind} compares the rollouts of a question"
         )
-    if recipe.learner.old_logprobs == "engine" and algo.importance.mode != "off":
+    masks = ("none", "total_variation")
+    if recipe.learner.old_logprobs == "engine" and algo.importance.name not in masks:
         yield (
-            f"algo.importance.mode: found {algo.importance.mode!r}, wanted 'off' because "
-            f"learner.old_logprobs=engine leaves nothing to correct"
+            f"algo.importance: found {algo.importance.name}, wanted none or total_variation "
+            "because learner.old_logprobs=engine leaves no ratio to correct"
         )
+    yield from _proximal_problems(recipe)
     if recipe.learner.offload_optimizer and recipe.learner.zero_stage == 0:
         yield "learner.zero_stage: found 0, wanted 1 to 3 because learner.offload_optimizer=true"
     if recipe.learner.offload_parameters and recipe.learner.zero_stage != 3:
@@ -219,6 +221,15 @@ def _algo_problems(recipe: Recipe) -> Iterable[str]:
         yield (
             f"learner.updates_per_batch: found {updates}, wanted a divisor of "
             f"data.questions_per_step ({questions}): a question's group is not divided"
+        )
+
+
+def _proximal_problems(recipe: Recipe) -> Iterable[str]:
+    learner = recipe.learner
+    if learner.old_logprobs == "log_linear" and learner.updates_per_batch * learner.epochs == 1:
+        yield (
+            "learner.old_logprobs: found log_linear, wanted recompute because a step makes one "
+            "update: the update's own forward pass has the exact numbers"
         )
 
 

@@ -88,6 +88,7 @@ METRICS: dict[str, str] = {
     "mismatch/k1": "[nat] k1 estimate of KL(sampler, learner) per trained token",
     "mismatch/k3": "[nat] k3 estimate of the same",
     "mismatch/abs_logprob_diff": "[nat] mean |log-probability difference|",
+    "mismatch/abs_logprob_diff/by_age/<age>": "the same of tokens sampled so many updates before",
     "importance/weight": "mean importance weight after the correction",
     "importance/weight_squared": "mean of its square; 1/this is the relative sample size",
     "importance/changed": "share of weights that were truncated or masked",

@@ -61,11 +61,12 @@ def compared(
 
 
 def rows_of_updates(
-    batch: Batch, credit: CreditResult, *, updates: int, questions: int
+    batch: Batch, credit: CreditResult, *, version: int, updates: int, questions: int
 ) -> list[list[TrainingRow]]:
     """This rank's rows of each update: contiguous questions, the same for any number of ranks.
 
     Args:
+        version: of the weights that are about to learn.
         updates: optimizer updates the step's questions are dealt out to.
         questions: of the step, over all ranks.
     """
@@ -75,5 +76,5 @@ def rows_of_updates(
             turns, calls = credit.step_advantages[row], credit.call_advantages[row]
             advantages = token_advantages(trajectory, turns, calls)
             share = batch.question[row] * updates // questions
-            cuts[share].append(TrainingRow.from_tokens(trajectory, advantages))
+            cuts[share].append(TrainingRow.from_tokens(trajectory, advantages, version=version))
     return cuts

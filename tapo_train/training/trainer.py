@@ -122,7 +122,7 @@ class Trainer:
             credit = self._credit(batch)
         self._parts.sharing.learning()
         with watch("batch"):
-            updates, balance = self._cut(batch, credit)
+            updates, balance = self._cut(step, batch, credit)
         with watch("update"):
             learned = merge(self._update(step, updates), balance)
         with watch("sync"):
@@ -221,7 +221,9 @@ class Trainer:
         pairs = zip(batch.trajectories, batch.advantages, strict=True)
         return self._parts.credit([from_trajectory(t, float(a)) for t, a in pairs])
 
-    def _cut(self, batch: Batch, credit: CreditResult) -> tuple[list[list[MicroBatch]], Metrics]:
+    def _cut(
+        self, step: int, batch: Batch, credit: CreditResult
+    ) -> tuple[list[list[MicroBatch]], Metrics]:
         """Micro-batches of each update: contiguous questions, the same for any number of ranks.
 
         And how even the ranks' work is.
@@ -230,6 +232,7 @@ class Trainer:
         cuts = rows_of_updates(
             batch,
             credit,
+            version=step,
             updates=schedule.updates_per_batch,
             questions=schedule.questions_per_step,
         )
