@@ -34,7 +34,8 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Group, Observation, Task
 
 MODEL = Path(__file__).resolve().parent.parent / "assets" / "warm_start"

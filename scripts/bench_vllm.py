@@ -43,7 +43,8 @@ from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.vllm_engine import CPU_CACHE_BLOCK, VllmEngine, VllmOptions
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Group, Image, Observation, Trajectory
 
 ROOT = Path(__file__).resolve().parent.parent

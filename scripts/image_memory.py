@@ -26,8 +26,8 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
-from tapo_train.tools.base import Toolbox
 from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Group, Image, ImageRef, Task
 
 ROOT = Path(__file__).resolve().parent.parent

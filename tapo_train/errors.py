@@ -13,6 +13,7 @@
     ├── ToolError              a tool call failed; carries the outcome it is recorded as
     │   ├── ToolArgumentError  the policy's arguments are wrong (outcome model_error)
     │   ├── ToolRefusedError   a guard refused the call (outcome refused)
+    │   ├── ToolStatusError    a server answered "no" (HTTP 4xx)
     │   └── ToolDownError      its back end is out of order (outcome infra_error)
     ├── CreditError            advantages or steps handed to the credit stage are impossible
     ├── LearnerError           the update cannot go on (non-finite loss, empty batch, ...)
@@ -47,6 +48,7 @@ __all__ = [
     "ToolDownError",
     "ToolError",
     "ToolRefusedError",
+    "ToolStatusError",
 ]
 
 
@@ -98,6 +100,14 @@ class ToolArgumentError(ToolError, ValueError):
     """The policy's arguments are wrong; the message is shown to the policy."""
 
 
+class ToolStatusError(ToolError):
+    """A server answered "no" (HTTP 4xx)."""
+
+    def __init__(self, message: str, *, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class ToolRefusedError(ToolError):
     """A guard refused the call; the message is shown to the policy."""
 
@@ -105,10 +115,12 @@ class ToolRefusedError(ToolError):
 class ToolDownError(ToolError):
     """A tool's back end cannot be reached, broke, or answers nonsense: nobody's judgement."""
 
-    def __init__(self, message: str, *, retryable: bool = True) -> None:
+    def __init__(self, message: str, *, retryable: bool = True, retry_after_s: float = 0.0) -> None:
         super().__init__(message)
         self.retryable = retryable
         """Whether the same call may succeed a moment later."""
+        self.retry_after_s = retry_after_s
+        """[s] for which the server asks to be left alone; 0 if it does not say."""
 
 
 class CreditError(TapoError, ValueError):

@@ -148,11 +148,11 @@ class ToolCall:
     """None when the call was not executed and nothing was said about it."""
 
     @property
-    def outcome(self) -> Outcome:
-        """The observation's outcome; MODEL_ERROR for an invalid call without one."""
+    def outcome(self) -> Outcome | None:
+        """The observation's; without one MODEL_ERROR if it is invalid, else None: not run."""
         if self.observation is not None:
             return self.observation.outcome
-        return Outcome.OK if self.valid else Outcome.MODEL_ERROR
+        return None if self.valid else Outcome.MODEL_ERROR
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, ImageRef, Observation, Task
 
 SYSTEM_PROMPT = "Look at the pictures."

@@ -19,9 +19,9 @@ from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Sampling
-from tapo_train.tools.base import Toolbox
 from tapo_train.tools.images import encode_png, image_from_bytes
 from tapo_train.tools.registry import load_tool
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, Outcome, Task, Trajectory
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -27,13 +27,14 @@ from tapo_train.data.images import ImageLimits, read_image
 from tapo_train.errors import ConfigError, DataError, ToolDownError, ToolError, ToolRefusedError
 from tapo_train.rollout.parse import ParsedTurn, parse_turn
 from tapo_train.tools.addresses import AllowedHosts
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.images import ImageDecoder
 from tapo_train.tools.net import FetchLimits, HttpClient, _Body
 from tapo_train.tools.page_text import CUT, html_to_text, readable
 from tapo_train.tools.remote_search import FoundPictures, FoundTexts, _parsed
 from tapo_train.tools.sandbox_worker import DONE, PICTURE, REFUSED, REPLY, answer
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, Outcome, Task
 
 CASES = int(os.environ.get("TAPO_FUZZ", "40"))

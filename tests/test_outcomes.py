@@ -27,7 +27,8 @@ from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.parts import Parts, Schedule
 from tapo_train.training.trainer import Trainer
 from tapo_train.types import Group, Observation, Outcome, StopReason, Task, Trajectory
@@ -103,6 +104,7 @@ def play(chat: ChatFormat, outcome: Outcome) -> Group:
         rollouts_per_task=4,
         limits=LIMITS,
         sampling=Sampling(),
+        max_in_flight=1,  # equal calls at the same time would be one
     )
     return group
 

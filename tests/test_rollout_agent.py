@@ -16,7 +16,8 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Sampling
 from tapo_train.rollout.limits import Limits
-from tapo_train.tools.base import Tool, Toolbox, ToolContext
+from tapo_train.tools.base import Tool, ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Span, StopReason, Trajectory
 
 CALL = '<tool_call>{"name": "draw", "arguments": {"note": "é🙂"}}</tool_call>'

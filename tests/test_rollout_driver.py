@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -45,15 +46,12 @@ def request(id: str) -> GenerationRequest:
 
 
 def driven(
-    engine: ScriptedEngine, play: Callable[[EngineDriver], Awaitable[list[Completion]]]
+    engine: ScriptedEngine, play: Callable[[EngineDriver], Coroutine[Any, Any, list[Completion]]]
 ) -> list[Completion]:
     """What `play` returns while a driver steps the engine."""
 
-    async def run() -> list[Completion]:
-        driver = EngineDriver(engine, end_token_id=engine.chat.end_token_id)
-        return await driver.drive(asyncio.ensure_future(play(driver)))  # type: ignore[arg-type]
-
-    return asyncio.run(run())
+    driver = EngineDriver(engine, end_token_id=engine.chat.end_token_id)
+    return driver.drive(play(driver))
 
 
 def test_an_engine_that_works_elsewhere_is_not_asked_before_it_can_answer(

@@ -57,8 +57,11 @@ def test_a_written_call_is_read_back_with_its_place(name: str, arguments: object
         ('{"arguments": {}}', '"name" must be a string'),
         ('{"name": 3, "arguments": {}}', '"name" must be a string'),
         ('{"name": "zoom", "arguments": []}', "got a list"),
-        ('{"name": "zoom", "arguments": "{}"}', "got a string"),
-        ('{"name": "zoom", "arguments": null}', "got null"),
+        ('{"name": "zoom", "arguments": "img 0"}', "got a string"),
+        ('{"name": "zoom", "arguments": "[0]"}', "got a list"),
+        ('{"name": "zoom", "arguments": "NaN"}', "NaN is not a JSON number"),
+        ('{"name": "zoom", "arguments": "{\\"x\\": \\"\\\\ud800\\"}"}', "surrogates not"),
+        ('{"name": "zoom", "arguments": 0}', "got a number"),
         ('{"name": "zoom", "arguments": {}, "why": 1}', "'why'"),
         ('{"name": "zoom", "arguments": {"x": NaN}}', "NaN is not a JSON number"),
         ('{"name": "zoom", "arguments": {"x": -Infinity}}', "-Infinity is not a JSON number"),
@@ -73,6 +76,24 @@ def test_an_unreadable_call_says_why(body: str, said: str) -> None:
     assert call.arguments is None and call.name == ""
     assert call.error is not None and said in call.error
     assert call.error.startswith("the tool call is not valid JSON")
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('"{\\"img_idx\\": 0}"', {"img_idx": 0}),
+        ('""', {}),
+        ('"  "', {}),
+        ("null", {}),
+        ('"null"', {}),
+        ('"{}"', {}),
+    ],
+)
+def test_arguments_may_be_json_text_or_nothing(written: str, arguments: dict[str, int]) -> None:
+    """As tool servers and other chat formats write them, and as the credit stage reads them."""
+    body = f'{{"name": "zoom", "arguments": {written}}}'
+    (call,) = parse_turn(f"<tool_call>{body}</tool_call>").calls
+    assert (call.name, call.arguments, call.error) == ("zoom", arguments, None)
 
 
 def test_missing_arguments_are_no_arguments() -> None:

@@ -24,11 +24,12 @@ from tapo_train.errors import (
     ToolRefusedError,
 )
 from tapo_train.tools import image_search
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
 from tapo_train.tools.crop import ZoomTool, compose
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
 from tapo_train.tools.images import ImageDecoder, encode_png, image_from_bytes
 from tapo_train.tools.text_search import CorpusIndex, Passage, TextSearchTool
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
 
 

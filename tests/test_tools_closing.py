@@ -12,10 +12,8 @@ import pytest
 from closing_tool import FAULTY, IDLE_TOOL, NOTES, ClosingTool, notes
 from process_environment import ROOT, environment
 
-from tapo_train.tools.base import Toolbox
-from tapo_train.tools.closing import close_tools
-from tapo_train.tools.recording import Recording
-from tapo_train.tools.replay import ReplayTool
+from tapo_train.tools.recording import Recording, Replay
+from tapo_train.tools.toolbox import Toolbox, close_tools
 
 
 class Named(ClosingTool):
@@ -61,7 +59,7 @@ def test_a_recording_is_closed_although_its_tool_cannot_be(
     monkeypatch.setenv(NOTES, str(tmp_path))
     monkeypatch.setenv(FAULTY, "1")
     recording = Recording(tmp_path / "recording")
-    Toolbox([ReplayTool(ClosingTool(), recording, "record")], deadline_s=1).close()
+    Toolbox([ClosingTool()], deadline_s=1, replay=Replay(recording, "record")).close()
     assert not (tmp_path / "recording" / "calls.sqlite-wal").exists(), "sqlite's log is left"
 
 

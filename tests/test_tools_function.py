@@ -11,9 +11,10 @@ import pytest
 from pydantic import BaseModel, Field
 
 from tapo_train.errors import ConfigError, ToolError
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
 from tapo_train.tools.function_tool import tool
 from tapo_train.tools.registry import load_tool
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Task
 
 CONTEXT = ToolContext(images=(), task=Task(id="t-1", question="?", images=(), answers=("a",)))

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from dataclasses import replace
 from decimal import Decimal
 
 import pytest
@@ -25,10 +26,11 @@ from tapo_train.errors import (
     ToolRefusedError,
 )
 from tapo_train.tools import limits as limits_module
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits, pause_s
 from tapo_train.tools.threads import DaemonThreads
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Task
 
 CONTEXT = ToolContext(images=(), task=Task(id="t", question="?", images=(), answers=("a",)))
@@ -85,7 +87,9 @@ def box_of(tool: SlowTool, ledger: Ledger | None = None, **limits: object) -> To
 def calls(box: Toolbox, count: int) -> list[Observation]:
     async def together() -> list[Observation]:
         request = box.read("slow", {})
-        return await asyncio.gather(*(box.execute(request, CONTEXT) for _ in range(count)))
+        tasks = [replace(CONTEXT.task, id=str(number)) for number in range(count)]
+        contexts = [replace(CONTEXT, task=task) for task in tasks]  # equal calls would be one
+        return await asyncio.gather(*(box.execute(request, context) for context in contexts))
 
     return asyncio.run(together())
 
@@ -182,7 +186,7 @@ def test_attempts_are_bounded_and_the_last_words_are_kept() -> None:
 
 
 def test_the_deadline_covers_all_attempts_and_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits_module, "pause_s", lambda attempt: 0.04)
+    monkeypatch.setattr(limits_module, "pause_s", lambda attempt, asked_s: 0.04)
     tool = FailingTool(*[ToolDownError("down")] * 100)
     (seen,) = calls(box_of(tool, retries=99, deadline_s=0.1), 1)
     assert seen.outcome is Outcome.TIMEOUT and 2 <= tool.calls <= 4
@@ -303,14 +307,14 @@ def test_a_hung_thread_holds_up_neither_the_loop_nor_the_process() -> None:
         "import asyncio, time, sys\n"
         "sys.path.insert(0, 'tests')\n"
         "from test_tools_limits import *\n"
-        "from tapo_train.tools.threads import THREADS\n"
+        "from tapo_train.tools.threads import num_abandoned\n"
         "class Hung(SlowTool):\n"
         "    async def run(self, arguments, context):\n"
         "        await asyncio.to_thread(time.sleep, 60)\n"
         "started = time.perf_counter()\n"
         "(seen,) = calls(box_of(Hung(), deadline_s=0.1), 1)\n"
         "assert time.perf_counter() - started < 3\n"
-        "print(seen.outcome.value, THREADS.num_abandoned)\n"
+        "print(seen.outcome.value, num_abandoned())\n"
     )
     started = time.perf_counter()
     done = subprocess.run(

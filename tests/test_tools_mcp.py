@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from tapo_train.errors import ConfigError
 from tapo_train.tools import mcp as mcp_door
-from tapo_train.tools.base import Tool, Toolbox, ToolContext
+from tapo_train.tools.base import Tool, ToolContext
 from tapo_train.tools.json_schema import arguments_model_of
 from tapo_train.tools.mcp import RESTARTS, McpServer, McpTool
 from tapo_train.tools.sandbox import Sandbox
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Task
 
 SERVER = Path(__file__).with_name("mcp_server.py")

@@ -14,7 +14,7 @@ import zlib
 import pytest
 from loopback import Loopback, Reply, fetching, response, saying
 
-from tapo_train.errors import ConfigError, ToolDownError, ToolError, ToolRefusedError
+from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError, ToolStatusError
 from tapo_train.tools.addresses import AllowedHosts, require_address
 from tapo_train.tools.net import Fetched, FetchLimits, HttpClient
 
@@ -286,8 +286,8 @@ LIMITS = FetchLimits(timeout_s=1.0, max_bytes=100_000, max_unpacked_bytes=1_000_
         (saying(response(b"", x="a" * 200_000)), ToolDownError, "connection failed"),
         (saying(response(b"over\x07 <b>loaded", status=503)), ToolDownError, "HTTP 503 over <b>l"),
         (saying(response(b"slow down", status=429)), ToolDownError, "HTTP 429 slow down"),
-        (saying(response(b"no such thing", status=404)), ToolError, "HTTP 404 no such thing"),
-        (saying(response(b"", status=304)), ToolError, "HTTP 304"),
+        (saying(response(b"no such thing", status=404)), ToolStatusError, "HTTP 404 no such thing"),
+        (saying(response(b"", status=304)), ToolStatusError, "HTTP 304"),
     ],
 )
 def test_every_way_a_server_can_fail_has_its_error(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import gzip
 import io
+import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,14 +24,14 @@ from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError
 from tapo_train.recipe.compose import load_recipe, recipe_to_dict, recipe_to_show
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.tools.addresses import shown
-from tapo_train.tools.base import Tool, Toolbox, ToolContext
+from tapo_train.tools.base import Tool, ToolContext
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.net import HttpClient
-from tapo_train.tools.recording import Recording
+from tapo_train.tools.recording import Recording, Replay
 from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
-from tapo_train.tools.replay import ReplayTool
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.tools.text_search import TextSearchArguments
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Task
 
 PUBLIC = "93.184.215.14"
@@ -62,9 +63,8 @@ def search(
         make = RemoteTextSearch if name == "text_search_tool" else RemoteImageSearch
         guard = contamination or Contamination()
         tool: Tool = make(endpoint, client, sandbox, guard, **options)
-        if recording is not None:
-            tool = ReplayTool(tool, Recording(recording), "record")
-        box = Toolbox([tool], deadline_s=10)
+        replay = None if recording is None else Replay(Recording(recording), "record")
+        box = Toolbox([tool], deadline_s=10, replay=replay)
         request = box.read(name, {"query": "metal Velor"} if "text" in name else {})
         seen = await box.execute(request, ToolContext(images=(PICTURE,), task=TASK))
         if recording is not None:
@@ -100,7 +100,8 @@ def test_a_text_search_sends_the_query_and_numbers_what_comes_back(sandbox: Sand
     assert seen.outcome is Outcome.OK
     assert seen.text == "1. Velor: The metal of Velor is iron.\n2. Page of words"
     assert search(results(), sandbox).text == "No results were found."
-    assert search(results(*found), sandbox, max_chars=12).text == "1. Velor: Th [cut]"
+    short = search(results(*found), sandbox, top_k=2, max_chars=36).text
+    assert short == "1. Velor: The metal [cut]\n2. Page of words", "each has its share"
 
 
 def test_a_picture_search_sends_the_picture_and_returns_what_can_be_shown(
@@ -152,14 +153,15 @@ BOMB = gzip.compress(b'{"results": []}' + b" " * 20_000_000)
         (saying(response(b"busy", status=500)), Outcome.INFRA_ERROR, "HTTP 500 busy"),
         (saying(response(b"<html>garbage")), Outcome.INFRA_ERROR, "another form"),
         (saying(response(b'{"results": 3}')), Outcome.INFRA_ERROR, "another form: results"),
-        (saying(response(b'{"results": [{"text": 3}]}')), Outcome.INFRA_ERROR, "results.0.text"),
+        (saying(response(b'{"results": [3]}')), Outcome.INFRA_ERROR, "results: wanted objects"),
+        (saying(response(b'{"hits": []}')), Outcome.INFRA_ERROR, "another form: wanted an object"),
         (saying(response(b"[" * 100_000)), Outcome.INFRA_ERROR, "another form"),
-        (saying(response(b'{"results": [{"text": "\\ud800"}]}')), Outcome.INFRA_ERROR, "form"),
-        (saying(response(b"", content_length="300000000")), Outcome.REFUSED, "too large"),
-        (saying(response(BOMB, content_encoding="gzip")), Outcome.REFUSED, "bomb"),
+        (saying(response(b'{"results": [{"title": "T"}]}')), Outcome.INFRA_ERROR, "neither text"),
+        (saying(response(b"", content_length="300000000")), Outcome.INFRA_ERROR, "too large"),
+        (saying(response(BOMB, content_encoding="gzip")), Outcome.INFRA_ERROR, "bomb"),
         (
             saying(response(b"", status=302, location="http://169.254.169.254/")),
-            Outcome.REFUSED,
+            Outcome.INFRA_ERROR,
             "link-local",
         ),
         (saying(response(b"what?", status=400)), Outcome.TOOL_ERROR, "HTTP 400 what?"),
@@ -173,9 +175,9 @@ def test_what_a_back_end_does_wrong_has_its_outcome(
 
 
 def test_a_picture_search_whose_back_end_is_down_says_so(sandbox: Sandbox) -> None:
-    garbage = saying(response(b'{"results": [{"title": 3}]}'))
-    seen = search(garbage, sandbox, name="image_search_tool")
-    assert seen.outcome is Outcome.INFRA_ERROR and "results.0.title" in seen.text
+    for garbage in (b'{"results": {}}', b'{"results": [{"score": 3}]}'):
+        seen = search(saying(response(garbage)), sandbox, name="image_search_tool")
+        assert seen.outcome is Outcome.INFRA_ERROR and "another form" in seen.text
 
 
 def test_control_tokens_in_a_result_stay_characters(sandbox: Sandbox, tiny_qwen3_vl: Any) -> None:
@@ -280,14 +282,15 @@ def test_an_address_is_shown_with_host_and_path_alone(address: str, safe: str) -
 def test_the_key_of_an_endpoint_is_in_no_version_no_message_and_no_recording(
     sandbox: Sandbox, tmp_path: Path
 ) -> None:
-    said = f"key={SECRET} of http://search.test/find?key={SECRET} has expired".encode()
-    for name in ("text_search_tool", "image_search_tool"):
+    said = f"key={SECRET} of http://search.test/find?key={SECRET} is odd".encode()
+    kinds = {400: Outcome.TOOL_ERROR, 403: Outcome.INFRA_ERROR}
+    for name, status in itertools.product(("text_search_tool", "image_search_tool"), kinds):
         seen = search(
-            saying(response(said, status="403 Forbidden")), sandbox, name=name, endpoint=LOCKED,
+            saying(response(said, status=status)), sandbox, name=name, endpoint=LOCKED,
             recording=tmp_path,
         )  # fmt: skip
-        assert seen.outcome is Outcome.TOOL_ERROR
-        assert "HTTP 403 key=*** of http://search.test/find?key=***" in seen.text
+        assert seen.outcome is kinds[status]
+        assert f"HTTP {status} key=*** of http://search.test/find?key=***" in seen.text
     kept = (tmp_path / "calls.sqlite").read_bytes()
     assert b"endpoint=http://search.test/find?key=***&index=***" in kept
     assert SECRET.encode() not in kept
@@ -327,3 +330,141 @@ def test_a_thumbnail_that_takes_too_long_is_left_out_and_the_call_goes_on(
     seen = search(slow_pictures, sandbox, name="image_search_tool", thumbnail_s=0.2)
     assert (seen.outcome, seen.images) == (Outcome.OK, ())
     assert "(no picture)" in seen.text and seen.latency_s < 4
+
+
+def test_services_that_name_things_otherwise_are_read_all_the_same(sandbox: Sandbox) -> None:
+    """SearXNG's and Tavily's `content`, Serper's `snippet` and `link`, Brave's `description`."""
+    found = [
+        {"title": "Tower", "content": "Built in 1931.", "score": 1.0},
+        {"title": "Tower", "snippet": "Built in 1932.", "link": "https://bench.test/x"},
+        {"name": "Tower", "description": "Built in 1933.", "text": ""},
+        {"title": "Empty"},
+    ]
+    guard = Contamination(hosts=frozenset({"bench.test"}))
+    seen = search(results(*found), sandbox, top_k=9, contamination=guard)
+    assert (seen.outcome, seen.text) == (
+        Outcome.OK, "1. Tower: Built in 1931.\n2. Tower: Built in 1933.\n3. Empty: ",
+    )  # fmt: skip
+
+
+GOOD = {"title": "Tower", "text": "Built in 1931.", "url": "https://example.org"}
+
+
+@pytest.mark.parametrize(
+    ("odd", "shown"),
+    [
+        ({"title": None, "text": "x"}, "\n2. x"),
+        ({"title": "T", "text": None, "html": "<p>y</p>"}, "\n2. T: y"),
+        ({"title": "T", "text": "x", "url": None}, "\n2. T: x"),
+        ({"title": 1984, "text": 2.5}, "\n2. 1984: 2.5"),
+        ({"title": True, "text": ["x"]}, "\n2. "),
+        (None, ""),
+        ("text", ""),
+    ],
+)
+def test_what_a_result_does_not_say_costs_nothing_of_the_others(
+    sandbox: Sandbox, odd: Any, shown: str
+) -> None:
+    seen = search(results(GOOD, odd), sandbox)
+    assert (seen.outcome, seen.text) == (Outcome.OK, f"1. Tower: Built in 1931.{shown}")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"results": [{"title": "Tower", "text": "Built in 1931. \\ud83d"}]}',
+        b'\xef\xbb\xbf{"results": [{"title": "Tower", "text": "Built in 1931."}]}',
+        '{"results": [{"title": "Tower", "text": "Built in 1931."}]}'.encode("utf-16"),
+        b'{"results": [{"title": "Tower", "text": "Built in \xff1931."}]}',
+    ],
+    ids=["half an emoji", "byte order mark", "utf-16", "a byte that is no utf-8"],
+)
+def test_a_text_that_was_cut_or_marked_by_its_server_is_read(sandbox: Sandbox, body: bytes) -> None:
+    seen = search(saying(response(body)), sandbox)
+    assert seen.outcome is Outcome.OK
+    assert seen.text.replace("\ufffd", "") == "1. Tower: Built in 1931."
+    seen.text.encode()
+
+
+def test_no_results_may_be_written_as_null(sandbox: Sandbox) -> None:
+    seen = search(saying(response(b'{"results": null}')), sandbox)
+    assert (seen.outcome, seen.text) == (Outcome.OK, "No results were found.")
+
+
+PLAIN = thumbnail()
+LONG = thumbnail("PNG", (97, 61))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"thumbnail": PLAIN},
+        {"thumbnail": f"data:image/png;base64,{PLAIN}"},
+        {"thumbnail_url": f"data:image/png;base64,{PLAIN}"},
+        {"thumbnail": base64.encodebytes(base64.b64decode(LONG) * 1).decode()},
+        {"thumbnail": base64.b64encode(base64.b64decode(PLAIN) + b"  ").decode().rstrip("=")},
+        {"thumbnail": base64.urlsafe_b64encode(base64.b64decode(LONG)).decode()},
+        {"thumbnail": None, "imageUrl": f"data:;base64,{PLAIN}"},
+    ],
+    ids=["plain", "data", "data as address", "lines", "no padding", "url-safe", "another name"],
+)
+def test_a_thumbnail_is_read_however_its_base64_is_written(
+    sandbox: Sandbox, said: dict[str, Any]
+) -> None:
+    seen = search(results({"title": "T", **said}), sandbox, name="image_search_tool")
+    assert len(seen.images) == 1 and "(no picture)" not in seen.text
+
+
+def test_a_thumbnail_that_is_an_address_is_fetched(sandbox: Sandbox) -> None:
+    answers = saying(
+        response(b'{"results": [{"thumbnail": "http://search.test/t.png"}]}'),
+        response(base64.b64decode(thumbnail()), content_type="image/png"),
+    )
+    assert len(search(answers, sandbox, name="image_search_tool").images) == 1
+
+
+NO = [401, 402, 403, 404, 405, 407, 410, 415, 422, 451]
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "outcome"),
+    [
+        *((status, b"no", Outcome.INFRA_ERROR) for status in NO),
+        (400, b'{"message":"Not enough credits","statusCode":400}', Outcome.INFRA_ERROR),
+        (400, b"Invalid API key", Outcome.INFRA_ERROR),
+        (400, b"cannot parse the query", Outcome.TOOL_ERROR),
+        (400, b"cannot parse 'metal Velor'", Outcome.TOOL_ERROR),
+        (413, b"too long", Outcome.TOOL_ERROR),
+        (414, b"too long", Outcome.TOOL_ERROR),
+    ],
+)
+def test_an_endpoint_that_refuses_the_recipe_is_down_and_one_that_refuses_a_query_answers(
+    sandbox: Sandbox, status: int, body: bytes, outcome: Outcome
+) -> None:
+    for name in ("text_search_tool", "image_search_tool"):
+        seen = search(saying(response(body, status=status)), sandbox, name=name)
+        assert seen.outcome is outcome and f"HTTP {status}" in seen.text
+
+
+def test_a_query_about_credits_is_not_taken_for_an_empty_account(sandbox: Sandbox) -> None:
+    async def use(client: HttpClient, loopback: Loopback) -> Observation:
+        tool = RemoteTextSearch("http://search.test/", client, sandbox, Contamination())
+        box = Toolbox([tool], deadline_s=10)
+        request = box.read("text_search_tool", {"query": "credit score"})
+        return await box.execute(request, ToolContext(images=(), task=TASK))
+
+    reply = saying(response(b"cannot parse 'credit score'", status=400))
+    seen = fetching(reply, use, resolve={"search.test": PUBLIC})
+    assert seen.outcome is Outcome.TOOL_ERROR
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_page_of_a_result_that_says_no_is_no_failure_of_the_search(
+    sandbox: Sandbox, status: int
+) -> None:
+    answers = saying(
+        response(b'{"results": [{"title": "T", "thumbnail_url": "http://search.test/t.png"}]}'),
+        response(b"no", status=status),
+    )
+    seen = search(answers, sandbox, name="image_search_tool")
+    assert seen.outcome is Outcome.OK and "Title 1: T (no picture)" in seen.text

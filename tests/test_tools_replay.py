@@ -30,13 +30,13 @@ from tapo_train.errors import (
     ToolRefusedError,
 )
 from tapo_train.recipe.compose import load_recipe
-from tapo_train.tools.base import EVERYTHING, Toolbox, ToolContext
+from tapo_train.tools.base import EVERYTHING, ToolContext
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.images import ImageDecoder
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
-from tapo_train.tools.recording import Recording
-from tapo_train.tools.replay import Mode, ReplayTool
+from tapo_train.tools.recording import Mode, Recording, Replay
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
 
 PICTURES = (draw_image(40, 30, seed=1), draw_image(40, 30, seed=2))
@@ -94,7 +94,7 @@ def ask(
 ) -> Observation:
     """One call through a toolbox; clocks are left out of the answer."""
     recording = Recording(folder, must_exist=mode == "replay")
-    box = Toolbox([ReplayTool(tool, recording, mode)], deadline_s=5)
+    box = Toolbox([tool], deadline_s=5, replay=Replay(recording, mode))
     request = box.read(tool.name, arguments or {})
     seen = asyncio.run(box.execute(request, ToolContext(images=images, task=task)))
     box.close()
@@ -219,8 +219,9 @@ def test_recorded_answers_are_free_however_many_are_asked_for_at_once(
     ask(CountingTool(), tmp_path, "record", {"word": "known"})
     ledger = Ledger()
     box = Toolbox(
-        [ReplayTool(CountingTool(), Recording(tmp_path), mode)],
+        [CountingTool()],
         deadline_s=5,
+        replay=Replay(Recording(tmp_path), mode),
         limits={"count": ToolLimits(price=3.0)},
         ledger=ledger,
     )
@@ -325,12 +326,13 @@ def test_a_file_that_was_damaged_after_it_was_opened_ends_a_strict_replay(tmp_pa
 WRITER = """
 import sys
 from pathlib import Path
+from tapo_train.tools.base import CallName
 from tapo_train.tools.recording import Recording
 from tapo_train.types import Observation
 recording, who = Recording(Path(sys.argv[1])), sys.argv[2]
 for number in range(150):
-    kept = recording.put(f"{number:064x}", tool="t", version="1", arguments="{}",
-                         observation=Observation(text=who))
+    call = CallName(tool="t", version="1", arguments="{}", key=f"{number:064x}")
+    kept = recording.put(call, Observation(text=who))
     print(kept.text)
 """
 

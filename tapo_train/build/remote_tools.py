@@ -45,6 +45,7 @@ def build_remote_tools(recipe: Recipe, events: Counter[str]) -> dict[str, Tool]:
             sandbox,
             contamination,
             top_k=tools.image_top_k,
+            thumbnail_side_px=tools.thumbnail_side,
             thumbnail_s=tools.deadline_s / 3,
         )
     return made

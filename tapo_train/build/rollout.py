@@ -34,7 +34,7 @@ from tapo_train.rollout.remote.payload import Expected
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
-from tapo_train.tools.base import Toolbox
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.parts import Play, Rounds
 from tapo_train.training.rounds import CarriedOver, OneRound, Questions, Refill

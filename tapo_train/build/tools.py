@@ -10,16 +10,16 @@ from tapo_train.errors import ConfigError
 from tapo_train.recipe import tools as recipe_tools
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.failures import FailureBudget
-from tapo_train.tools.base import Tool, Toolbox
+from tapo_train.tools.base import Tool
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
-from tapo_train.tools.images import ImageDecoder
+from tapo_train.tools.images import ImageDecoder, ResultPictures
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
-from tapo_train.tools.recording import Recording
+from tapo_train.tools.recording import Recording, Replay
 from tapo_train.tools.registry import load_tool
-from tapo_train.tools.replay import ReplayTool
 from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.audit import RolloutAudit
 
 
@@ -43,30 +43,38 @@ def build_toolbox(
         if name in remote:
             made.append(remote[name])
         elif name == "image_zoom_in_tool":
-            made.append(ZoomTool(decoder, min_side_px=tools.min_crop_side))
+            zoom = ZoomTool(
+                decoder, min_side_px=tools.min_crop_side, max_pixels=tools.max_result_pixels
+            )
+            made.append(zoom)
         elif name == "image_search_tool":
             path = _needed(image_index, "tools.image_index", name)
-            made.append(ImageSearchTool(ImageIndex.load(path), decoder, top_k=tools.image_top_k))
+            pictures = ImageIndex.load(path, thumbnail_side_px=tools.thumbnail_side)
+            made.append(ImageSearchTool(pictures, decoder, top_k=tools.image_top_k))
         else:
             path = _needed(corpus, "tools.corpus", name)
             index, chars = CorpusIndex.load(path), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
     made += [load_tool(path) for path in tools.extra]
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]
-    if world is None:
-        made = _replayed(made, recipe)
-    limits = {name: _limits(chosen) for name, chosen in tools.limits.items()}
-    return Toolbox(made, deadline_s=tools.deadline_s, limits=limits, ledger=ledger)
+    return Toolbox(
+        made,
+        deadline_s=tools.deadline_s,
+        queue_s=tools.queue_s,
+        limits={name: _limits(chosen) for name, chosen in tools.limits.items()},
+        ledger=ledger,
+        replay=_replay(recipe) if world is None else None,
+        pictures=ResultPictures(decoder=decoder, max_pixels=tools.max_result_pixels),
+    )
 
 
-def _replayed(made: Sequence[Tool], recipe: Recipe) -> list[Tool]:
-    """The tools as `tools.replay` wants them; every process has the recording open once."""
+def _replay(recipe: Recipe) -> Replay | None:
+    """What `tools.replay` wants; every process has the recording open once."""
     mode = recipe.tools.replay
     if mode == "off":
-        return list(made)
+        return None
     folder = Path(recipe.tools.recording or Path(recipe.run.dir) / "recording")
-    recording = Recording(folder, must_exist=mode == "replay")
-    return [ReplayTool(tool, recording, mode) for tool in made]
+    return Replay(Recording(folder, must_exist=mode == "replay"), mode)
 
 
 def _served(server: recipe_tools.McpServerSettings, max_chars: int) -> Sequence[Tool]:
@@ -100,6 +108,7 @@ def _limits(chosen: recipe_tools.ToolLimitSettings) -> ToolLimits:
         concurrency=chosen.concurrency,
         per_second=chosen.per_second,
         deadline_s=chosen.deadline_s,
+        queue_s=chosen.queue_s,
         retries=chosen.retries,
         price=chosen.price,
     )

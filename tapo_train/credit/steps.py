@@ -84,9 +84,12 @@ class CreditRow:
             )
 
 
-def status_of(outcome: Outcome) -> Status:
-    """Fold the tool outcomes into the three cases that credit distinguishes."""
-    if outcome is Outcome.OK:
+def status_of(outcome: Outcome | None) -> Status:
+    """Fold the tool outcomes into the three cases that credit distinguishes.
+
+    Nothing is wrong with a call that was not run; that it was not, `executed` says.
+    """
+    if outcome is None or outcome is Outcome.OK:
         return "ok"
     if outcome is Outcome.MODEL_ERROR:
         return "model_error"

@@ -20,7 +20,8 @@ from tapo_train.errors import DataError
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.parse import parse_turn
-from tapo_train.tools.base import Toolbox, ToolContext
+from tapo_train.tools.base import ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Span, Task
 
 

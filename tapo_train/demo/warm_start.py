@@ -34,7 +34,7 @@ from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.tools.base import Toolbox
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.step_metrics import means_over_ranks
 from tapo_train.types import Span
 

@@ -21,7 +21,9 @@ class ToolLimitSettings:
     per_second: Positive | None = None
     """Attempts per second, after a burst of one second's worth; none: no limit."""
     deadline_s: Positive | None = None
-    """[s] for a call with all its attempts, the queue not counted; none: tools.deadline_s."""
+    """[s] for the work of a call, all its attempts included; none: tools.deadline_s."""
+    queue_s: Positive | None = None
+    """[s] a call may wait for its turn: a seat, the rate, a free thread; none: tools.queue_s."""
     retries: CountOrZero = 0
     """Further attempts when a back end fails in a way that may pass; the policy's errors and a
     tool's refusals are never tried again."""
@@ -62,7 +64,11 @@ class Tools:
     """What the calls of a whole run may cost together, over all ranks and resumptions, in the unit
     of the prices; the run stops before it would spend more. None: no bound."""
     deadline_s: Positive = 30.0
-    """[s] for one call; afterwards its outcome is `timeout`."""
+    """[s] for the work of one call, from the moment it has its seat; afterwards its outcome is
+    `timeout`."""
+    queue_s: Positive = 300.0
+    """[s] one call may wait for its turn (a seat, the rate, a free thread); afterwards its outcome
+    is `timeout`, too."""
     replay: Literal["off", "record", "replay", "replay_or_record"] = "off"
     """record: keep what tools answer, the first answer to a call for everybody; replay: answer
     from the recording alone, without the network, and stop where it has no answer;
@@ -92,3 +98,9 @@ class Tools:
     """[characters] of text one observation may hold; the rest is cut and the cut is said."""
     min_crop_side: Count = 28
     """[px] a zoom into a region with a shorter side is refused, and the policy reads why."""
+    thumbnail_side: Count = 256
+    """[px] longest side of the pictures a picture search shows; what is smaller than the model's
+    smallest picture (Qwen3-VL: 256 x 256) is only scaled up again."""
+    max_result_pixels: Count = 1_048_576
+    """[px] all pictures of one tool result together, width x height; larger ones are reduced. A
+    thousand pixels are about one token of the model's."""

@@ -41,7 +41,7 @@ METRICS: dict[str, str] = {
     "rollout/call_rate": "share of trajectories with at least one executed tool call",
     "rollout/repeated_calls": "share of tool calls that repeat an earlier one of their trajectory",
     "rollout/calls/<tool>": "calls of this tool per trajectory",
-    "rollout/outcome/<outcome>": "share of tool calls that ended so",
+    "rollout/outcome/<outcome>": "share of tool calls that ended so; calls left out do not count",
     "rollout/stop/<reason>": "share of trajectories that ended for this reason",
     "rollout/tokens": "tokens per trajectory, observations and image tokens included",
     "rollout/trained_tokens": "sampled tokens per trajectory",

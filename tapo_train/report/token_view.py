@@ -113,7 +113,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
         "arguments": plain(call.arguments),
         "valid": call.valid,
         "executed": call.executed,
-        "outcome": str(call.outcome),
+        "outcome": None if call.outcome is None else str(call.outcome),
         "span": _span(call.span),
         "observation": None if observation is None else observation.text,
         "observation_images": []

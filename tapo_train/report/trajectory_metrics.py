@@ -125,7 +125,7 @@ def _call_sums(held: Sequence[Trajectory]) -> Sums:
     num = float(len(held))
     calls = [[call for turn in trajectory.turns for call in turn.calls] for trajectory in held]
     flat = [call for own in calls for call in own]
-    outcomes = Counter(call.outcome for call in flat)
+    outcomes = Counter(call.outcome for call in flat if call.outcome is not None)
     tools = Counter(call.name for call in flat if call.valid)
     waited = [call.observation.latency_s for call in flat if call.executed and call.observation]
     return {
@@ -138,7 +138,7 @@ def _call_sums(held: Sequence[Trajectory]) -> Sums:
         "rollout/tool_latency_s": (math.fsum(waited), float(len(waited))),
         **{f"rollout/calls/{name}": (float(count), num) for name, count in tools.items()},
         **{
-            f"rollout/outcome/{outcome}": (float(outcomes[outcome]), float(len(flat)))
+            f"rollout/outcome/{outcome}": (float(outcomes[outcome]), float(outcomes.total()))
             for outcome in Outcome
         },
     }

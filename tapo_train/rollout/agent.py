@@ -38,7 +38,8 @@ from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.parse import ParsedCall, parse_turn
 from tapo_train.rollout.transcript import Transcript
 from tapo_train.rollout.written import Written
-from tapo_train.tools.base import Toolbox, ToolContext, ToolRequest
+from tapo_train.tools.base import ToolContext, ToolRequest
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import (
     Observation,
     Outcome,

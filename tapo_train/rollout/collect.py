@@ -1,9 +1,9 @@
-"""Tasks → groups of trajectories: one thread, one engine, many episodes.
+"""Tasks → groups of trajectories: one engine, many episodes.
 
-The engine is stepped by the event loop's own thread; between two steps the loop runs
-whatever became ready, so a finished turn's tool works while other turns are decoded,
-and the next turn is submitted as soon as its tool has answered. There is no barrier
-between turns or between tasks.
+The calling thread steps the engine and does nothing else (`driver.py`); episodes are played on
+an event loop in another thread, and tools work on theirs. So a finished turn's tool works while
+other turns are decoded, and the next turn is submitted before the step that follows its tool's
+answer. There is no barrier between turns or between tasks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
-from tapo_train.tools.base import Toolbox
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Group, Task, Trajectory
 
 
@@ -84,8 +84,7 @@ def collect(
             deadlines=deadlines,
         )
 
-    async def play() -> list[Group]:
-        driver = EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
+    async def play(driver: EngineDriver) -> list[Group]:
         groups = _Groups(
             begin=partial(episode, driver),
             generate=driver.generate,
@@ -96,9 +95,13 @@ def collect(
             started=num_attempts,
             carry_over=carry_over,
         )
-        return await driver.drive(asyncio.gather(*map(groups.play, range(len(tasks)), tasks)))
+        return await asyncio.gather(*map(groups.play, range(len(tasks)), tasks))
 
-    return asyncio.run(play()) if tasks else []
+    if not tasks:
+        return []
+    driver = EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
+    with toolbox.settled():
+        return driver.drive(play(driver))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,22 +1,53 @@
-"""One engine, many coroutines that wait for completions."""
+"""One engine in one thread, many coroutines in another that wait for completions.
+
+    caller's thread     take orders ─ step ─ take orders ─ step ─ …
+                             ▲            │
+                   requests, │            │ completions
+                   given up  │            ▼
+    episodes' thread    event loop: read turns, call tools, write observations
+
+The engine stays in the thread that made it, as devices and collectives want, and it steps
+without waiting for what is computed between two turns.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
-from typing import TypeVar
+import queue
+from collections.abc import Callable, Coroutine
+from concurrent.futures import wait
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
 from tapo_train.errors import EngineError
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest
+from tapo_train.tools.threads import in_new_thread
 
 T = TypeVar("T")
 
-TURNS_OF_THE_LOOP = 4
-"""Event-loop rounds between engine steps: a tool's answer passes through a few
-callbacks before its next request is submitted, and each costs one round."""
+BREATH_S = 0.001
+"""[s] an idle engine waits for further requests after one: those of a group come together, and
+a step with one of them would hold up the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A request, and who waits for it on which loop."""
+
+    request: GenerationRequest
+    loop: asyncio.AbstractEventLoop
+    future: asyncio.Future[Completion]
+
+
+@dataclass(frozen=True, slots=True)
+class _GivenUp:
+    """Nobody waits for this request any more."""
+
+    id: str
 
 
 class EngineDriver:
@@ -32,66 +63,109 @@ class EngineDriver:
         self._engine = engine
         self._end = end_token_id
         self._on_progress = on_progress
-        self._waiting: dict[str, tuple[GenerationRequest, asyncio.Future[Completion]]] = {}
-        self._wake = asyncio.Event()
+        self._waiting: dict[str, _Asked] = {}
+        """What the engine works on, by the request's id; the stepping thread's."""
+        self._orders: queue.SimpleQueue[_Asked | _GivenUp | None] = queue.SimpleQueue()
+        """None: the episodes are over."""
+        self._is_over = False
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Submit a request and wait for its completion; a cancelled wait aborts the request."""
-        self._engine.submit(request)
-        future: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        self._waiting[request.id] = (request, future)
-        self._wake.set()
+        loop = asyncio.get_running_loop()
+        asked = _Asked(request, loop, loop.create_future())
+        self._orders.put(asked)
         try:
-            return await future
+            return await asked.future
         except asyncio.CancelledError:
-            if self._waiting.pop(request.id, None) is not None:
-                self._engine.abort([request.id])
+            self._orders.put(_GivenUp(request.id))
             raise
 
-    async def drive(self, episodes: asyncio.Future[T]) -> T:
-        """Step until the episodes are done; what they return, or their first error.
+    def drive(self, episodes: Coroutine[Any, Any, T]) -> T:
+        """Step until the episodes are done; what they return, or the first error of either side.
 
-        Nothing is left running, whichever way it ends.
+        Blocks. Nothing is left running, whichever way it ends.
         """
+        loop = asyncio.new_event_loop()
+        play = loop.create_task(episodes)
+        played = in_new_thread(lambda: _played(loop, play), name="episodes")
+        played.add_done_callback(lambda _: self._orders.put(None))
         try:
-            return await self._drive(episodes)
+            while not self._is_over:
+                self._round()
+            return played.result()
         finally:
-            episodes.cancel()
-            await asyncio.gather(episodes, return_exceptions=True)
+            _tell(loop, play.cancel)
+            wait((played,))
+            self._clear()
 
-    async def _drive(self, episodes: asyncio.Future[T]) -> T:
-        episodes.add_done_callback(lambda _: self._wake.set())
-        while not episodes.done():
-            if not self._engine.has_unfinished():
-                await self._sleep(math.inf)
-                continue
-            for completion in self._engine.step():
-                self._deliver(completion)
-                self._on_progress()
-            idle_s = self._engine.idle_s()
-            if idle_s > 0:
-                await self._sleep(idle_s)
-                continue
+    def _round(self) -> None:
+        """A step of the engine, then what was ordered meanwhile; or wait for an order."""
+        if not self._engine.has_unfinished():
+            self._take(math.inf)
+            return
+        for completion in self._engine.step():
+            self._deliver(completion)
             self._on_progress()
-            for _ in range(TURNS_OF_THE_LOOP):
-                await asyncio.sleep(0)
-        return episodes.result()
+        idle_s = self._engine.idle_s()
+        if idle_s <= 0:
+            self._on_progress()
+        self._take(idle_s)
 
-    async def _sleep(self, seconds: float) -> None:
-        """Until a request is submitted or the episodes are done, but not for longer."""
-        self._wake.clear()
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(seconds, self._wake.set) if seconds < math.inf else None
-        await self._wake.wait()
-        if timer is not None:
-            timer.cancel()
+    def _take(self, wait_s: float) -> None:
+        """Obey the orders that are there; if there is none, wait so long for the first."""
+        if wait_s > 0 and self._orders.empty():
+            try:
+                self._obey(self._orders.get(timeout=None if wait_s == math.inf else wait_s))
+            except queue.Empty:
+                return
+        breath_s = BREATH_S if wait_s > 0 else 0.0
+        with suppress(queue.Empty):
+            while not self._is_over:
+                self._obey(self._orders.get(block=breath_s > 0, timeout=breath_s or None))
+
+    def _obey(self, order: _Asked | _GivenUp | None) -> None:
+        if order is None:
+            self._is_over = True
+        elif isinstance(order, _Asked):
+            self._engine.submit(order.request)
+            self._waiting[order.request.id] = order
+        elif self._waiting.pop(order.id, None) is not None:
+            self._engine.abort([order.id])
 
     def _deliver(self, completion: Completion) -> None:
-        if completion.id not in self._waiting:
+        asked = self._waiting.pop(completion.id, None)
+        if asked is None:
             raise EngineError(f"the engine returned {completion.id}, which nobody asked for")
-        request, future = self._waiting.pop(completion.id)
-        require_complete(completion, request, self._end)
+        require_complete(completion, asked.request, self._end)
+        _tell(asked.loop, lambda: _answer(asked.future, completion))
+
+    def _clear(self) -> None:
+        """Have the engine drop what nobody waits for any more."""
+        left, self._waiting = list(self._waiting), {}
+        if left:
+            self._engine.abort(left)
+
+
+def _played(loop: asyncio.AbstractEventLoop, play: asyncio.Task[T]) -> T:
+    """What the episodes return; their loop is closed then, and nothing of it goes on."""
+    try:
+        return loop.run_until_complete(play)
+    finally:
+        if left := asyncio.all_tasks(loop):
+            for task in left:
+                task.cancel()
+            loop.run_until_complete(asyncio.wait(left))
+        loop.close()
+
+
+def _answer(future: asyncio.Future[Completion], completion: Completion) -> None:
+    if not future.done():  # given up meanwhile
         future.set_result(completion)
+
+
+def _tell(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    with suppress(RuntimeError):  # the loop is closed: the episodes are over
+        loop.call_soon_threadsafe(callback)
 
 
 def require_complete(completion: Completion, request: GenerationRequest, end: int) -> None:

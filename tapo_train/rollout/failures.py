@@ -23,7 +23,7 @@ _MESSAGE_CHARS = 300
 _MESSAGES = 20
 """Kept per rank; servers that put a request's number into each message make many."""
 
-_HARMLESS = (Outcome.OK, Outcome.MODEL_ERROR)
+_HARMLESS = (Outcome.OK, Outcome.MODEL_ERROR, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +72,7 @@ def failures_of(trajectories: Sequence[Trajectory]) -> Failures:
     return Failures(
         trajectories=len(trajectories) - num_late,
         failed=len(failed),
-        calls=Counter((call.name, call.outcome.value) for call in blamed),
+        calls=Counter((call.name, str(call.outcome)) for call in blamed),
         messages=Counter(dict(said.most_common(_MESSAGES))),
     )
 

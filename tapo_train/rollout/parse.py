@@ -178,12 +178,24 @@ def _read_body(body: str) -> tuple[str, JsonObject]:
         raise ValueError('"name" must be a string')
     if unknown := sorted(value.keys() - CALL_KEYS):
         raise ValueError(f'only "name" and "arguments" are allowed, got also {unknown[0]!r}')
-    arguments = value.get("arguments", {})
+    arguments = _object(value.get("arguments"))
+    # A lone surrogate ("\ud800") is legal JSON but cannot be written to any file.
+    json.dumps([value, arguments], ensure_ascii=False).encode()
+    return value["name"], arguments
+
+
+def _object(arguments: Any) -> JsonObject:
+    """Arguments as the credit stage reads them, too: none may be null or "", and some are text."""
+    if isinstance(arguments, str) and arguments.strip():
+        try:
+            arguments = json.loads(arguments, parse_constant=_refuse_constant)
+        except ValueError as error:
+            raise ValueError(f'"arguments" must be an object, got a string ({error})') from error
+    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
+        return {}
     if not isinstance(arguments, dict):
         raise ValueError(f'"arguments" must be an object, got {_kind(arguments)}')
-    # A lone surrogate ("\ud800") is legal JSON but cannot be written to any file.
-    json.dumps(value, ensure_ascii=False).encode()
-    return value["name"], arguments
+    return arguments
 
 
 def _refuse_constant(constant: str) -> NoReturn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import (
     AliasChoices,
@@ -18,15 +18,21 @@ from tapo_train.errors import ToolArgumentError
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.images import (
     ImageDecoder,
-    encode_png,
+    encode_picture,
     image_from_bytes,
     indexed_image,
     number,
+    within_pixels,
 )
 from tapo_train.types import Box, Image, ImageRef, Observation
 
 MAX_ASPECT = 100.0
 """Longest side over shortest; vision processors refuse thinner strips."""
+
+
+def _without_counts(schema: dict[str, Any]) -> None:
+    """The description shows that there are four; keywords cost tokens in every prompt."""
+    del schema["minItems"], schema["maxItems"]
 
 
 class ZoomArguments(BaseModel):
@@ -41,6 +47,7 @@ class ZoomArguments(BaseModel):
             validation_alias=AliasChoices("bbox_2d", "bbox"),
             min_length=4,
             max_length=4,
+            json_schema_extra=_without_counts,
         ),
     ]
     img_idx: Annotated[
@@ -66,9 +73,9 @@ class ZoomArguments(BaseModel):
 class ZoomTool:
     """Crop `bbox_2d` of picture `img_idx`; the result joins the conversation.
 
-    Pixel edges are rounded to the nearest; nothing is padded, clamped or resized.
-    The new picture's `ImageRef` is composed from the requested box, not from the
-    rounded pixels, so equal requests are equal.
+    Pixel edges are rounded to the nearest; nothing is padded or clamped, and only what has more
+    than `max_pixels` is resized. The new picture's `ImageRef` is composed from the requested box,
+    not from the rounded pixels, so equal requests are equal.
     """
 
     name = "image_zoom_in_tool"
@@ -76,10 +83,13 @@ class ZoomTool:
     reads = frozenset({"picture"})
     arguments_model: type[BaseModel] = ZoomArguments
 
-    def __init__(self, decoder: ImageDecoder, *, min_side_px: int = 16) -> None:
+    def __init__(
+        self, decoder: ImageDecoder, *, min_side_px: int = 16, max_pixels: int | None = None
+    ) -> None:
         self._decoder = decoder
         self._min_side_px = min_side_px
-        self.version = f"1 min_side={min_side_px}"
+        self._max_pixels = max_pixels
+        self.version = f"2 min_side={min_side_px} max_pixels={max_pixels}"
 
     async def run(self, arguments: ZoomArguments, context: ToolContext) -> Observation:
         """The crop, after "Here is the zoomed image:"."""
@@ -105,8 +115,11 @@ class ZoomTool:
             raise ToolArgumentError(
                 f"{self.name}: the region is {width} x {height} pixels, too thin a strip"
             )
-        data = encode_png(self._decoder.decode(parent).crop(edges))
-        return image_from_bytes(data, width=width, height=height, ref=compose(parent.ref, box))
+        crop = self._decoder.decode(parent).crop(edges)
+        if self._max_pixels is not None:
+            crop = within_pixels(crop, self._max_pixels)
+        ref = compose(parent.ref, box)
+        return image_from_bytes(encode_picture(crop), width=crop.width, height=crop.height, ref=ref)
 
 
 def compose(parent: ImageRef, box: Box) -> ImageRef:

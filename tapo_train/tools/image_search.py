@@ -23,6 +23,7 @@ from tapo_train.tools.images import (
     image_from_bytes,
     indexed_image,
     number,
+    on_white,
 )
 from tapo_train.tools.index_file import digest_of, open_index
 from tapo_train.tools.picture_hash import index_hash, lookup_hashes
@@ -148,7 +149,7 @@ def _entry(line: str, root: Path, side_px: int, *, where: str) -> IndexedPicture
         if not path.is_relative_to(root):
             raise ValueError(f"path {name!r} leads out of {root}")
         with PilImage.open(path, formats=FORMATS) as encoded:
-            pixels = encoded.convert("RGB")
+            pixels = on_white(encoded)
     except (OSError, SyntaxError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f'{where}: {type(error).__name__}: {error}; wanted {{"title", "image"}} '

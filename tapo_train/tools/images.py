@@ -4,18 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
+import struct
 import threading
+import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from PIL import Image as PilImage
 
-from tapo_train.data.images import FORMATS
-from tapo_train.errors import ToolArgumentError, ToolError
+from tapo_train.data.images import FORMATS, ImageLimits
+from tapo_train.errors import ToolArgumentError, ToolDownError, ToolError
 from tapo_train.tools.base import ToolContext
 from tapo_train.types import Image, ImageRef
 
+__all__ = [
+    "ImageDecoder",
+    "ResultPictures",
+    "encode_picture",
+    "encode_png",
+    "image_from_bytes",
+    "indexed_image",
+    "number",
+    "on_white",
+    "within_pixels",
+]
+
 _CACHE_PIXELS = 32_000_000
 """Decoded pixels kept for the next crop of the same picture (about 100 MB)."""
+PNG_PIXELS = 500_000
+"""Up to so many a new picture is a PNG; noise of a larger one takes seconds and megabytes."""
+JPEG_QUALITY = 95
+REDUCING_GAP = 3.0
+"""Large pictures are averaged down to 3 times the size first: as good, and much faster."""
 
 
 class ImageDecoder:
@@ -40,7 +62,7 @@ class ImageDecoder:
         try:
             with PilImage.open(io.BytesIO(image.data), formats=FORMATS) as encoded:
                 pixels = on_white(encoded)
-        except (OSError, SyntaxError, ValueError, PilImage.DecompressionBombError) as error:
+        except _BROKEN as error:
             raise ToolError(f"picture {image.sha256[:12]} cannot be decoded: {error}") from error
         with self._lock:
             if image.sha256 not in self._cached:
@@ -50,6 +72,86 @@ class ImageDecoder:
                 _, oldest = self._cached.popitem(last=False)
                 self._pixels -= oldest.width * oldest.height
         return pixels
+
+
+_BROKEN = (
+    OSError,
+    SyntaxError,  # Pillow's word for a broken PNG chunk
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    PilImage.DecompressionBombError,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResultPictures:
+    """What a conversation takes of the pictures that a tool answers with.
+
+    Each is opened here, inside the call: one that is damaged would end the run later on.
+    """
+
+    decoder: ImageDecoder
+    """The policy's: what is decoded here need not be decoded again."""
+    max_pixels: int | None = None
+    """Of all pictures of one answer together; larger ones are reduced to equal shares."""
+
+    def taken(self, images: Sequence[Image]) -> tuple[Image, ...]:
+        """The pictures as the policy gets them. Blocks.
+
+        Raises:
+            ToolDownError: one cannot be decoded, or is not what it says of itself.
+        """
+        return tuple(self._taken(image, len(images)) for image in images)
+
+    def _taken(self, image: Image, num: int) -> Image:
+        _require_honest(image)
+        try:
+            pixels = self.decoder.decode(image)
+        except ToolError as error:
+            raise ToolDownError(f"it answered with a broken {error}", retryable=False) from error
+        if pixels.size != (image.width, image.height):
+            raise ToolDownError(
+                f"its picture has {pixels.width} x {pixels.height} pixels; it says "
+                f"{image.width} x {image.height}",
+                retryable=False,
+            )
+        small = pixels if self.max_pixels is None else within_pixels(pixels, self.max_pixels // num)
+        if small is pixels:
+            return image
+        data = encode_picture(small)
+        return image_from_bytes(data, width=small.width, height=small.height, ref=image.ref)
+
+
+def _require_honest(image: Image) -> None:
+    """Before anything is opened: the name is that of the bytes, and the size can be borne."""
+    if hashlib.sha256(image.data).hexdigest() != image.sha256:
+        raise ToolDownError("its picture has other bytes than its digest says", retryable=False)
+    limits = ImageLimits()
+    try:
+        with PilImage.open(io.BytesIO(image.data), formats=FORMATS) as encoded:
+            num = encoded.width * encoded.height
+    except _BROKEN as error:
+        raise ToolDownError(
+            f"it answered with a picture that cannot be read: {error}", retryable=False
+        ) from error
+    if num > limits.max_pixels or len(image.data) > limits.max_bytes:
+        raise ToolDownError(
+            f"its picture has {num} pixels in {len(image.data)} bytes; at most "
+            f"{limits.max_pixels} in {limits.max_bytes} are taken",
+            retryable=False,
+        )
+
+
+def within_pixels(pixels: PilImage.Image, most: int) -> PilImage.Image:
+    """The picture itself, or reduced in proportion to at most `most` pixels."""
+    if pixels.width * pixels.height <= most:
+        return pixels
+    scale = math.sqrt(most / (pixels.width * pixels.height))
+    size = (max(1, int(pixels.width * scale)), max(1, int(pixels.height * scale)))
+    return pixels.resize(size, PilImage.Resampling.LANCZOS, reducing_gap=REDUCING_GAP)
 
 
 def on_white(picture: PilImage.Image) -> PilImage.Image:
@@ -65,6 +167,15 @@ def encode_png(pixels: PilImage.Image) -> bytes:
     """PNG bytes; the same pixels always give the same bytes."""
     buffer = io.BytesIO()
     pixels.save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def encode_picture(pixels: PilImage.Image) -> bytes:
+    """PNG bytes of a small picture, JPEG of a large one, colours at full resolution."""
+    if pixels.width * pixels.height <= PNG_PIXELS:
+        return encode_png(pixels)
+    buffer = io.BytesIO()
+    pixels.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

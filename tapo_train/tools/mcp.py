@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import base64
-import binascii
 import hashlib
 import json
 import threading
@@ -24,14 +22,16 @@ from typing import Any
 import anyio
 import mcp
 from mcp.shared.exceptions import MCPError
-from mcp.types import CallToolResult, ImageContent, TextContent
+from mcp.types import CallToolResult
 from pydantic import BaseModel, ValidationError
 
 from tapo_train.errors import ConfigError, ToolArgumentError, ToolDownError, ToolError
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.json_schema import arguments_model_of
-from tapo_train.tools.page_text import readable
+from tapo_train.tools.mcp_answer import read_answer
+from tapo_train.tools.page_text import CUT, readable
 from tapo_train.tools.sandbox import Sandbox
+from tapo_train.tools.search_answer import bytes_of_base64
 from tapo_train.types import Image, Observation
 
 __all__ = ["RESTARTS", "McpServer", "McpTool"]
@@ -264,7 +264,7 @@ class McpTool:
         self.name: str = listed.name
         self.description: str = (listed.description or listed.name).strip()
         schema = listed.input_schema
-        text = json.dumps([server.setup, self.description, schema, max_chars], sort_keys=True)
+        text = json.dumps([2, server.setup, self.description, schema, max_chars], sort_keys=True)
         self.version = f"mcp {about} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
         self.arguments_model: type[BaseModel] = arguments_model_of(self.name, schema)
         self._server = server
@@ -274,17 +274,12 @@ class McpTool:
     async def run(self, arguments: BaseModel, context: ToolContext) -> Observation:
         """Text and pictures of the answer; one marked as an error is a ToolError."""
         result = await self._server.call(self.name, arguments.model_dump())
-        texts = [block.text for block in result.content if isinstance(block, TextContent)]
-        text = "\n".join(texts)
-        if len(text) > self._max_chars:
-            text = text[: self._max_chars] + " [cut]"
+        said = read_answer(result.content, result.structured_content)
+        is_long = len(said.text) > self._max_chars
+        text = said.text[: self._max_chars] + CUT if is_long else said.text
         if result.is_error:
             raise ToolError(text or "the server says no more")
-        images = [block for block in result.content if isinstance(block, ImageContent)]
-        left_out = len(result.content) - len(texts) - len(images)
-        if left_out:
-            text += f"\n[{left_out} parts that are neither text nor picture are left out]"
-        shown = [await asyncio.to_thread(self._picture, block.data) for block in images]
+        shown = [await asyncio.to_thread(self._picture, data) for data in said.pictures]
         return Observation(text=text, images=tuple(shown))
 
     def close(self) -> None:
@@ -293,8 +288,4 @@ class McpTool:
         self._sandbox.close()
 
     def _picture(self, encoded: str) -> Image:
-        try:
-            data = base64.b64decode(encoded, validate=True)
-        except binascii.Error as error:
-            raise ToolDownError("a picture of the MCP server is not base64") from error
-        return self._sandbox.picture(data, longest_px=LONGEST_PX)
+        return self._sandbox.picture(bytes_of_base64(encoded), longest_px=LONGEST_PX)

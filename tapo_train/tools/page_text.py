@@ -7,6 +7,7 @@ so `<|im_end|>` in a page stays characters (`rollout/chat.py`).
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html.parser import HTMLParser
 
 CUT = " [cut]"
@@ -44,6 +45,27 @@ def readable(text: str, *, max_chars: int) -> str:
     text = _LINE_ENDS.sub("\n", _SPACES.sub(" ", text))
     text = _BLANK_LINES.sub("\n\n", text).strip()
     return text if len(text) <= max_chars else text[:max_chars].rstrip() + CUT
+
+
+def numbered(passages: Sequence[str], *, max_chars: int) -> str:
+    """The passages on lines of their own, with their ranks, in `max_chars` together.
+
+    Long ones are cut, and say so, to equal shares of what the short ones leave: the first one
+    must not hide the others.
+    """
+    room = max_chars - sum(len(f"{rank}. \n") for rank in range(1, len(passages) + 1)) + 1
+    share, left = max(0, room), len(passages)
+    for length in sorted(map(len, passages)):
+        share = max(0, room) // left
+        if length > share:
+            break
+        room, left = room - length, left - 1
+    else:
+        share = max(map(len, passages), default=0)
+    return "\n".join(
+        f"{rank}. {text if len(text) <= share else text[:share].rstrip() + CUT}"
+        for rank, text in enumerate(passages, start=1)
+    )
 
 
 def html_to_text(html: str, *, max_chars: int) -> str:

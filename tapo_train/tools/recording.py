@@ -2,6 +2,8 @@
 
 Any number of processes of one machine may write at once; of two answers to the same call the
 first one counts, for everybody. Not for network file systems, where WAL does not work.
+Kept is what a policy may read: answers, and what the tool or a guard said no to. A back end
+that was down or too slow is no answer: that call is asked again another time.
 
     recording/calls.sqlite     one row per call: key, tool, version, arguments, outcome, text
     recording/blobs/ab/ab12…   encoded pictures
@@ -9,6 +11,7 @@ first one counts, for everybody. Not for network file systems, where WAL does no
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -16,17 +19,24 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Json, StrictStr, ValidationError
 
 from tapo_train.data.images import read_image
 from tapo_train.errors import ConfigError, DataError, ReplayMissError
+from tapo_train.tools.base import CallName
+from tapo_train.tools.threads import THREADS
 from tapo_train.types import Image, ImageRef, Observation, Outcome
 
-__all__ = ["Recording"]
+__all__ = ["Mode", "Recording", "Replay"]
+
+Mode = Literal["record", "replay", "replay_or_record"]
+"""record: ask the tool each time; the first answer to a call is everybody's. replay: answer from
+the recording; a call that is not there ends the run. replay_or_record: answer from the recording,
+ask and record what is not there."""
 
 _FORMAT = 1
 """`user_version` of the file."""
@@ -57,6 +67,39 @@ class _Row(BaseModel):
     outcome: Outcome
     text: StrictStr
     images: Json[tuple[_Picture, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """What a recording does for the calls of a run."""
+
+    recording: Recording
+    mode: Mode
+
+    async def known(self, call: CallName) -> Observation | None:
+        """The recorded answer, which is free; None if the tool is to be asked.
+
+        Raises:
+            ReplayMissError: in a strict replay, the call was not recorded.
+        """
+        if self.mode == "record":
+            return None
+        loop = asyncio.get_running_loop()
+        known = await loop.run_in_executor(THREADS, self.recording.get, call.key)
+        if known is None and self.mode == "replay":
+            raise ReplayMissError(
+                f"tools.replay=replay: {call.tool} {call.arguments[:500]} (version {call.version}) "
+                f"is not among the {len(self.recording)} calls of {self.recording.folder}; wanted "
+                "a run that takes the recorded one's course. replay_or_record asks the tool instead"
+            )
+        return known
+
+    async def keep(self, call: CallName, answer: Observation) -> Observation:
+        """Record an answer; the one that counts, which may be an earlier one."""
+        if answer.outcome in (Outcome.INFRA_ERROR, Outcome.TIMEOUT):
+            return answer
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(THREADS, self.recording.put, call, answer)
 
 
 class Recording:
@@ -111,18 +154,17 @@ class Recording:
             ) from error
         return Observation(text=written.text, images=images, outcome=written.outcome, cached=True)
 
-    def put(
-        self, key: str, *, tool: str, version: str, arguments: str, observation: Observation
-    ) -> Observation:
+    def put(self, call: CallName, observation: Observation) -> Observation:
         """Keep an answer unless there is one already; the one that counts from now on."""
         for image in observation.images:
             self._keep(image)
         images = json.dumps([_described(image) for image in observation.images])
-        row = (key, tool, version, arguments, observation.outcome.value, observation.text, images)
+        said = (observation.outcome.value, observation.text, images)
+        row = (call.key, call.tool, call.version, call.arguments, *said)
         with self._lock:
             done = self._file.execute("insert or ignore into calls values (?,?,?,?,?,?,?)", row)
             is_first = done.rowcount == 1
-        earlier = None if is_first else self.get(key)
+        earlier = None if is_first else self.get(call.key)
         # Not cached: the tool was asked for this one, and paid.
         return observation if earlier is None else replace(earlier, cached=False)
 

@@ -5,73 +5,50 @@
     picture  POST the encoded picture to endpoint?top_k=3
              → {"results": [{"title": "…", "thumbnail": base64 or "thumbnail_url": "…", "url": …}]}
 
-Requests go through the guarded client, pages and thumbnails through the sandbox. A back end
-whose answer has another form is down; a thumbnail that cannot be had or is refused is left out,
-and its title says so.
+Requests go through the guarded client, pages and thumbnails through the sandbox. An endpoint that
+answers in another form (`search_answer.py`), or refuses what the recipe sends it, is down; a
+thumbnail that cannot be had or is refused is left out, and its title says so.
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
+import re
 from collections.abc import Sequence
-from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 from tapo_train.data.images import extension
-from tapo_train.errors import ToolDownError, ToolError, ToolRefusedError
+from tapo_train.errors import ToolDownError, ToolError, ToolRefusedError, ToolStatusError
 from tapo_train.tools.addresses import shown
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.image_search import ImageSearchArguments
 from tapo_train.tools.images import indexed_image
 from tapo_train.tools.net import HttpClient
-from tapo_train.tools.page_text import CUT, readable
+from tapo_train.tools.page_text import numbered, readable
 from tapo_train.tools.sandbox import Sandbox
+from tapo_train.tools.search_answer import (
+    FoundPicture,
+    FoundText,
+    bytes_of_base64,
+    found_pictures,
+    found_texts,
+)
 from tapo_train.tools.text_search import TextSearchArguments
 from tapo_train.types import Image, Observation
 
 __all__ = ["RemoteImageSearch", "RemoteTextSearch"]
 
-Found = TypeVar("Found", bound=BaseModel)
-
 MAX_TITLE_CHARS = 200
 _CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-
-
-class FoundText(BaseModel):
-    """One result of a text search."""
-
-    model_config = ConfigDict(extra="ignore")
-    title: str = ""
-    text: str = ""
-    html: str = ""
-    url: str = ""
-
-
-class FoundPicture(BaseModel):
-    """One result of a picture search."""
-
-    model_config = ConfigDict(extra="ignore")
-    title: str = ""
-    thumbnail: str = ""
-    """Encoded picture in base64."""
-    thumbnail_url: str = ""
-    url: str = ""
-
-
-class FoundTexts(BaseModel):
-    """A text search's answer."""
-
-    results: list[FoundText]
-
-
-class FoundPictures(BaseModel):
-    """A picture search's answer."""
-
-    results: list[FoundPicture]
+ABOUT_THE_QUERY = frozenset({400, 413, 414})
+"""Statuses of an endpoint that judge what the policy asked for; any other 4xx judges the recipe."""
+_ABOUT_THE_ACCOUNT = re.compile(
+    r"credit|quota|billing|payment|subscription|balance|api.?key|unauthori[sz]ed|expired", re.I
+)
+"""What services say with status 400 where they mean 401 or 402."""
 
 
 class RemoteTextSearch:
@@ -98,28 +75,28 @@ class RemoteTextSearch:
         self._top_k = top_k
         self._max_chars = max_chars
         kept = f"top_k={top_k} max_chars={max_chars} {contamination.version}"
-        self.version = f"1 endpoint={shown(endpoint)} {kept}"
+        self.version = f"2 endpoint={shown(endpoint)} {kept}"
         self.reads = contamination.reads
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
         request = json.dumps({"query": arguments.query, "top_k": self._top_k}).encode()
-        answer = await self._client.post(self._endpoint, request, content_type="application/json")
+        data = await _asked(
+            self._client, self._endpoint, request, "application/json", query=arguments.query
+        )
         passages = []
-        for found in _parsed(FoundTexts, answer.data).results[: self._top_k]:
+        for found in found_texts(data)[: self._top_k]:
             title, text = readable(found.title, max_chars=MAX_TITLE_CHARS), await self._text(found)
             if self._contamination.admits(context.task, url=found.url, text=f"{title}\n{text}"):
                 passages.append(f"{title}: {text}" if title else text)
         if not passages:
             return Observation(text="No results were found.")
-        text = "\n".join(f"{rank}. {passage}" for rank, passage in enumerate(passages, start=1))
-        if len(text) > self._max_chars:
-            text = text[: self._max_chars] + CUT
-        return Observation(text=text)
+        return Observation(text=numbered(passages, max_chars=self._max_chars))
 
-    def close(self) -> None:
-        """End the sandbox's worker."""
-        self._sandbox.close()
+    async def close(self) -> None:
+        """Close the client's connections, and end the sandbox's workers."""
+        await self._client.close()
+        await asyncio.to_thread(self._sandbox.close)
 
     async def _text(self, found: FoundText) -> str:
         if found.text or not found.html:
@@ -162,21 +139,22 @@ class RemoteImageSearch:
         self._side_px = thumbnail_side_px
         self._fetch_s = thumbnail_s
         kept = f"top_k={top_k} side={thumbnail_side_px} {contamination.version}"
-        self.version = f"1 endpoint={shown(endpoint)} {kept}"
+        self.version = f"2 endpoint={shown(endpoint)} {kept}"
         self.reads = contamination.reads | {"picture"}
 
     async def run(self, arguments: ImageSearchArguments, context: ToolContext) -> Observation:
         """Titles, then the thumbnails that could be had, in the same order."""
         image = indexed_image(context, arguments.img_idx, tool=self.name)
         separator = "&" if "?" in self._endpoint else "?"
-        answer = await self._client.post(
+        data = await _asked(
+            self._client,
             f"{self._endpoint}{separator}top_k={self._top_k}",
             image.data,
-            content_type=_CONTENT_TYPES[extension(image.data)],
+            _CONTENT_TYPES[extension(image.data)],
         )
         results = [
             found
-            for found in _parsed(FoundPictures, answer.data).results[: self._top_k]
+            for found in found_pictures(data)[: self._top_k]
             if self._contamination.admits(context.task, url=found.url, text=found.title)
         ]
         if not results:
@@ -187,17 +165,18 @@ class RemoteImageSearch:
             images=tuple(picture for picture in pictures if picture is not None),
         )
 
-    def close(self) -> None:
-        """End the sandbox's worker."""
-        self._sandbox.close()
+    async def close(self) -> None:
+        """Close the client's connections, and end the sandbox's workers."""
+        await self._client.close()
+        await asyncio.to_thread(self._sandbox.close)
 
     async def _thumbnail(self, found: FoundPicture) -> Image | None:
         try:
-            if found.thumbnail_url and not found.thumbnail:
+            if found.thumbnail_url:
                 async with asyncio.timeout(self._fetch_s):
                     data = (await self._client.get(found.thumbnail_url)).data
             else:
-                data = _from_base64(found.thumbnail)
+                data = bytes_of_base64(found.thumbnail)
             return await asyncio.to_thread(self._sandbox.picture, data, longest_px=self._side_px)
         except (ToolError, TimeoutError) as error:
             is_refused = isinstance(error, ToolRefusedError)
@@ -213,20 +192,28 @@ def _titles(results: Sequence[FoundPicture], pictures: Sequence[Image | None]) -
     return "\n".join([*lines, "Thumbnails:"])
 
 
-def _from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except ValueError as error:
-        raise ToolRefusedError(f"a thumbnail that is no base64: {error}") from error
+async def _asked(
+    client: HttpClient, endpoint: str, content: bytes, content_type: str, *, query: str = ""
+) -> bytes:
+    """The answer of an endpoint of the recipe.
 
+    Args:
+        query: the policy's words, which a server may repeat.
 
-def _parsed(model: type[Found], data: bytes) -> Found:
+    Raises:
+        ToolStatusError: it says "no" to what the policy asks for.
+        ToolDownError: it is down, or says "no" to the recipe: to its key, its path, its form.
+    """
     try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        return (await client.post(endpoint, content, content_type=content_type)).data
+    except ToolStatusError as error:
+        words = str(error).replace(query, "")
+        if error.status in ABOUT_THE_QUERY and not _ABOUT_THE_ACCOUNT.search(words):
+            raise
         raise ToolDownError(
-            f"its answer of {len(data)} bytes has another form: {where} {first['msg']}"[:300],
+            f"its endpoint refuses the recipe's requests (key, account, address or form): {error}",
             retryable=False,
         ) from error
+    except ToolRefusedError as error:
+        # Where the endpoint leads is not the policy's doing either.
+        raise ToolDownError(f"its endpoint: {error}", retryable=False) from error

@@ -26,6 +26,7 @@ from tapo_train.data.images import FORMATS
 from tapo_train.errors import ToolDownError, ToolRefusedError
 from tapo_train.tools.images import image_from_bytes
 from tapo_train.tools.sandbox_worker import PAGE, PICTURE, READY, REFUSED, REPLY, REQUEST
+from tapo_train.tools.threads import queueing
 from tapo_train.types import Image
 
 __all__ = ["WORKERS", "Sandbox", "SandboxLimits"]
@@ -71,6 +72,7 @@ class Sandbox:
         """How many inputs were done, refused, or cost the worker its life (killed)."""
         self._num_seats = workers
         self._seats = threading.Semaphore(workers)
+        self._closing = threading.Lock()
         self._idle: list[_Worker] = []
 
     def picture(self, data: bytes, *, longest_px: int) -> Image:
@@ -100,18 +102,20 @@ class Sandbox:
         return self._ask(PAGE, max_chars, data)[2].decode("utf-8", "replace")
 
     def close(self) -> None:
-        """End the workers, when they are done; a later call starts others."""
-        for _ in range(self._num_seats):
-            self._seats.acquire()
-        while self._idle:
-            self._idle.pop().kill()
-        self._seats.release(self._num_seats)
+        """End the workers, when they are done; a later call starts others. Tools may share it."""
+        # One at a time: two that each held some of the seats would wait for each other's.
+        with self._closing:
+            for _ in range(self._num_seats):
+                self._seats.acquire()
+            while self._idle:
+                self._idle.pop().kill()
+            self._seats.release(self._num_seats)
 
     def _ask(self, kind: int, limit: int, data: bytes) -> tuple[int, int, bytes]:
         """Width, height and bytes of the answer."""
         request = REQUEST.pack(kind, limit, len(data)) + data
         most = 4 * limit * limit + _OVERHEAD if kind == PICTURE else 4 * (limit + _OVERHEAD)
-        with self._seats, self._worker() as worker:
+        with self._seat(), self._worker() as worker:
             try:
                 status, width, height, said = worker.exchange(request, most, self.limits.timeout_s)
             except OSError as error:  # timeouts among them
@@ -123,6 +127,16 @@ class Sandbox:
             self._refuse(said.decode("utf-8", "replace"))
         self.counts["done"] += 1
         return width, height, said
+
+    @contextmanager
+    def _seat(self) -> Iterator[None]:
+        """One of the places for open inputs; waiting for it is no work of the call's."""
+        with queueing():
+            self._seats.acquire()
+        try:
+            yield
+        finally:
+            self._seats.release()
 
     @contextmanager
     def _worker(self) -> Iterator[_Worker]:

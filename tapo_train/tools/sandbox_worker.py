@@ -17,7 +17,7 @@ from PIL import Image as Pillow
 
 from tapo_train.data.images import FORMATS, ImageLimits, read_image
 from tapo_train.errors import DataError
-from tapo_train.tools.images import encode_png, on_white
+from tapo_train.tools.images import REDUCING_GAP, encode_png, on_white
 from tapo_train.tools.page_text import html_to_text
 
 REQUEST = struct.Struct(">BII")
@@ -28,8 +28,6 @@ READY = b"!"
 """Said once, before the first request is read."""
 PICTURE, PAGE = 0, 1
 DONE, REFUSED = 0, 1
-REDUCING_GAP = 3.0
-"""Large pictures are averaged down to 3 times the size first: as good, and much faster."""
 MAX_ASPECT = 100
 """Longest over shortest side; vision processors refuse thinner strips."""
 

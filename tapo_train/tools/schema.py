@@ -1,4 +1,8 @@
-"""What the policy is told about a tool: an OpenAI function schema."""
+"""What the policy is told about a tool: an OpenAI function schema.
+
+Shown is all that arguments are judged by. Left out is what judges nothing, as every keyword costs
+tokens in every prompt: titles, examples, and that no further arguments are allowed.
+"""
 
 from __future__ import annotations
 
@@ -7,46 +11,99 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-_KEPT = {"const", "default", "description", "enum", "maximum", "minimum", "required", "type"}
-"""Every keyword costs tokens in every prompt: titles and lengths are left out, a description
-says more."""
+__all__ = ["complaint", "function_schema"]
 
-_DEPTH = 16
-"""Deepest nesting that is shown; a model that contains itself has no end."""
+_UNSAID = {"title", "examples", "$schema", "$id", "$comment", "$defs", "definitions"}
+"""Definitions are shown where they are referred to."""
+_OF_ONE = {
+    *("items", "contains", "additionalItems", "unevaluatedItems", "additionalProperties"),
+    *("unevaluatedProperties", "propertyNames", "not", "if", "then", "else", "contentSchema"),
+}
+"""Keywords whose value is a schema."""
+_OF_MANY = {"anyOf", "oneOf", "allOf", "prefixItems"}
+_OF_NAMED = {"properties", "patternProperties", "dependentSchemas"}
+_ABOUT = {"description", "default"}
+"""What a schema says beside a reference in place of what is referred to."""
+_MOST = 2000
+"""Schemas that references may unfold to; beyond that they stay."""
 
 
 def function_schema(
     name: str, description: str, arguments_model: type[BaseModel]
 ) -> dict[str, Any]:
-    """The OpenAI function schema of a tool, references resolved, generated titles left out."""
+    """The OpenAI function schema of a tool, references resolved where that comes to an end."""
     schema = arguments_model.model_json_schema()
-    shown = _shown(schema, schema.get("$defs", {}), depth=0)
-    parameters: dict[str, Any] = {"type": "object", "properties": shown.get("properties", {})}
-    if shown.get("required"):
-        parameters["required"] = shown["required"]
-    function = {"name": name, "description": description, "parameters": parameters}
+    try:
+        shown = _Unfolded(schema).shown(schema, ())
+    except _EndlessError:
+        shown = schema
+    shown = {key: value for key, value in shown.items() if key not in ("title", "description")}
+    parameters: dict[str, Any] = {"type": "object", "properties": shown.pop("properties", {})}
+    shown.pop("type", None)
+    if not shown.get("required"):
+        shown.pop("required", None)
+    if shown.get("additionalProperties") is False:
+        del shown["additionalProperties"]
+    function = {"name": name, "description": description, "parameters": parameters | shown}
     return {"type": "function", "function": function}
 
 
-def _shown(spec: Any, definitions: Mapping[str, Any], *, depth: int) -> Any:
-    if not isinstance(spec, dict) or depth > _DEPTH:
-        return spec if not isinstance(spec, dict) else {}
-    if "$ref" in spec:
-        name = str(spec["$ref"]).rpartition("/")[2]
-        spec = {**definitions.get(name, {}), **{k: v for k, v in spec.items() if k != "$ref"}}
-    shown: dict[str, Any] = {}
-    for key, value in spec.items():
-        if key == "properties":
-            shown[key] = {
-                name: _shown(inner, definitions, depth=depth + 1) for name, inner in value.items()
-            }
-        elif key == "anyOf":
-            shown[key] = [_shown(inner, definitions, depth=depth + 1) for inner in value]
-        elif key in ("items", "additionalProperties"):
-            shown[key] = _shown(value, definitions, depth=depth + 1)
-        elif key in _KEPT:
-            shown[key] = value
-    return shown
+class _EndlessError(Exception):
+    """References lead back to themselves, or to what cannot be shown in their place."""
+
+
+class _Unfolded:
+    """A schema with what it refers to in place of its references."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._num = 0
+
+    def shown(self, spec: Any, inside: tuple[str, ...]) -> Any:
+        """The schema, given the references that led here."""
+        if not isinstance(spec, dict):
+            return spec  # true or false
+        self._num += 1
+        if self._num > _MOST or "$dynamicRef" in spec:
+            raise _EndlessError
+        if "$ref" in spec:
+            return self._resolved(spec, inside)
+        shown: dict[str, Any] = {}
+        for key, value in spec.items():
+            if key in _OF_NAMED and isinstance(value, dict):
+                shown[key] = {name: self.shown(inner, inside) for name, inner in value.items()}
+            elif key in _OF_MANY and isinstance(value, list):
+                shown[key] = [self.shown(inner, inside) for inner in value]
+            elif key in _OF_ONE:
+                shown[key] = self.shown(value, inside)
+            elif key not in _UNSAID:
+                shown[key] = value
+        return shown
+
+    def _resolved(self, spec: dict[str, Any], inside: tuple[str, ...]) -> Any:
+        reference = str(spec["$ref"])
+        if reference in inside:
+            raise _EndlessError
+        target = self.shown(self._at(reference), (*inside, reference))
+        beside = self.shown({k: v for k, v in spec.items() if k != "$ref"}, inside)
+        if not beside:
+            return target
+        if not isinstance(target, dict) or (beside.keys() & target.keys()) - _ABOUT:
+            return {"allOf": [target], **beside}
+        return target | beside
+
+    def _at(self, reference: str) -> Any:
+        """What a JSON pointer into this schema points to."""
+        if not reference.startswith("#/"):
+            raise _EndlessError
+        found: Any = self._root
+        for part in reference[2:].split("/"):
+            part = part.replace("~1", "/").replace("~0", "~")
+            try:
+                found = found[int(part)] if isinstance(found, list) else found[part]
+            except (KeyError, IndexError, ValueError, TypeError) as error:
+                raise _EndlessError from error
+        return found
 
 
 def complaint(name: str, error: ValidationError) -> str:

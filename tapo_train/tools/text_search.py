@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from tapo_train.errors import DataError
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.index_file import digest_of, open_index
+from tapo_train.tools.page_text import numbered
 from tapo_train.types import Observation
 
 
@@ -93,7 +94,7 @@ class TextSearchTool:
         self._index = index
         self._top_k = top_k
         self._max_chars = max_chars
-        self.version = f"1 corpus={index.digest} top_k={top_k} max_chars={max_chars}"
+        self.version = f"2 corpus={index.digest} top_k={top_k} max_chars={max_chars}"
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
@@ -101,11 +102,8 @@ class TextSearchTool:
         passages = await asyncio.to_thread(self._index.search, arguments.query, top_k=self._top_k)
         if not passages:
             return Observation(text="No results were found.")
-        lines = [f"{rank}. {passage.shown()}" for rank, passage in enumerate(passages, start=1)]
-        text = "\n".join(lines)
-        if len(text) > self._max_chars:
-            text = text[: self._max_chars] + " [cut]"
-        return Observation(text=text)
+        shown = [passage.shown() for passage in passages]
+        return Observation(text=numbered(shown, max_chars=self._max_chars))
 
 
 def _tokenise(texts: list[str]) -> list[list[str]]:

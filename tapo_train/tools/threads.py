@@ -1,4 +1,7 @@
-"""Threads for blocking tools, which no end of a rollout or of the process waits for.
+"""Where tools work: an event loop of their own, and threads that nobody waits for.
+
+The loop (`TOOLS`) lives as long as the process, so connections outlive a rollout, and the
+engine's steps do not hold up the sockets of tools.
 
 asyncio's own executor is joined when its loop ends, and again when the interpreter does: one
 tool that hangs would hold up both for ever. Here workers are daemons and nobody joins them. A
@@ -12,15 +15,111 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 from tapo_train.errors import ToolDownError
 
-__all__ = ["THREADS", "DaemonThreads", "use_daemon_threads"]
+__all__ = [
+    "CLOCK",
+    "POOL",
+    "TOOLS",
+    "CallClock",
+    "DaemonThreads",
+    "LoopThread",
+    "in_new_thread",
+    "num_abandoned",
+    "queueing",
+]
 
 T = TypeVar("T")
+
+
+class CallClock:
+    """How long a call has worked, and how long it has waited for a free place. Any thread."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+        self._lock = threading.Lock()
+        self._queues = 0
+        """In which the call stands at this moment."""
+        self._since = 0.0
+        self._waited = 0.0
+
+    def begin_to_wait(self) -> None:
+        """From now on the call does not work."""
+        with self._lock:
+            if self._queues == 0:
+                self._since = time.perf_counter()
+            self._queues += 1
+
+    def end_waiting(self) -> None:
+        """One of its waits is over."""
+        with self._lock:
+            self._queues -= 1
+            if self._queues == 0:
+                self._waited += time.perf_counter() - self._since
+
+    @property
+    def waited_s(self) -> float:
+        """[s] in queues."""
+        with self._lock:
+            running = time.perf_counter() - self._since if self._queues else 0.0
+            return self._waited + running
+
+    @property
+    def worked_s(self) -> float:
+        """[s] since the call began, queues not counted."""
+        return time.perf_counter() - self._begun - self.waited_s
+
+
+CLOCK: ContextVar[CallClock | None] = ContextVar("clock", default=None)
+"""Of the call that runs; threads of the call see it, too."""
+
+
+@contextmanager
+def queueing() -> Iterator[None]:
+    """What is waited for in the block is a free place: not the work of the call that runs."""
+    clock = CLOCK.get()
+    if clock is None:
+        yield
+        return
+    clock.begin_to_wait()
+    try:
+        yield
+    finally:
+        clock.end_waiting()
+
+
+class _Work(Future[T]):
+    """A function on its way through a thread."""
+
+    def __init__(self, function: Callable[[], T]) -> None:
+        super().__init__()
+        self._function = function
+
+    def run(self) -> None:
+        """Call the function, in a thread."""
+        if not self.set_running_or_notify_cancel():
+            return
+        try:
+            result = self._function()
+        except BaseException as error:  # noqa: BLE001  # handed on to whoever waits
+            self.set_exception(error)
+        else:
+            self.set_result(result)
+
+
+def in_new_thread(function: Callable[[], T], *, name: str) -> Future[T]:
+    """Call `function` in a daemon thread that ends with it."""
+    work = _Work(function)
+    threading.Thread(target=work.run, name=name, daemon=True).start()
+    return work
 
 
 class DaemonThreads(ThreadPoolExecutor):
@@ -45,6 +144,7 @@ class DaemonThreads(ThreadPoolExecutor):
         self._backlog = 0
         """Calls for which there was no worker."""
         self._abandoned = 0
+        _POOLS.add(self)
 
     @property
     def num_abandoned(self) -> int:
@@ -64,6 +164,7 @@ class DaemonThreads(ThreadPoolExecutor):
                     f"{self._abandoned} earlier calls hang in their threads; no more are started",
                     retryable=False,
                 )
+            call.stand_in_line()
             if self._idle:
                 self._idle -= 1
             else:
@@ -108,25 +209,26 @@ class DaemonThreads(ThreadPoolExecutor):
                 self._hire()
 
 
-class _Call(Future[T]):
+class _Call(_Work[T]):
     """A call on its way; cancelling it while it runs abandons it."""
 
     def __init__(self, pool: DaemonThreads, function: Callable[[], T]) -> None:
-        super().__init__()
+        super().__init__(function)
         self._pool = pool
-        self._function = function
+        self._clock: CallClock | None = None
         self.abandoned = False
 
-    def run(self) -> None:
-        """Call the function, in a worker."""
-        if not self.set_running_or_notify_cancel():
-            return
-        try:
-            result = self._function()
-        except BaseException as error:  # noqa: BLE001  # handed on to whoever waits
-            self.set_exception(error)
-        else:
-            self.set_result(result)
+    def stand_in_line(self) -> None:
+        """Until a worker takes it, the tool call that it is part of does not work."""
+        self._clock = CLOCK.get()
+        if self._clock is not None:
+            self._clock.begin_to_wait()
+
+    def set_running_or_notify_cancel(self) -> bool:
+        """A worker has taken it."""
+        if self._clock is not None:
+            self._clock.end_waiting()
+        return super().set_running_or_notify_cancel()
 
     def cancel(self) -> bool:
         """Cancel it before it runs; count it as abandoned if it runs."""
@@ -136,10 +238,49 @@ class _Call(Future[T]):
         return cancelled
 
 
+_POOLS: WeakSet[DaemonThreads] = WeakSet()
+
+
+def num_abandoned() -> int:
+    """Hung calls of all pools of this process."""
+    return sum(pool.num_abandoned for pool in list(_POOLS))
+
+
 THREADS = DaemonThreads(64, max_abandoned=256)
-"""The threads of this process: blocking tools wait more than they compute."""
+"""For blocking work that is no tool's own: recordings."""
+POOL: ContextVar[DaemonThreads] = ContextVar("pool", default=THREADS)
+"""Of the tool whose call runs: one that waits for ever starves no other tool."""
 
 
-def use_daemon_threads() -> None:
-    """Make `asyncio.to_thread` in the running loop use THREADS."""
-    asyncio.get_running_loop().set_default_executor(THREADS)
+class _PoolOfCall(ThreadPoolExecutor):
+    """What `asyncio.to_thread` uses on the tools' loop: the pool of the tool whose call runs."""
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        return POOL.get().submit(fn, *args, **kwargs)
+
+
+class LoopThread:
+    """An event loop that runs in a daemon thread from its first use to the process's end."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._guard = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Run `work` on the loop; cancelling the future cancels the work."""
+        return asyncio.run_coroutine_threadsafe(work, self._running())
+
+    def _running(self) -> asyncio.AbstractEventLoop:
+        with self._guard:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                self._loop.set_default_executor(_PoolOfCall(1))
+                threading.Thread(
+                    target=self._loop.run_forever, name=self._name, daemon=True
+                ).start()
+            return self._loop
+
+
+TOOLS = LoopThread("tools")
+"""The loop of this process's tools."""

@@ -15,9 +15,8 @@ from tapo_train.errors import OutageError, ToolBudgetError
 from tapo_train.learner import distributed
 from tapo_train.report.tool_metrics import tool_metrics
 from tapo_train.rollout.failures import FailureBudget, Failures, failures_of
-from tapo_train.tools.ledger import Ledger
-from tapo_train.tools.spending import Spending
-from tapo_train.tools.threads import THREADS
+from tapo_train.tools.ledger import Ledger, Spending
+from tapo_train.tools.threads import num_abandoned
 from tapo_train.types import Group
 
 __all__ = ["RolloutAudit"]
@@ -67,7 +66,7 @@ class RolloutAudit:
         events = self._ledger.drain_events()
         lost = [t for group in groups for t in group.lost]
         failures = failures_of([*trajectories, *lost])
-        own = (records, correct, failures, THREADS.num_abandoned, events)
+        own = (records, correct, failures, num_abandoned(), events)
         ranks = distributed.all_gather_objects(own)
         self.settle()
         everywhere, rights, failed, hung, guarded = zip(*ranks, strict=True)

@@ -10,11 +10,11 @@ from tapo_train.demo.world.demonstrations import SYSTEM_PROMPT, sample_phrases
 from tapo_train.demo.world.houses import make_corpus, make_houses
 from tapo_train.demo.world.lexicon import SYLLABLES
 from tapo_train.demo.world.questions import make_questions
-from tapo_train.tools.base import Toolbox
 from tapo_train.tools.crop import ZoomTool
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder
 from tapo_train.tools.text_search import CorpusIndex, Passage, TextSearchTool
+from tapo_train.tools.toolbox import Toolbox
 
 _GENERAL = """\
 The quick brown fox jumps over the lazy dog while seven people watch from the bridge. In which

@@ -1,0 +1,146 @@
+"""What search services answer, read for what it says: JSON with a list of results.
+
+    {"results": [{"title": "…", "text": "…" or "html": "…", "url": "…"}]}
+    {"results": [{"title": "…", "thumbnail": base64 or data: or an address, "url": "…"}]}
+
+Services differ in names (`content`, `snippet`), leave fields out or null, cut texts within a
+character and put a byte order mark in front. None of that makes an answer wrong; an answer without
+`results`, or whose results hold nothing to show, is a back end out of order.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tapo_train.errors import ToolDownError, ToolRefusedError
+
+__all__ = ["FoundPicture", "FoundText", "bytes_of_base64", "found_pictures", "found_texts"]
+
+TITLES = ("title", "name")
+TEXTS = ("text", "content", "snippet", "description", "contents", "passage", "body")
+PAGES = ("html", "raw_html")
+ADDRESSES = ("url", "link", "href")
+THUMBNAILS = ("thumbnail", "thumbnail_url", "thumbnailUrl", "image", "image_url", "imageUrl")
+_DATA_URL = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
+_WEB = re.compile(r"https?://", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundText:
+    """One result of a text search; "" is what it does not say."""
+
+    title: str
+    text: str
+    html: str
+    url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FoundPicture:
+    """One result of a picture search; "" is what it does not say."""
+
+    title: str
+    thumbnail: str
+    """Encoded picture in base64, with or without `data:…;base64,`."""
+    thumbnail_url: str
+    """Where it can be fetched; "" if it is there."""
+    url: str
+
+
+def found_texts(data: bytes) -> list[FoundText]:
+    """The results of a text search, in order.
+
+    Raises:
+        ToolDownError: another form, or results without anything to read.
+    """
+    found = [
+        FoundText(
+            title=_said(result, TITLES),
+            text=_said(result, TEXTS),
+            html=_said(result, PAGES),
+            url=_said(result, ADDRESSES),
+        )
+        for result in _results(data)
+    ]
+    if found and not any(result.text or result.html for result in found):
+        raise _another_form(data, f"its {len(found)} results hold neither text nor html")
+    return found
+
+
+def found_pictures(data: bytes) -> list[FoundPicture]:
+    """The results of a picture search, in order.
+
+    Raises:
+        ToolDownError: another form, or results without anything to see.
+    """
+    found = []
+    for result in _results(data):
+        said = [text for name in THUMBNAILS if (text := _text(result.get(name)))]
+        inside = next((text for text in said if not _WEB.match(text)), "")
+        there = next((text for text in said if _WEB.match(text)), "")
+        found.append(
+            FoundPicture(
+                title=_said(result, TITLES),
+                thumbnail=inside,
+                thumbnail_url="" if inside else there,
+                url=_said(result, ADDRESSES),
+            )
+        )
+    if found and not any(r.title or r.thumbnail or r.thumbnail_url for r in found):
+        raise _another_form(data, f"its {len(found)} results hold neither title nor thumbnail")
+    return found
+
+
+def bytes_of_base64(text: str) -> bytes:
+    """What base64 says, as any library writes it: a data: URL, line ends, no padding, `-` and `_`.
+
+    Raises:
+        ToolRefusedError: it is no base64.
+    """
+    written = "".join(_DATA_URL.sub("", text, count=1).split()).rstrip("=")
+    written = written.replace("-", "+").replace("_", "/")
+    try:
+        return base64.b64decode(written + "=" * (-len(written) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ToolRefusedError(f"a picture that is no base64: {error}") from error
+
+
+def _results(data: bytes) -> list[Mapping[str, Any]]:
+    try:
+        answer = json.loads(data.decode(json.detect_encoding(data), "replace"))
+    except (ValueError, RecursionError) as error:
+        raise _another_form(data, f"it is not JSON ({type(error).__name__}: {error})") from error
+    if not isinstance(answer, dict) or "results" not in answer:
+        raise _another_form(data, "wanted an object with results")
+    results = answer["results"]
+    if results is None:  # how some languages write an empty list
+        return []
+    if not isinstance(results, list):
+        raise _another_form(data, f"results: found {type(results).__name__}, wanted a list")
+    objects: list[Mapping[str, Any]] = [result for result in results if isinstance(result, dict)]
+    if any(result is not None for result in results) and not objects:
+        raise _another_form(data, "results: wanted objects")
+    return objects
+
+
+def _said(result: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The first of the fields that says something."""
+    return next((text for name in names if (text := _text(result.get(name)))), "")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return str(value) if is_number else ""
+
+
+def _another_form(data: bytes, problem: str) -> ToolDownError:
+    said = f"its answer of {len(data)} bytes has another form: {problem}"
+    return ToolDownError(said[:300], retryable=False)
