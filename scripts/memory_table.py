@@ -9,10 +9,11 @@ import argparse
 
 from tapo_train.learner.memory import (
     Plan,
-    bytes_per_token,
     head_bytes,
+    kept_bytes_per_token,
     longest_trajectory,
     state_bytes,
+    working_bytes_per_token,
 )
 from tapo_train.learner.shape import QWEN3_VL_4B, QWEN3_VL_8B
 
@@ -63,11 +64,12 @@ def table(device_gb: float, picture_share: float) -> list[str]:
             longest = longest_trajectory(
                 shape, plan, device_bytes=device_gb * 1e9, picture_share=picture_share
             )
+            per_token = kept_bytes_per_token(shape, plan) + working_bytes_per_token(shape, plan)
             fits = f"{longest // 1000}k tokens" if longest else "does not fit"
             lines.append(
                 f"| {name} | {how} | {state_bytes(shape, plan) / 1e9:.0f} | "
                 f"{head_bytes(shape, plan) / 1e9:.1f} | "
-                f"{bytes_per_token(shape, plan) / 1e3:.0f} | {fits} |"
+                f"{per_token / 1e3:.0f} | {fits} |"
             )
     return lines
 

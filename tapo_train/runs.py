@@ -119,6 +119,7 @@ def make_parts(
         ending: what has to be closed however the run ends is entered here.
     """
     chat = build.build_chat(recipe)
+    build.require_memory(recipe)
     require_playable([*tasks, *validation], chat)
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = build.build_engine(recipe, chat)
@@ -154,7 +155,12 @@ def make_parts(
         watchdog=watchdog,
         interruption=interruption,
         dump=TrajectoryDump(
-            folder.path, rank=distributed.rank(), decode=lambda tokens: chat.decode(tokens).text
+            folder.path,
+            rank=distributed.rank(),
+            decode=lambda tokens: chat.decode(tokens).text,
+            placeholder=chat.image_token_id,
+            every=recipe.report.dump_every,
+            images=recipe.report.dump_images,
         ),
         probe=(prompt, tasks[0].images),
     )
@@ -235,7 +241,7 @@ def evaluate(
         groups = play(questions, rollouts=1, greedy=True, policy_version=0)
     trajectories = [t.with_reward(reward(t)) for group in groups for t in group.trajectories]
     if out is not None:
-        write_trajectories(out, trajectories)
+        write_trajectories(out, trajectories, placeholder=chat.image_token_id)
     engine.close()
     return evaluated(trajectories, max_failed_fraction=recipe.rollout.max_failed_fraction)
 

@@ -14,7 +14,7 @@ from learner_rows import make_policy, some_rows, weights_of
 
 from tapo_train.algos.metrics import finalise
 from tapo_train.learner import balance, distributed
-from tapo_train.learner.batch import pack
+from tapo_train.learner.batch import join
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.shape import ModelShape
@@ -31,11 +31,16 @@ def main(model: Path, out: Path) -> None:
     cost = balance.RowCost(
         shape=ModelShape.of(policy.model.config), image_token_id=policy.layout.image_token_id
     )
-    mine, evenness = balance.Balanced(cost=cost)(brought)
-    learned = finalise(policy.update(pack(mine, budget_tokens=60), supervised))
+    mine, evenness = balance.Balanced(cost=cost, budget_tokens=60)(brought)
+    learned = finalise(policy.update([join(together) for together in mine], supervised))
     evenness = finalise(evenness)
     result = {
-        "rows": [(row.id, [image.sha256 for image in row.images]) for row in mine],
+        "rows": [
+            (row.id, [image.sha256 for image in row.images])
+            for together in mine
+            for row in together
+        ],
+        "batches": [sum(len(row.tokens) for row in together) for together in mine],
         "sampled": evenness["balance/sampled"],
         "trained": evenness["balance/trained"],
         "loss": learned["update/loss"],

@@ -21,8 +21,8 @@ from learner_rows import kept_bytes, make_policy, some_rows, weights_of
 from tapo_train.algos.losses import grpo, gspo
 from tapo_train.errors import LearnerError
 from tapo_train.learner import distributed, packed_model
-from tapo_train.learner.balance import Balanced, RowCost, Shared
-from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.learner.balance import Balanced, RowCost
+from tapo_train.learner.batch import TrainingRow, join, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.reference import FrozenReference
@@ -75,7 +75,7 @@ def outcome(model: Path, name: str, *, size: int) -> dict[str, Any]:
     cost = RowCost(
         shape=ModelShape.of(policy.model.config), image_token_id=policy.layout.image_token_id
     )
-    exchange = Shared(inner=Balanced(cost=cost, ranks_per_group=size), sequence=policy.sequence)
+    exchange = Balanced(cost=cost, budget_tokens=budget, sequence=policy.sequence)
     rows = some_rows(chat, policy.layout)
     objective = policy_gradient(
         LOSSES[loss], kl_kind="k3+", kl_coefficient=0.5, entropy_coefficient=0.1
@@ -83,7 +83,7 @@ def outcome(model: Path, name: str, *, size: int) -> dict[str, Any]:
     steps = []
     for share in SHARES:
         mine, _ = exchange(brought(rows, share))
-        batches = reference(policy.with_old_logprobs(pack(mine, budget_tokens=budget)))
+        batches = reference(policy.with_old_logprobs([join(together) for together in mine]))
         for _ in range(EPOCHS):
             metrics = policy.update(batches, objective, aggregation="seq-mean-token-mean")
             steps.append(means_over_ranks(metrics))

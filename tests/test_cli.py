@@ -61,6 +61,48 @@ def test_overrides_may_stand_before_and_after_an_option(
     assert "  steps: 6\n" in printed
 
 
+PAPER = str(ROOT / "recipes" / "paper.yaml")
+EIGHT = ("--dry-run", "--device-gb", "80", "--devices", "8")
+
+
+def test_the_papers_recipe_fits_eight_devices_of_80_gb_phase_by_phase(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", PAPER, *EIGHT]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "r.yaml").write_text(printed)
+    assert load_recipe(tmp_path / "r.yaml") == load_recipe(PAPER)
+    rows = {line[2:22].strip(): line[22:].split() for line in printed.splitlines() if "#" in line}
+    assert rows["[GB] per device"] == ["rollout", "sync", "scoring", "update"]
+    # 8.77e9 weights of 2 bytes; 12 bytes of each of the 8.19e9 that are trained over 8 devices.
+    assert rows["engine's weights"] == ["17.5", "17.5", "-", "-"]
+    assert rows["optimizer"] == ["12.3"] * 4
+    assert all(float(left) > 0 for left in rows["left"])
+    assert "× 8 ranks ×" in printed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "rollout.engine.sleep_in_update=false",
+            "engine.sleep_in_update: found false, wanted true",
+        ),
+        (
+            "learner.zero_stage=2",
+            "learner.zero_stage: found 2, wanted 3: the phase 'rollout' takes",
+        ),
+        ("rollout.max_tokens=131072", "learner.sequence_parallel: found 1, wanted "),
+        ("rollout.engine.gpu_memory_utilization=0.25", "fewer than a trajectory's rollout.max_tok"),
+    ],
+)
+def test_a_recipe_that_cannot_fit_is_refused_with_the_field_to_change(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", PAPER, *EIGHT, override]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_a_dry_run_counts_the_ranks_of_torchrun() -> None:
     done = run("train", DEMO, "--dry-run", WORLD_SIZE="2", RANK="0")
     assert "× 2 ranks ×" in done.stdout

@@ -21,14 +21,14 @@ from transformers import AutoModelForImageTextToText
 from tapo_train.algos.metrics import finalise
 from tapo_train.learner.balance import (
     Balanced,
+    Description,
+    Kept,
     Parcel,
     RowCost,
-    assign,
-    imbalance,
-    keep,
     pack_parcels,
 )
-from tapo_train.learner.batch import TrainingRow, pack
+from tapo_train.learner.batch import TrainingRow, best_fit, pack
+from tapo_train.learner.dealing import deal, evenness, imbalance, rank_of
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.shape import ModelShape, VisionShape
@@ -62,8 +62,6 @@ SHAPE = ModelShape(
         positions=5,
     ),
 )
-
-costs_of_rows = st.lists(st.floats(0, 1e15, allow_subnormal=False), max_size=60)
 
 
 def row(tokens) -> TrainingRow:
@@ -104,57 +102,92 @@ def test_a_windowed_tower_sees_the_whole_picture_in_few_layers_only(tiny_qwen2_5
     assert vision.forward_flop(64) == pytest.approx(64 * (dense + 4 * 96 * (64 + 16)), rel=1e-12)
 
 
-def test_costly_rows_are_dealt_out_first_each_to_the_least_busy_rank():
-    assert assign([3, 7, 5, 4, 6], num_ranks=2) == [0, 0, 1, 0, 1]
-    assert imbalance([3, 7, 5, 4, 6], [0, 0, 1, 0, 1], num_ranks=2) == pytest.approx(14 / 12.5)
+def test_costly_rows_are_dealt_out_first_each_to_the_micro_batch_with_the_least_work():
+    costs = [3, 7, 5, 4, 6]
+    dealt = deal(costs, [10] * 5, budget_tokens=30, num_ranks=2, home=[0] * 5)
+    # 7 + 5 of a mean of 12.5 stay at home, 6 + 4 + 3 go.
+    assert dealt == [[[1, 2]], [[4, 3, 0]]]
+    assert evenness(costs, dealt) == pytest.approx(13 / 12.5)
+    assert rank_of(dealt, count=5) == [1, 0, 0, 1, 1]
+    assert imbalance(costs, [0] * 5, num_ranks=2) == 2.0
 
 
-def test_a_row_stays_at_home_while_its_rank_is_within_the_mean():
-    assert assign([1, 1, 1, 1], num_ranks=2, home=[1, 0, 1, 0]) == [1, 0, 1, 0]
-    assert assign([4, 1, 1, 2], num_ranks=2, home=[0, 0, 0, 0]) == [0, 1, 1, 1]
-    assert assign([5, 5, 5, 5], num_ranks=4, home=[2, 2, 2, 2]) == [2, 0, 1, 3]
+def test_a_row_stays_at_home_while_a_micro_batch_there_is_within_the_mean():
+    def ranks(costs, home, num_ranks):
+        lengths = [1] * len(costs)
+        dealt = deal(costs, lengths, budget_tokens=9, num_ranks=num_ranks, home=home)
+        return rank_of(dealt, count=len(costs))
+
+    assert ranks([1, 1, 1, 1], [1, 0, 1, 0], 2) == [1, 0, 1, 0]
+    assert ranks([4, 1, 1, 2], [0, 0, 0, 0], 2) == [0, 1, 1, 1]
+    assert ranks([5, 5, 5, 5], [2, 2, 2, 2], 4) == [2, 0, 1, 3]
 
 
-@given(costs_of_rows, st.integers(1, 9), st.data())
-def test_no_rank_exceeds_the_mean_by_more_than_one_row(costs, num_ranks, data):
+def test_what_the_ranks_wait_for_is_the_most_costly_micro_batch_of_each_micro_step():
+    # The sums are even, 8 each, but at either step one rank waits for the other.
+    assert evenness([6, 2, 2, 6], [[[0], [1]], [[2], [3]]]) == pytest.approx((6 + 6) / 8)
+    assert evenness([6, 2, 2, 6], [[[0], [1]], [[3], [2]]]) == 1.0
+    assert evenness([6, 2], [[[0], [1]], []]) == pytest.approx(8 / 4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 50), st.floats(0, 1e15, allow_subnormal=False)), max_size=40),
+    st.integers(1, 9),
+    st.data(),
+)
+def test_every_row_is_trained_once_and_no_micro_batch_exceeds_the_budget(rows, num_ranks, data):
+    lengths, costs = [length for length, _ in rows], [cost for _, cost in rows]
     rank = st.integers(0, num_ranks - 1)
-    home = data.draw(
-        st.none() | st.lists(rank, min_size=len(costs), max_size=len(costs)), label="home"
+    home = data.draw(st.lists(rank, min_size=len(rows), max_size=len(rows)), label="home")
+    dealt = deal(costs, lengths, budget_tokens=30, num_ranks=num_ranks, home=home)
+    assert len(dealt) == num_ranks
+    assert sorted(i for batches in dealt for batch in batches for i in batch) == list(
+        range(len(rows))
     )
-    chosen = assign(costs, num_ranks=num_ranks, home=home)
-    work = np.bincount(chosen, weights=costs, minlength=num_ranks)
-    assert len(chosen) == len(costs) and len(work) == num_ranks
-    assert work.max() <= (sum(costs) / num_ranks + max(costs, default=0)) * (1 + 1e-9)
+    for batch in (batch for batches in dealt for batch in batches):
+        assert len(batch) == 1 or sum(lengths[i] for i in batch) <= 30
+    # At most one micro-step more than full micro-batches would need.
+    fewest = -(-len(best_fit(lengths, budget_tokens=30)) // num_ranks)
+    assert max(map(len, dealt)) <= fewest + 1
 
 
-def test_work_is_even_to_two_per_cent_whatever_a_rank_has_sampled():
+@pytest.mark.parametrize(("rows", "ranks", "worst"), [(1024, 8, 1.03), (2048, 32, 1.06)])
+def test_micro_steps_are_even_to_a_few_per_cent_whatever_a_rank_has_sampled(rows, ranks, worst):
     random = np.random.default_rng(0)
-    for rows, ranks in ((256, 8), (4096, 32)):
-        costs = np.exp(random.normal(0, 0.6, rows)).tolist()
-        # Three quarters of the rows are at two ranks; the others hold little.
-        home = np.where(random.random(rows) < 0.75, random.integers(0, 2, rows), rows % ranks)
-        chosen = assign(costs, num_ranks=ranks, home=home.tolist())
-        assert imbalance(costs, chosen, num_ranks=ranks) <= 1.02
+    lengths = np.exp(random.normal(np.log(6000), 0.6, rows)).clip(500, 32_768).astype(int)
+    # Attention grows with the square.
+    costs = [(n * (1 + n / 50_000)) for n in lengths.tolist()]
+    # Three quarters of the rows are at two ranks; the others hold little.
+    home = np.where(
+        random.random(rows) < 0.75, random.integers(0, 2, rows), np.arange(rows) % ranks
+    )
+    dealt = deal(costs, lengths.tolist(), budget_tokens=32_768, num_ranks=ranks, home=home.tolist())
+    assert evenness(costs, dealt) <= worst
 
 
 def test_without_work_the_ranks_are_even():
     assert imbalance([], [], num_ranks=3) == 1.0
-    assert assign([], num_ranks=3) == []
+    assert deal([], [], budget_tokens=5, num_ranks=3, home=[]) == [[], [], []]
+    assert evenness([], [[], [], []]) == 1.0
     assert imbalance([2, 4], [0, 1], num_ranks=4) == pytest.approx(4 / 1.5)
 
 
 def test_alone_a_rank_keeps_its_rows_and_logs_nothing():
-    rows = [row([1, 2, 3, 4]), row([5, 6, 7])]
-    balanced = Balanced(cost=RowCost(shape=SHAPE, image_token_id=90))
-    assert balanced(rows) == (rows, {}) == keep(rows)
+    rows = [row([1, 2, 3, 4]), row([5, 6, 7]), row([8, 9, 8, 9])]
+    balanced = Balanced(cost=RowCost(shape=SHAPE, image_token_id=90), budget_tokens=8)
+    kept = [[rows[0], rows[2]], [rows[1]]]
+    assert balanced(rows) == (kept, {}) == Kept(budget_tokens=8)(rows)
 
 
 def test_a_picture_is_sent_once_and_only_to_a_rank_that_lacks_it():
     red, green, blue = (picture(seed) for seed in range(3))
     pictured = [(red, green), (red,), (blue, red), (), (green,)]
     rows = [replace(row([1, 2, 3]), id=str(i), images=p) for i, p in enumerate(pictured)]
-    brought = [[(1.0, tuple(image.sha256 for image in p)) for p in pictured[:4]], []]
-    brought.append([(1.0, (green.sha256,))])
+    told = [
+        Description(cost=1.0, tokens=3, pictures=tuple(image.sha256 for image in shown))
+        for shown in pictured
+    ]
+    brought = [told[:4], [], told[4:]]
     to_none, first, last = pack_parcels(rows[:4], brought, [0, 1, 1, 2, 1], rank=0)
     assert to_none == Parcel(rows=(), shown=(), pictures=())
     assert [r.id for r in first.rows] == ["1", "2"]

@@ -12,11 +12,14 @@ from tapo_train.learner import packed_model
 from tapo_train.learner.memory import (
     Plan,
     bytes_per_patch,
-    bytes_per_token,
+    gathered_bytes,
     head_bytes,
+    kept_bytes_per_token,
     longest_trajectory,
     peak_bytes,
+    pixel_bytes,
     state_bytes,
+    working_bytes_per_token,
 )
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import QWEN3_VL_4B, QWEN3_VL_8B, ModelShape
@@ -45,27 +48,53 @@ def test_states_of_the_4b_model_by_stage():
 
 def test_bytes_per_token_of_the_4b_model():
     layer = 16 * 2560 + 8 * 9728 + 10 * 4096 + 10 * 1024
-    rest = 2 * 2 * 9728 + 6 * 2560
-    assert bytes_per_token(QWEN3_VL_4B, Plan()) == 36 * 2 * 2560 + layer + rest
+    kept, gradients = 36 * 2 * 2560 + 6 * 2560, 2 * 2 * 9728
+    assert kept_bytes_per_token(QWEN3_VL_4B, Plan()) == kept
+    assert working_bytes_per_token(QWEN3_VL_4B, Plan()) == layer + gradients
     free = Plan(gradient_checkpointing=False)
-    assert bytes_per_token(QWEN3_VL_4B, free) == 36 * layer + rest
+    assert kept_bytes_per_token(QWEN3_VL_4B, free) == 36 * layer + 6 * 2560
+    assert working_bytes_per_token(QWEN3_VL_4B, free) == gradients
     assert bytes_per_patch(QWEN3_VL_4B, free) == 24 * (22 * 1024 + 4 * 4096)
     assert bytes_per_patch(QWEN3_VL_4B, Plan(freeze_vision=True)) == 0
+    assert pixel_bytes(QWEN3_VL_4B, Plan()) == 1536 * 6 + 4 * 2560 * 2 / 4
     shared = Plan(num_ranks=8, sequence_parallel=4)
-    assert bytes_per_token(QWEN3_VL_4B, shared) == (36 * 2 * 2560 + layer + rest) / 4
+    assert kept_bytes_per_token(QWEN3_VL_4B, shared) == kept / 4
+    assert working_bytes_per_token(QWEN3_VL_4B, shared) == (layer + gradients) / 4
     assert bytes_per_patch(QWEN3_VL_4B, shared) == bytes_per_patch(QWEN3_VL_4B, Plan())
     assert state_bytes(QWEN3_VL_4B, shared) == state_bytes(QWEN3_VL_4B, Plan(num_ranks=8))
 
 
+def test_adapters_have_gradients_and_states_and_the_weights_none():
+    plan = Plan(zero_stage=2, adapter_weights=10_000_000)
+    assert state_bytes(QWEN3_VL_4B, plan) == 2 * 4_437_245_952 + 16 * 10_000_000
+
+
+def test_sharded_weights_are_whole_as_far_as_they_are_asked_to_and_the_head_besides():
+    head, sharded = 151_936 * 4096, Plan(zero_stage=3, num_ranks=8, live_elements=10**8)
+    assert gathered_bytes(QWEN3_VL_8B, sharded) == 2 * (10**8 + head)
+    assert gathered_bytes(QWEN3_VL_8B, Plan(zero_stage=2)) == 0
+    everything = replace(sharded, live_elements=10**11)
+    assert gathered_bytes(QWEN3_VL_8B, everything) == 2 * QWEN3_VL_8B.weights
+    assert state_bytes(QWEN3_VL_8B, replace(sharded, offload_parameters=True)) == (
+        16 * QWEN3_VL_8B.weights / 8
+    )
+
+
+def test_the_head_takes_its_chunk_of_logits_and_its_gradient():
+    chunk, head = 2048 * 151_936, 151_936 * 2560
+    assert head_bytes(QWEN3_VL_4B, Plan()) == 14 * chunk + 6 * head
+    assert head_bytes(QWEN3_VL_4B, Plan(with_entropy=True)) == 22 * chunk + 6 * head
+    assert head_bytes(QWEN3_VL_4B, Plan(precision="fp32")) == 12 * chunk + 8 * head
+
+
 def test_the_longest_trajectory_fills_the_device_and_not_a_token_more_fits():
-    plan = Plan()
-    longest = longest_trajectory(QWEN3_VL_4B, plan, device_bytes=141e9)
-    assert peak_bytes(QWEN3_VL_4B, plan, tokens=longest) <= 0.95 * 141e9
-    assert peak_bytes(QWEN3_VL_4B, plan, tokens=longest + 1) > 0.95 * 141e9
-    assert longest_trajectory(QWEN3_VL_8B, plan, device_bytes=141e9) == 0
-    assert head_bytes(QWEN3_VL_4B, plan) == 2048 * 151_936 * 14 + 4 * 151_936 * 2560
-    pictured = longest_trajectory(QWEN3_VL_4B, plan, device_bytes=141e9, picture_share=0.5)
-    assert pictured < longest
+    for plan in (Plan(), Plan(zero_stage=3, num_ranks=8), Plan(head_chunk_tokens=8192)):
+        longest = longest_trajectory(QWEN3_VL_4B, plan, device_bytes=141e9)
+        assert peak_bytes(QWEN3_VL_4B, plan, tokens=longest) <= 0.95 * 141e9
+        assert peak_bytes(QWEN3_VL_4B, plan, tokens=longest + 1) > 0.95 * 141e9
+    assert longest_trajectory(QWEN3_VL_8B, Plan(), device_bytes=141e9) == 0
+    pictured = longest_trajectory(QWEN3_VL_4B, Plan(), device_bytes=141e9, picture_share=0.5)
+    assert pictured < longest_trajectory(QWEN3_VL_4B, Plan(), device_bytes=141e9)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
@@ -77,8 +106,4 @@ def test_a_token_keeps_in_the_layers_what_the_model_says(tiny_qwen3_vl, precisio
     kept = (kept_bytes(model, 768) - kept_bytes(model, 256)) / 512
     shape = ModelShape.of(model.config)
     plan = Plan(precision=precision, gradient_checkpointing=checkpointing)
-    # What exists in the backward pass alone is not kept: gradients, one layer made again.
-    transient = bytes_per_token(replace(shape, layers=0), plan)
-    outside = {"bf16": 6, "fp32": 8}[precision] * shape.hidden
-    wanted = bytes_per_token(shape, plan) - transient + outside
-    assert kept == pytest.approx(wanted, rel=0.04)
+    assert kept == pytest.approx(kept_bytes_per_token(shape, plan), rel=0.04)

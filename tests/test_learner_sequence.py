@@ -20,7 +20,7 @@ from tapo_train.learner.balance import same_place
 from tapo_train.learner.batch import TrainingRow, join
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.inputs import model_inputs
-from tapo_train.learner.memory import Plan, bytes_per_token
+from tapo_train.learner.memory import Plan, kept_bytes_per_token
 from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.learner.shape import ModelShape
@@ -59,7 +59,8 @@ def test_ranks_that_share_a_micro_batch_learn_what_one_rank_learns(
     assert 1 / 2 < found["kept"] / keeps < 0.53
     shape = ModelShape.of(AutoConfig.from_pretrained(models[0]))
     alone, shared = (
-        bytes_per_token(shape, Plan(precision="fp32", sequence_parallel=size)) for size in (1, 2)
+        kept_bytes_per_token(shape, Plan(precision="fp32", sequence_parallel=size))
+        for size in (1, 2)
     )
     assert found["kept"] / keeps == pytest.approx(shared / alone, rel=0.06)
     end_process_group()

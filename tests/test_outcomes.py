@@ -21,6 +21,7 @@ from tapo_train.errors import (
     ToolError,
     ToolRefusedError,
 )
+from tapo_train.learner.balance import Kept
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.agent import Limits
@@ -120,13 +121,12 @@ def trainer() -> Trainer:
         advantage=advantage,
         credit=Tapo(TapoOptions()),
         reference=list,
-        exchange=lambda rows: (list(rows), {}),
+        exchange=Kept(budget_tokens=100_000),
     )
     schedule = SimpleNamespace(
         questions_per_step=1,
         updates_per_batch=1,
         epochs=1,
-        micro_batch_tokens=100_000,
         recompute_old_logprobs=False,
         drop_uniform_groups=False,
     )

@@ -17,13 +17,15 @@ from PIL import Image as Pillow
 from tapo_train.credit import CreditResult, NoTransfer, Tapo, TapoOptions, from_trajectory
 from tapo_train.credit.rollout_file import read_rollouts
 from tapo_train.data.images import read_image
-from tapo_train.errors import TapoError
+from tapo_train.errors import DataError, TapoError
 from tapo_train.report.catalogue import require_known
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
+from tapo_train.report.token_view import expanded_tokens, shortened_tokens, token_view
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.types import (
     Group,
     Image,
+    ImageRef,
     Observation,
     Outcome,
     Reward,
@@ -352,3 +354,52 @@ def test_trajectories_of_an_evaluation_are_written_without_advantages(tmp_path: 
     assert "advantage" not in first["turns"][0]
     assert (second["answer"], second["stop"]) == (None, "max_tokens")
     assert len(list((tmp_path / "images").iterdir())) == 2
+
+
+def test_runs_of_placeholders_are_written_with_their_length_and_read_back() -> None:
+    tokens = np.array([5, 9, 9, 9, 7, 9, 8, 8, 9, 9], dtype=np.int32)
+    short = shortened_tokens(tokens, 9)
+    assert short == [5, [9, 3], 7, [9, 1], 8, 8, [9, 2]]
+    assert expanded_tokens(short).tolist() == tokens.tolist()
+    assert shortened_tokens(tokens, None) == tokens.tolist()
+    assert expanded_tokens([]).tolist() == shortened_tokens(tokens[:0], 9) == []
+    for broken in ([[9]], [[9, 1, 1]], [[9, 1.5]]):
+        with pytest.raises(DataError, match="runs of them as"):
+            expanded_tokens(broken)
+
+
+def test_a_view_shows_a_picture_by_one_placeholder_and_no_file_that_is_not_stored() -> None:
+    held = searching()
+    placeholder = int(held.tokens[1])
+    view = token_view(
+        held, decode=lambda ids: f"{len(ids)}", placeholder=placeholder, images="none"
+    )
+    assert view["tokens"][1] == [placeholder, 1]
+    assert expanded_tokens(view["tokens"]).tolist() == held.tokens.tolist()
+    assert {image["file"] for image in view["images"]} == {None}
+    doubled = dataclasses.replace(held, tokens=np.repeat(held.tokens, 2))
+    assert token_view(doubled, decode=lambda ids: f"{len(ids)}", placeholder=placeholder)[
+        "text"
+    ] == str(2 * len(held.tokens) - 1)
+
+
+def test_steps_between_are_not_dumped_and_crops_not_stored(tmp_path: Path) -> None:
+    cut = dataclasses.replace(CROP, ref=ImageRef(root=SCENE.ref.root, box=(0.0, 0.0, 0.5, 0.5)))
+    held = (dataclasses.replace(searching(), images=(SCENE, cut)),)
+    advantages = (0.5,)
+    credit = assigned(held, advantages)
+    dump = TrajectoryDump(tmp_path, every=2, images="roots")
+    for step in range(4):
+        dump.write(step, held, advantages, credit)
+    for folder in ("tokens", "rollouts"):
+        assert names(tmp_path / folder) == ["step_000000.jsonl", "step_000002.jsonl"]
+    assert names(tmp_path / "images") == [f"{SCENE.sha256}.png"]
+    (view,) = lines(tmp_path / "tokens" / "step_000002.jsonl")
+    assert [image["file"] for image in view["images"]] == [f"{SCENE.sha256}.png", None]
+    TrajectoryDump(tmp_path / "none", every=0).write(0, held, advantages, credit)
+    assert not (tmp_path / "none").exists()
+
+
+def names(folder: Path) -> list[str]:
+    """Of the files in a folder, sorted."""
+    return sorted(path.name for path in folder.iterdir())

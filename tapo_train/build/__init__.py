@@ -18,6 +18,7 @@ from tapo_train.build.learner import (
     build_sharing,
     learner_settings,
 )
+from tapo_train.build.memory import require_memory
 from tapo_train.build.rollout import (
     build_chat,
     build_engine,
@@ -52,4 +53,5 @@ __all__ = [
     "build_watch",
     "is_recomputed_in_passing",
     "learner_settings",
+    "require_memory",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
-from tapo_train.learner.balance import Balanced, RowCost, RowExchange, Shared, keep
+from tapo_train.learner.balance import Balanced, Kept, RowCost, RowExchange
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
@@ -74,14 +74,12 @@ def build_reference(
 
 def build_exchange(recipe: Recipe, policy: Policy) -> RowExchange:
     """Which rank trains which rows."""
-    exchange: RowExchange = keep
-    if recipe.learner.balance:
-        shape = ModelShape.of(policy.model.config)
-        cost = RowCost(shape=shape, image_token_id=policy.layout.image_token_id)
-        exchange = Balanced(cost=cost, ranks_per_group=policy.sequence.size)
-    if policy.sequence.size > 1:
-        return Shared(inner=exchange, sequence=policy.sequence)
-    return exchange
+    budget, sequence = recipe.learner.micro_batch_tokens, policy.sequence
+    if not recipe.learner.balance:
+        return Kept(budget_tokens=budget, sequence=sequence)
+    shape = ModelShape.of(policy.model.config)
+    cost = RowCost(shape=shape, image_token_id=policy.layout.image_token_id)
+    return Balanced(cost=cost, budget_tokens=budget, sequence=sequence)
 
 
 def build_sharing(recipe: Recipe, policy: Policy, engine: Engine) -> DeviceSharing:
@@ -106,8 +104,12 @@ def learner_settings(recipe: Recipe, updates: int) -> LearnerSettings:
         zero_stage=learner.zero_stage,
         offload_optimizer=learner.offload_optimizer,
         offload_parameters=learner.offload_parameters,
+        live_elements=learner.live_elements,
+        bucket_elements=learner.bucket_elements,
+        head_chunk_tokens=learner.head_chunk_tokens,
         learning_rate=learner.lr,
         betas=learner.betas,
+        eps=learner.eps,
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,
         schedule=learner.schedule,

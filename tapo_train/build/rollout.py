@@ -33,6 +33,7 @@ from tapo_train.rollout.remote.listener import Served
 from tapo_train.rollout.remote.payload import Expected
 from tapo_train.rollout.remote.server import EngineServer
 from tapo_train.rollout.remote.wire import shared_secret
+from tapo_train.rollout.seats import MOST, Seats
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.interruption import Interruption
@@ -43,9 +44,6 @@ from tapo_train.types import Group, Task
 SERVER_MEMORY = 0.9
 """Share of a device's memory for an engine server, which has it to itself."""
 
-MOST_IN_FLIGHT = 256
-"""Trajectories under way at a time if neither memory nor the recipe says less."""
-
 
 def build_chat(recipe: Recipe) -> ChatFormat:
     """Messages and tokens of the recipe's model, whose folder is looked at first.
@@ -55,7 +53,7 @@ def build_chat(recipe: Recipe) -> ChatFormat:
     """
     folder = Path(recipe.model.path)
     require_model_folder(folder)
-    return ChatFormat(folder)
+    return ChatFormat(folder, picture_cache_bytes=int(recipe.learner.picture_cache_gib * 2**30))
 
 
 def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
@@ -89,9 +87,10 @@ def build_local_engine(
         VllmOptions(
             dtype=recipe.model.dtype,
             max_model_len=recipe.rollout.max_tokens,
-            max_num_seqs=recipe.rollout.max_in_flight or MOST_IN_FLIGHT,
+            max_num_seqs=recipe.rollout.max_in_flight or MOST,
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
+            picture_cache_bytes=int(engine.picture_cache_gib * 2**30),
             max_images=_most_images(recipe),
             can_sleep=sleeps_in_update(recipe),
             seeded=_samples_by_seed(recipe),
@@ -192,15 +191,14 @@ def build_play(
         max_parallel_calls=rollout.max_parallel_calls,
     )
     seed = recipe.run.seed if _samples_by_seed(recipe) else None
-    seats = rollout.max_in_flight or seats_of(engine, max_tokens=rollout.max_tokens)
-
+    seats = Seats(engine=engine)
     carry_over = CarryOver(most=rollout.carry_over) if rollout.carry_over else None
 
     def play(
         tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
     ) -> list[Group]:
         temperature = 0.0 if greedy else rollout.temperature
-        return collect(
+        groups = collect(
             tasks,
             engine=engine,
             chat=chat,
@@ -210,12 +208,14 @@ def build_play(
             limits=limits,
             sampling=Sampling(temperature=temperature, seed=seed),
             policy_version=policy_version,
-            max_in_flight=seats,
+            max_in_flight=rollout.max_in_flight or seats.free(),
             deadlines=_deadlines(rollout.deadlines, greedy=greedy),
             oversample=1.0 if greedy else rollout.oversample,
             carry_over=None if greedy else carry_over,
             on_progress=on_progress,
         )
+        seats.observe(groups)
+        return groups
 
     return GroupPlay(play, engine) if isinstance(engine, MirroredEngine) else play
 
@@ -247,17 +247,6 @@ def build_rounds(
     if not recipe.rollout.refill_rounds:
         return OneRound(questions)
     return Refill(questions, reward, most=recipe.rollout.refill_rounds)
-
-
-def seats_of(engine: Engine, *, max_tokens: int) -> int:
-    """Trajectories that the engine's memory holds at their full length, at most 256.
-
-    More would make the engine throw out keys and values of waiting trajectories, or even
-    of sequences it is decoding, and compute them again.
-    """
-    capacity = engine.capacity_tokens()
-    held = MOST_IN_FLIGHT if capacity is None else capacity // max_tokens
-    return max(1, min(held, MOST_IN_FLIGHT))
 
 
 def _deadlines(wanted: recipes.DeadlineSettings, *, greedy: bool) -> Deadlines:

@@ -16,7 +16,6 @@ def build_schedule(recipe: Recipe) -> Schedule:
         rollouts_per_question=recipe.rollout.rollouts_per_question,
         updates_per_batch=recipe.learner.updates_per_batch,
         epochs=recipe.learner.epochs,
-        micro_batch_tokens=recipe.learner.micro_batch_tokens,
         recompute_old_logprobs=(
             recipe.learner.old_logprobs == "recompute" and not is_recomputed_in_passing(recipe)
         ),

@@ -38,22 +38,34 @@ def recipe_parser(command: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def no_remark(recipe: Recipe, arguments: argparse.Namespace) -> str:
+    """Nothing to say about a recipe."""
+    return ""
+
+
 def read_recipe(
-    parser: argparse.ArgumentParser, argv: Sequence[str], *, updates: Callable[[Recipe], int]
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str],
+    *,
+    updates: Callable[[Recipe], int],
+    remark: Callable[[Recipe, argparse.Namespace], str] = no_remark,
 ) -> Recipe | None:
     """The checked recipe, or None after a dry run.
 
     Args:
         updates: optimizer updates the command does with a recipe.
+        remark: what a dry run says about the recipe besides the batch arithmetic.
     """
     arguments = parser.parse_intermixed_args(argv)
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     require_room_for_cosine(recipe, updates(recipe))
-    arithmetic = batch_arithmetic(recipe, int(os.environ.get("WORLD_SIZE", "1")))
+    ranks = getattr(arguments, "devices", None) or int(os.environ.get("WORLD_SIZE", "1"))
+    arithmetic = batch_arithmetic(recipe, ranks)
     if not arguments.dry_run:
         return recipe
     if os.environ.get("RANK", "0") == "0":
-        print(f"{to_yaml(recipe)}\n# {arithmetic}")
+        said = "".join(f"# {line}\n" for line in remark(recipe, arguments).splitlines())
+        print(f"{to_yaml(recipe)}\n{said}# {arithmetic}")
     return None
 
 

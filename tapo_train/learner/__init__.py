@@ -1,7 +1,8 @@
 """The learner: from trajectories with advantages to new weights.
 
     batch         rows -> packed micro-batches; the one place that shifts by one
-    balance       which rank trains which rows: even work for all
+    balance       rows move between ranks: even work for all
+    dealing       which rank trains which rows in which micro-batch
     shape         a model's size as integers, and the FLOP it takes
     memory        what an update takes of a device, computed
     layout        what batching must know of a model: special ids, patch size, positions

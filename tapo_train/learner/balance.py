@@ -2,8 +2,8 @@
 
 Each rank samples whole groups, so what it holds is uneven: trajectories differ in length,
 in pictures, and some ranks may hold none. Before a step every rank tells the cost of its
-rows, all compute the same assignment, and rows that are not at home travel once. Sums over
-a step do not depend on who computes which summand.
+rows, all compute the same micro-batches (`dealing`), and rows that are not at home travel once.
+Sums over a step do not depend on who computes which summand.
 
 Pictures travel encoded, and only to a rank that does not have them.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import numpy as np
@@ -20,41 +21,37 @@ import torch
 
 from tapo_train.algos.metrics import Metrics, pair
 from tapo_train.learner import distributed
-from tapo_train.learner.batch import TrainingRow
-from tapo_train.learner.sequence import SequenceGroup
+from tapo_train.learner.batch import TrainingRow, best_fit
+from tapo_train.learner.dealing import deal, evenness, imbalance, rank_of
+from tapo_train.learner.sequence import ALONE, SequenceGroup
 from tapo_train.learner.shape import ModelShape
 from tapo_train.types import Image
 
+MicroBatches = list[list[TrainingRow]]
+"""The rows of each of a rank's micro-batches."""
+
 
 class RowExchange(Protocol):
-    """Decides which rank trains which rows."""
+    """Decides which rank trains which rows, and which of them together."""
 
-    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
-        """The rows this rank trains, out of those that all ranks bring. All ranks call it."""
+    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[MicroBatches, Metrics]:
+        """This rank's micro-batches, out of the rows that all ranks bring. All ranks call it."""
         ...
 
 
-def keep(rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
-    """Every rank trains the rows it brings."""
-    return list(rows), {}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Shared:
-    """The ranks of a sequence group train the rows of all of them, in the same order."""
+class Kept:
+    """Every rank trains the rows it brings; those of a sequence group the rows of all of them."""
 
-    inner: RowExchange
-    """Deals the rows to ranks first."""
-    sequence: SequenceGroup
+    budget_tokens: int
+    """Of a micro-batch; a longer row goes alone."""
+    sequence: SequenceGroup = ALONE
 
-    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
-        """The rows of this rank's group.
-
-        Pictures travel even where they are known: in a step of the demo over two ranks 1 % of the
-        bytes, as the ranks ask different questions.
-        """
-        mine, metrics = self.inner(rows)
-        return [row for part in self.sequence.objects(mine) for row in part], metrics
+    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[MicroBatches, Metrics]:
+        """See `RowExchange`."""
+        held = [row for part in self.sequence.objects(list(rows)) for row in part]
+        chosen = best_fit([len(row.tokens) for row in held], budget_tokens=self.budget_tokens)
+        return [[held[i] for i in numbers] for numbers in chosen], {}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,29 +77,6 @@ class RowCost:
         return lengths
 
 
-def assign(
-    costs: Sequence[float], *, num_ranks: int, home: Sequence[int] | None = None
-) -> list[int]:
-    """The rank of each row: costly rows first, each to the rank with the least work.
-
-    A row stays at home while its rank is within the mean, so that few rows travel. No rank
-    exceeds the mean by more than the cost of one row (longest processing time first).
-
-    Args:
-        costs: of all rows of the step, >= 0, the same on every rank.
-        home: where each row is now; None if they are nowhere yet.
-    """
-    capacity = sum(costs) / num_ranks
-    work = [0.0] * num_ranks
-    chosen = [0] * len(costs)
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        stays = home is not None and work[home[i]] + costs[i] <= capacity
-        rank = home[i] if home is not None and stays else work.index(min(work))
-        chosen[i] = rank
-        work[rank] += costs[i]
-    return chosen
-
-
 def same_place(home: Sequence[int], groups: Sequence[int], *, ranks_per_group: int) -> list[int]:
     """The rank of each row in the group chosen for it: at home there, home itself."""
     return [
@@ -111,53 +85,57 @@ def same_place(home: Sequence[int], groups: Sequence[int], *, ranks_per_group: i
     ]
 
 
-def imbalance(costs: Sequence[float], ranks: Sequence[int], *, num_ranks: int) -> float:
-    """The most work of a rank, over the mean: 1 is even, the time of a step grows with it."""
-    work = np.bincount(ranks, weights=costs, minlength=num_ranks)
-    return float(work.max() / work.mean()) if work.any() else 1.0
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balanced:
-    """Moves rows until the ranks' costs are even.
+    """Moves rows until the costs of the ranks' micro-batches are even, one by one.
 
-    With groups of ranks it is the groups' costs: which rank of its group has a row does not
-    matter then.
+    Ranks meet after each micro-batch, so it is the most costly of each that all wait for. With
+    groups of ranks it is the groups' costs, and each rank gets all rows of its group. Pictures
+    then travel even where they are known: in a step of the demo over two ranks 1 % of the bytes.
     """
 
     cost: RowCost
-    ranks_per_group: int = 1
+    budget_tokens: int
+    """Of a micro-batch; a longer row goes alone."""
+    sequence: SequenceGroup = ALONE
 
-    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[list[TrainingRow], Metrics]:
-        """This rank's share: its own rows that stay, then guests by the rank that brought them."""
-        num_ranks, own = distributed.world_size(), distributed.rank()
+    def __call__(self, rows: Sequence[TrainingRow]) -> tuple[MicroBatches, Metrics]:
+        """See `RowExchange`."""
+        num_ranks, own, size = distributed.world_size(), distributed.rank(), self.sequence.size
         if num_ranks == 1:
-            return keep(rows)
+            return Kept(budget_tokens=self.budget_tokens)(rows)
         brought = distributed.all_gather_objects([_describe(row, self.cost(row)) for row in rows])
         home = [rank for rank, entries in enumerate(brought) for _ in entries]
-        costs = [cost for entries in brought for cost, _ in entries]
-        size = self.ranks_per_group
+        costs = [entry.cost for entries in brought for entry in entries]
         homes = [rank // size for rank in home]
-        groups = assign(costs, num_ranks=num_ranks // size, home=homes)
+        dealt = deal(
+            costs,
+            [entry.tokens for entries in brought for entry in entries],
+            budget_tokens=self.budget_tokens,
+            num_ranks=num_ranks // size,
+            home=homes,
+        )
+        groups = rank_of(dealt, count=len(costs))
         chosen = same_place(home, groups, ranks_per_group=size)
-        parcels = pack_parcels(rows, brought, chosen, rank=own)
-        arrived = [
-            pickle.loads(data)  # from a process of this very run
-            for data in distributed.exchange_bytes([pickle.dumps(parcel) for parcel in parcels])
-        ]
-        start = sum(len(entries) for entries in brought[:own])
-        stays = [to == own for to in chosen[start : start + len(rows)]]
-        mine = _unpack(rows, stays, arrived)
+        held: dict[int, TrainingRow] = {}
+        for part in self.sequence.objects(_travel(rows, brought, chosen, rank=own)):
+            held |= part
         before = imbalance(costs, homes, num_ranks=num_ranks // size)
-        after = imbalance(costs, groups, num_ranks=num_ranks // size)
-        return mine, {
+        return [[held[i] for i in numbers] for numbers in dealt[own // size]], {
             "balance/sampled": pair(torch.tensor(before, dtype=torch.float64)),
-            "balance/trained": pair(torch.tensor(after, dtype=torch.float64)),
+            "balance/trained": pair(torch.tensor(evenness(costs, dealt), dtype=torch.float64)),
         }
 
 
-Description = tuple[float, tuple[str, ...]]
-"""Cost and digests of the pictures of a row."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What all ranks know of a row."""
+
+    cost: float
+    """[FLOP]"""
+    tokens: int
+    pictures: tuple[str, ...]
+    """Their digests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,7 +151,30 @@ class Parcel:
 
 
 def _describe(row: TrainingRow, cost: float) -> Description:
-    return cost, tuple(image.sha256 for image in row.images)
+    digests = tuple(image.sha256 for image in row.images)
+    return Description(cost=cost, tokens=len(row.tokens), pictures=digests)
+
+
+def _travel(
+    rows: Sequence[TrainingRow],
+    brought: Sequence[Sequence[Description]],
+    chosen: Sequence[int],
+    *,
+    rank: int,
+) -> dict[int, TrainingRow]:
+    """The rows that `rank` trains, by their number among those of all ranks. All ranks call it."""
+    parcels = pack_parcels(rows, brought, chosen, rank=rank)
+    arrived = [
+        pickle.loads(data)  # from a process of this very run
+        for data in distributed.exchange_bytes([pickle.dumps(parcel) for parcel in parcels])
+    ]
+    starts = [0, *accumulate(map(len, brought))]
+    coming = [
+        [i for i in range(first, end) if chosen[i] == rank] for first, end in pairwise(starts)
+    ]
+    stays = {i: rows[i - starts[rank]] for i in coming[rank]}
+    numbers = [i for source, ids in enumerate(coming) if source != rank for i in ids]
+    return stays | dict(zip(numbers, _unpack(rows, arrived), strict=True))
 
 
 def pack_parcels(
@@ -190,14 +191,14 @@ def pack_parcels(
     Args:
         brought: of each rank's rows; `chosen`: where those of all ranks go, in that order.
     """
-    held = [{d for _, digests in entries for d in digests} for entries in brought]
+    held = [{d for entry in entries for d in entry.pictures} for entries in brought]
     leaving: list[list[TrainingRow]] = [[] for _ in brought]
     carried: list[dict[str, Image]] = [{} for _ in brought]
     target_of = iter(chosen)
     for source, entries in enumerate(brought):
-        for number, (_, digests) in enumerate(entries):
+        for number, entry in enumerate(entries):
             target = next(target_of)
-            missing = set(digests) - held[target]
+            missing = set(entry.pictures) - held[target]
             held[target] |= missing
             if source == rank != target:
                 row = rows[number]
@@ -213,15 +214,12 @@ def pack_parcels(
     ]
 
 
-def _unpack(
-    rows: Sequence[TrainingRow], stays: Sequence[bool], arrived: Sequence[Parcel]
-) -> list[TrainingRow]:
-    """The rows that stay and those that arrived, these with their pictures again."""
+def _unpack(rows: Sequence[TrainingRow], arrived: Sequence[Parcel]) -> list[TrainingRow]:
+    """The rows that arrived, with their pictures again; `rows` are those brought."""
     known = {image.sha256: image for row in rows for image in row.images}
     known |= {image.sha256: image for parcel in arrived for image in parcel.pictures}
-    guests = [
+    return [
         replace(row, images=tuple(known[digest] for digest in digests))
         for parcel in arrived
         for row, digests in zip(parcel.rows, parcel.shown, strict=True)
     ]
-    return [*(row for row, at_home in zip(rows, stays, strict=True) if at_home), *guests]

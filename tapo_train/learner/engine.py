@@ -100,7 +100,11 @@ def engine_config(settings: LearnerSettings) -> dict[str, Any]:
     if bf16 and settings.zero_stage > 0:
         # Without sharding DeepSpeed knows gradients of the weights' own type only.
         types["grad_accum_dtype"] = "fp32"
-    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "reduce_bucket_size": settings.bucket_elements,
+        "allgather_bucket_size": settings.bucket_elements,
+    }
     if settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if settings.zero_stage == 3:

@@ -49,6 +49,8 @@ class LearnerSettings:
     """Weights up to this size stay whole on every rank under ZeRO 3."""
     live_elements: int = 10**9
     """Weights that may be whole at a time under ZeRO 3, beside the persistent ones."""
+    bucket_elements: int = 5 * 10**8
+    """Gradients that are reduced together where they are sharded, 4 bytes each."""
     optimizer: OptimizerKind = "adamw"
     learning_rate: float = 1e-6
     betas: tuple[float, float] = (0.9, 0.999)
@@ -87,6 +89,7 @@ class LearnerSettings:
         self._check("warmup_updates", self.warmup_updates >= 0, ">= 0")
         self._check("final_ratio", 0 <= self.final_ratio <= 1, "in [0, 1]")
         self._check("head_chunk_tokens", self.head_chunk_tokens >= 1, ">= 1")
+        self._check("bucket_elements", self.bucket_elements >= 1, ">= 1")
         if self.schedule == "cosine":
             enough = self.total_updates > self.warmup_updates
             self._check("total_updates", enough, "> warmup_updates for a cosine")

@@ -8,9 +8,13 @@ FLOP are those of matrix products (2 m n k), the only ones that count at scale.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from tapo_train.errors import ConfigError
 
 BACKWARD = 2
 """A backward pass computes two products for each of the forward pass."""
@@ -102,6 +106,21 @@ class ModelShape:
             vision=_vision(config.vision_config),
         )
 
+    @classmethod
+    def read(cls, folder: Path) -> ModelShape:
+        """The shape of the model in a folder, from its `config.json` alone: no library is loaded.
+
+        Raises:
+            ConfigError: the file is not there, or does not say every number.
+        """
+        path = folder / "config.json"
+        try:
+            return cls.of(_Section(json.loads(path.read_bytes())))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{path}: {type(error).__name__}: {error}; wanted a Qwen-VL one"
+            ) from error
+
     @property
     def layer_weights(self) -> int:
         """Elements of one layer's matrices."""
@@ -141,6 +160,23 @@ class ModelShape:
         """FLOP of forward and backward pass, nothing computed twice."""
         forward = self.forward_flop(tokens=tokens, trained=trained, patches=patches)
         return (1 + BACKWARD) * forward
+
+
+class _Section:
+    """A JSON object read as a Hugging Face configuration."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = values
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self._values:
+            raise AttributeError(name)
+        value = self._values[name]
+        return _Section(value) if isinstance(value, dict) else value
+
+    def get_text_config(self) -> _Section:
+        """Where the language model's numbers are; Qwen2.5-VL once wrote them outside."""
+        return _Section(self._values.get("text_config") or self._values)
 
 
 def _vision(vision: Any) -> VisionShape:
@@ -212,3 +248,6 @@ QWEN3_VL_8B = ModelShape(
     ),
 )
 """Qwen3-VL-8B-Instruct."""
+
+PUBLISHED = {"Qwen3-VL-4B-Instruct": QWEN3_VL_4B, "Qwen3-VL-8B-Instruct": QWEN3_VL_8B}
+"""By the name of the folder that the model is published in."""

@@ -28,6 +28,7 @@ from tapo_train.recipe.algo import (
 )
 from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
 from tapo_train.recipe.learner import Learner
+from tapo_train.recipe.report import Report
 from tapo_train.recipe.rollout import (
     DeadlineSettings,
     HfSettings,
@@ -62,6 +63,7 @@ __all__ = [
     "NoImportance",
     "Probe",
     "Recipe",
+    "Report",
     "RewardWeights",
     "Rollout",
     "Run",
@@ -95,4 +97,5 @@ class Recipe:
     learner: Learner = field(default_factory=Learner)
     probe: Probe = field(default_factory=Probe)
     watch: WatchSettings = field(default_factory=WatchSettings)
+    report: Report = field(default_factory=Report)
     sft: Sft = field(default_factory=Sft)

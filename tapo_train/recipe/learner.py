@@ -33,6 +33,9 @@ class Learner:
     """Where a cosine ends, as a share of lr."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of AdamW's running means of the gradient and of its square."""
+    eps: Positive = 1e-8
+    """Of AdamW: added to the root of the gradient's mean square. Gradients of a mean over a million
+    tokens are small; where most are near eps the rate is lower than lr says."""
     weight_decay: NonNegative = 0.0
     """Of AdamW, decoupled."""
     max_grad_norm: NonNegative = 1.0
@@ -46,6 +49,17 @@ class Learner:
     offload_in_rollout: bool = False
     """Keep optimizer states and master weights in the host's memory while the engine samples;
     needs zero_stage 2 without offload_optimizer, and pays on a GPU only."""
+    live_elements: Count = 1_000_000_000
+    """[weights] that may be whole on a device at a time with zero_stage 3, besides the module that
+    computes; fewer are gathered more often."""
+    bucket_elements: Count = 500_000_000
+    """[gradients] that are reduced together with zero_stage 1 and up, 4 bytes each."""
+    head_chunk_tokens: Count = 2048
+    """[trained tokens] whose logits are in memory at a time, some 14 bytes for each entry of the
+    vocabulary: fewer are slower and smaller."""
+    picture_cache_gib: Positive = 4.0
+    """[GiB] of processed pictures that each rank keeps in the host's memory between forward passes;
+    one of 1280 x 960 pixels takes 29 MB. A picture that was thrown out is processed again."""
     micro_batch_tokens: Count = 16_384
     """[tokens] in one forward pass; a longer trajectory goes alone."""
     sequence_parallel: Count = 1

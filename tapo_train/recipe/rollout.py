@@ -23,7 +23,11 @@ class VllmSettings:
     tensor_parallel: Count = 1
     """Ranks that share one engine, for a model too large for one device; divides their number."""
     sleep_in_update: bool = False
-    """Give that memory back while the learner learns; the weights wait in the host's. GPU only."""
+    """Give that memory back while the learner learns, the weights as well: the next sync sends
+    them anyway. GPU only."""
+    picture_cache_gib: Positive = 4.0
+    """[GiB] of processed pictures that each engine keeps in the host's memory; one of 1280 x 960
+    pixels takes 29 MB. A picture that was thrown out is processed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -93,8 +97,8 @@ class Rollout:
     timed out or broke; what a deadline cut is not counted), over the step and, where it is small,
     over those before it until there are 32. 1: never."""
     max_in_flight: Count | None = None
-    """Trajectories under way at a time on one rank. null: as many as the engine's KV cache holds
-    at their full length (max_tokens), so that none loses its keys to another, and at most 256."""
+    """Trajectories under way at a time on one rank. null: 256 at first, then as many as the
+    engine's KV cache holds of trajectories as long as those of the last rollouts, 32 to 256."""
     oversample: Annotated[float, Field(ge=1, le=4)] = 1.0
     """Times G attempts are started per question; the first G to finish are kept, the others
     aborted. Above 1 the slow tail costs no time, but short trajectories finish first: the

@@ -81,7 +81,7 @@ METRICS: dict[str, str] = {
     "update/learning_rate": "learning rate, mean over updates",
     "update/skipped": "share of the updates left out as not finite (learner.on_nonfinite=skip)",
     "balance/sampled": "most work of a rank over the mean [FLOP], had each kept what it sampled",
-    "balance/trained": "the same as trained: 1 is even",
+    "balance/trained": "the same of what ranks wait for, micro-batch by micro-batch: 1 is even",
     "supervised/nll": "[nat] negative log-likelihood per trained token of demonstrations",
     "supervised/entropy": "[nat] entropy per trained token of demonstrations",
     # sampler against learner

@@ -4,6 +4,7 @@ Two files per step and rank: `rollouts/` for the offline analyser, `tokens/` wit
 token-level view. Rank 0's file is `step_000012.jsonl`, another rank's
 `step_000012.rank_1.jsonl`. Pictures are stored once for the whole run. Trajectories that
 failed outside the policy are in `tokens/` alone: they take no part in loss and credit.
+Steps may be left out, and pictures: a crop can be cut again from its root.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from tapo_train.credit.result import CreditResult
 from tapo_train.errors import TapoError
 from tapo_train.report.files import write_atomically
 from tapo_train.report.rollout_row import rollout_row
-from tapo_train.report.token_view import Decode, credit_view, store_images, token_view
+from tapo_train.report.token_view import (
+    Decode,
+    StoredImages,
+    credit_view,
+    store_images,
+    token_view,
+)
 from tapo_train.types import Trajectory
 
 __all__ = ["TrajectoryDump", "write_trajectories"]
@@ -33,12 +40,27 @@ class TrajectoryDump:
         path: The run folder.
         rank: Of this process.
         decode: Tokens to text for the view's `text`; without it the view has none.
+        placeholder: Id of a picture's tokens, which are written as runs.
+        every: [steps] The steps it divides are dumped; 0: none.
+        images: Which pictures are stored.
     """
 
-    def __init__(self, path: Path, *, rank: int = 0, decode: Decode | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rank: int = 0,
+        decode: Decode | None = None,
+        placeholder: int | None = None,
+        every: int = 1,
+        images: StoredImages = "all",
+    ) -> None:
         self._path = path
         self._suffix = "" if rank == 0 else f".rank_{rank}"
         self._decode = decode
+        self._placeholder = placeholder
+        self._every = every
+        self._images = images
 
     def write(
         self,
@@ -47,7 +69,7 @@ class TrajectoryDump:
         advantages: Sequence[float],
         credit: CreditResult,
     ) -> None:
-        """Dump 0-based `step`; the three sequences run over the same rows.
+        """Dump 0-based `step` if it is due; the three sequences run over the same rows.
 
         Args:
             step: 0-based.
@@ -60,10 +82,17 @@ class TrajectoryDump:
                 f"dump of step {step}: {len(trajectories)} trajectories, {len(advantages)} "
                 f"advantages, {len(credit.step_advantages)} credit rows; wanted equal numbers"
             )
-        store_images(self._path / "images", trajectories)
+        if not self._every or step % self._every:
+            return
+        store_images(self._path / "images", trajectories, which=self._images)
         views = [
             credit_view(
-                token_view(trajectory, decode=self._decode),
+                token_view(
+                    trajectory,
+                    decode=self._decode,
+                    placeholder=self._placeholder,
+                    images=self._images,
+                ),
                 advantage=advantages[row],
                 credit=credit,
                 row=row,
@@ -92,11 +121,16 @@ class TrajectoryDump:
 
 
 def write_trajectories(
-    path: Path, trajectories: Sequence[Trajectory], *, decode: Decode | None = None
+    path: Path,
+    trajectories: Sequence[Trajectory],
+    *,
+    decode: Decode | None = None,
+    placeholder: int | None = None,
 ) -> None:
     """Token-level views without advantages (of an evaluation); pictures go to `images/` beside."""
     store_images(path.parent / "images", trajectories)
-    _write_lines(path, [token_view(trajectory, decode=decode) for trajectory in trajectories])
+    views = [token_view(held, decode=decode, placeholder=placeholder) for held in trajectories]
+    _write_lines(path, views)
 
 
 def _write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

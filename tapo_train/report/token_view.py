@@ -11,28 +11,48 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from tapo_train.credit.result import CallAdvantage, CreditResult, StepRecord
 from tapo_train.data.images import extension
+from tapo_train.errors import DataError
 from tapo_train.report.files import write_atomically
 from tapo_train.report.plain import plain
 from tapo_train.types import Image, Span, ToolCall, Trajectory, Turn
 
-__all__ = ["Decode", "credit_view", "store_images", "token_view"]
+__all__ = [
+    "Decode",
+    "StoredImages",
+    "credit_view",
+    "expanded_tokens",
+    "shortened_tokens",
+    "store_images",
+    "token_view",
+]
+
+StoredImages = Literal["all", "roots", "none"]
+"""Which pictures are stored: those cut from another are left out of `roots`."""
 
 Decode = Callable[[npt.NDArray[np.int32]], str]
 """Tokens to text, as the tokenizer does it."""
 
 
-def token_view(trajectory: Trajectory, *, decode: Decode | None = None) -> dict[str, Any]:
+def token_view(
+    trajectory: Trajectory,
+    *,
+    decode: Decode | None = None,
+    placeholder: int | None = None,
+    images: StoredImages = "all",
+) -> dict[str, Any]:
     """The trajectory without credit; `text` is there if `decode` is.
 
-    Spans are [start, end) positions in `tokens`; `logprobs` are those of the sampled
-    tokens in order (null where not finite).
+    `tokens` has a run of placeholders as [id, length]; spans are [start, end) positions in
+    `expanded_tokens(tokens)`. `logprobs` are those of the sampled tokens in order (null where
+    not finite). `text` has a picture's placeholder once. `file` of a picture is null where it is
+    not stored.
     """
     reward = trajectory.reward
     view: dict[str, Any] = {
@@ -48,14 +68,47 @@ def token_view(trajectory: Trajectory, *, decode: Decode | None = None) -> dict[
         else {"total": reward.total, "accuracy": reward.accuracy, "parts": dict(reward.parts)},
         "prompt_length": trajectory.prompt_length,
         "num_question_images": len(trajectory.task.images),
-        "images": [_image(image) for image in trajectory.images],
+        "images": [_image(image, images) for image in trajectory.images],
         "turns": [_turn(turn) for turn in trajectory.turns],
-        "tokens": trajectory.tokens.tolist(),
+        "tokens": shortened_tokens(trajectory.tokens, placeholder),
         "logprobs": [_finite(value) for value in trajectory.logprobs],
     }
     if decode is not None:
-        view["text"] = decode(trajectory.tokens)
+        view["text"] = decode(trajectory.tokens[_first_of_run(trajectory.tokens, placeholder)])
     return view
+
+
+def shortened_tokens(
+    tokens: npt.NDArray[np.int32], placeholder: int | None
+) -> list[int | list[int]]:
+    """[T] ids with every run of `placeholder` as [id, length]."""
+    places = np.flatnonzero(_first_of_run(tokens, placeholder))
+    lengths = np.diff(places, append=len(tokens))
+    return [
+        [id, length] if id == placeholder else id
+        for id, length in zip(tokens[places].tolist(), lengths.tolist(), strict=True)
+    ]
+
+
+def expanded_tokens(tokens: Sequence[int | list[int]]) -> npt.NDArray[np.int32]:
+    """[T] The ids of a view's `tokens`, one per position.
+
+    Raises:
+        DataError: an entry is neither an id nor [id, length].
+    """
+    runs = [entry if isinstance(entry, list) else [entry, 1] for entry in tokens]
+    if not all(len(run) == 2 and all(type(part) is int for part in run) for run in runs):
+        raise DataError("tokens: wanted ids and runs of them as [id, length]")
+    ids, lengths = zip(*runs, strict=True) if runs else ((), ())
+    return np.repeat(np.array(ids, dtype=np.int32), np.array(lengths, dtype=np.int64))
+
+
+def _first_of_run(tokens: npt.NDArray[np.int32], placeholder: int | None) -> npt.NDArray[np.bool_]:
+    """[T] False at placeholders that follow another of the same run."""
+    first = np.ones(len(tokens), dtype=np.bool_)
+    if placeholder is not None:
+        first[1:] = (tokens[1:] != placeholder) | (tokens[:-1] != placeholder)
+    return first
 
 
 def credit_view(
@@ -123,9 +176,9 @@ def _call(call: ToolCall) -> dict[str, Any]:
     }
 
 
-def _image(image: Image) -> dict[str, Any]:
+def _image(image: Image, stored: StoredImages) -> dict[str, Any]:
     return {
-        "file": _file_name(image),
+        "file": _file_name(image) if _is_stored(image, stored) else None,
         "sha256": image.sha256,
         "width": image.width,
         "height": image.height,
@@ -147,9 +200,15 @@ def _file_name(image: Image) -> str:
     return f"{image.sha256}{extension(image.data)}"
 
 
-def store_images(folder: Path, trajectories: Sequence[Trajectory]) -> None:
+def _is_stored(image: Image, which: StoredImages) -> bool:
+    return which == "all" or (which == "roots" and image.ref.root == f"sha256:{image.sha256}")
+
+
+def store_images(
+    folder: Path, trajectories: Sequence[Trajectory], *, which: StoredImages = "all"
+) -> None:
     """Write each picture once into `folder`, named as in the views."""
     for image in {image.sha256: image for held in trajectories for image in held.images}.values():
         path = folder / _file_name(image)
-        if not path.exists():
+        if _is_stored(image, which) and not path.exists():
             write_atomically(path, image.data)

@@ -46,16 +46,22 @@ BANNED = (
 `<|im_start|>` would open a message the policy may not write; `<|endoftext|>` would be a
 second way to end a turn."""
 
+PICTURE_CACHE_BYTES = 512 * 2**20
+"""Where no recipe says more."""
+
 
 class ChatFormat:
     """Prompts, observations and decoded turns of one model folder (Qwen-VL families).
+
+    Args:
+        picture_cache_bytes: for the learner's processed pictures.
 
     Raises:
         RolloutError: the chat template is not prefix-stable, or the tokenizer is not
             byte-level or lacks the control tokens.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, *, picture_cache_bytes: int = PICTURE_CACHE_BYTES) -> None:
         self.model = model
         self._processor: Any = AutoProcessor.from_pretrained(model)
         self._tokenizer: Any = self._processor.tokenizer
@@ -64,7 +70,7 @@ class ChatFormat:
         self.image_processor: Any = self._processor.image_processor
         self.decoder = ImageDecoder()
         """Decodes every picture of this process, for policy and tools."""
-        self._pixels = Pixels(self.image_processor, self.decoder)
+        self._pixels = Pixels(self.image_processor, self.decoder, cache_bytes=picture_cache_bytes)
         self.template = ChatTemplate(self._render, end=END, placeholder=PLACEHOLDER)
         self.end_token_id = self._control_id(END)
         self.image_token_id = self._control_id(PLACEHOLDER)

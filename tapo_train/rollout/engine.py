@@ -102,11 +102,11 @@ class Sleeper(Protocol):
     """An engine that can give the device's memory back between rollouts."""
 
     def sleep(self) -> None:
-        """Give it back; nothing may be in flight. Asleep already: no effect."""
+        """Give it back, the weights' too; nothing may be in flight. Asleep already: no effect."""
         ...
 
     def wake(self) -> None:
-        """Take it again, before weights are loaded or anything is submitted. Awake: no effect."""
+        """Take it again; `load_weights` must follow before anything is asked. Awake: no effect."""
         ...
 
 

@@ -59,9 +59,7 @@ class Pixels:
         cache_bytes: for processed pictures.
     """
 
-    def __init__(
-        self, image_processor: Any, decoder: ImageDecoder, *, cache_bytes: int = 512 * 2**20
-    ) -> None:
+    def __init__(self, image_processor: Any, decoder: ImageDecoder, *, cache_bytes: int) -> None:
         self._processor = image_processor
         self._merge = int(image_processor.merge_size) ** 2
         self._decoder = decoder

@@ -55,6 +55,8 @@ class VllmOptions:
     """Share of the device's memory on GPU (weights, keys and values, activations)."""
     cache_gib: int = 1
     """[GiB] keys and values on CPU."""
+    picture_cache_bytes: int = 4 * 2**30
+    """Of processed pictures, in the host's memory."""
     max_images: int = 64
     """Most pictures in one trajectory."""
     enforce_eager: bool | None = None
@@ -89,10 +91,11 @@ class VllmEngine:
             warnings.simplefilter("ignore", FutureWarning)
             self._llm: Any = vllm.LLM(**_arguments(chat, options))
         self._engine: Any = self._llm.llm_engine
-        self._inputs = InputBuilder(chat, self._engine)
+        self._inputs = InputBuilder(chat, self._engine, cache_bytes=options.picture_cache_bytes)
         self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
         self._in_flight: dict[str, GenerationRequest] = {}
         self._is_asleep = False
+        self._has_weights = True
         self.version = 0
 
     def submit(self, request: GenerationRequest) -> None:
@@ -153,25 +156,31 @@ class VllmEngine:
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """See `Engine.load_weights`."""
         self._require_idle("load_weights")
+        if self._is_asleep:
+            raise EngineError("load_weights needs an engine that is awake")
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Keys and values, processed pictures and encoded pictures were all computed with
         # or beside the old weights. Leaving the encoder cache out kills the next request.
+        if not self._has_weights:
+            # Only now: until the learner's last tensor has come, both need the device.
+            self._llm.wake_up(tags=["kv_cache"])
+            self._has_weights = True
         self._llm.reset_prefix_cache()
         self._engine.reset_mm_cache()
         self._engine.reset_encoder_cache()
         self.version = version
 
     def sleep(self) -> None:
-        """See `Sleeper.sleep`. The weights go to the host's memory, keys and values are lost."""
+        """See `Sleeper.sleep`. Weights, keys and values are lost: nothing goes to the host."""
         self._require_idle("sleep")
         if not self._is_asleep:
-            self._llm.sleep(level=1)
-            self._is_asleep = True
+            self._llm.sleep(level=2)
+            self._is_asleep, self._has_weights = True, False
 
     def wake(self) -> None:
-        """See `Sleeper.wake`."""
+        """See `Sleeper.wake`. Room for keys and values is taken when the weights are there."""
         if self._is_asleep:
-            self._llm.wake_up()
+            self._llm.wake_up(tags=["weights"])
             self._is_asleep = False
 
     def close(self) -> None:
@@ -207,6 +216,8 @@ class VllmEngine:
         images: Sequence[Image],
         parameters: SamplingParams,
     ) -> None:
+        if not self._has_weights:
+            raise EngineError(f"request {id}: the engine slept; wanted load_weights first")
         self._engine.add_request(id, self._inputs.build(id, tokens, images), parameters)
 
     def _completion(self, output: Any) -> Completion:

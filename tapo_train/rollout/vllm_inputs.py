@@ -26,22 +26,20 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.pixels import RecentlyUsed
 from tapo_train.types import Image
 
-HELD_BYTES = 512 * 2**20
-"""Of processed pictures; one that was thrown out is processed again."""
-
 
 class InputBuilder:
     """Builds engine inputs for one engine.
 
     Args:
         engine: vLLM's `LLMEngine`, whose renderer knows how pictures are processed.
+        cache_bytes: for processed pictures; one that was thrown out is processed again.
     """
 
-    def __init__(self, chat: ChatFormat, engine: Any) -> None:
+    def __init__(self, chat: ChatFormat, engine: Any, *, cache_bytes: int) -> None:
         self._chat = chat
         self._processor = engine.renderer.get_mm_processor()
         self._options = self._processor.info.ctx.get_merged_mm_kwargs({})
-        self._features: RecentlyUsed[tuple[Any, int]] = RecentlyUsed(limit_bytes=HELD_BYTES)
+        self._features: RecentlyUsed[tuple[Any, int]] = RecentlyUsed(limit_bytes=cache_bytes)
 
     def build(self, id: str, tokens: npt.NDArray[np.int32], images: Sequence[Image]) -> Any:
         """The input of request `id`: expanded ids, features, and where they belong.

@@ -117,7 +117,6 @@ class Schedule:
     rollouts_per_question: int
     updates_per_batch: int
     epochs: int
-    micro_batch_tokens: int
     recompute_old_logprobs: bool
     drop_uniform_groups: bool
     aggregation: Aggregation

@@ -18,7 +18,7 @@ from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
 from tapo_train.errors import CheckpointError, OutageError, ToolBudgetError
 from tapo_train.learner import distributed, random_state
-from tapo_train.learner.batch import MicroBatch, pack
+from tapo_train.learner.batch import MicroBatch, join
 from tapo_train.report.sinks import Sink, write_all
 from tapo_train.training.interruption import Ending, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule, Stateful
@@ -241,7 +241,7 @@ class Trainer:
         for rows in cuts:
             mine, evenness = self._parts.exchange(rows)
             balance = merge(balance, evenness)
-            packed.append(pack(mine, budget_tokens=schedule.micro_batch_tokens))
+            packed.append([join(together) for together in mine])
         if schedule.recompute_old_logprobs:
             packed = [self._parts.policy.with_old_logprobs(batches) for batches in packed]
         anchored = [self._parts.reference(batches) for batches in packed]

@@ -1,0 +1,20 @@
+"""What a run writes down of its trajectories."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
+
+from tapo_train.recipe.values import STRICT, CountOrZero
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Report:
+    """Dumps of trajectories: `rollouts/`, `tokens/` and `images/` of the run folder."""
+
+    dump_every: CountOrZero = 1
+    """[steps] Steps it divides are dumped, the first one among them; 0: none. 1024 trajectories of
+    8000 tokens take some 80 MB without their pictures."""
+    dump_images: Literal["all", "roots", "none"] = "all"
+    """roots leaves out what was cut from another picture: each row says which one, and where."""
