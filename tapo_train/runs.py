@@ -26,7 +26,7 @@ from tapo_train.learner.convert import convert_weights
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe, recipe_to_show, to_yaml
-from tapo_train.report.dumps import TrajectoryDump, write_trajectories
+from tapo_train.report.dumps import write_trajectories
 from tapo_train.report.manifest import describe_data, describe_model, describe_process
 from tapo_train.report.metrics_file import MetricsFile
 from tapo_train.report.plots import plot_metrics
@@ -154,14 +154,7 @@ def make_parts(
         watch=watch,
         watchdog=watchdog,
         interruption=interruption,
-        dump=TrajectoryDump(
-            folder.path,
-            rank=distributed.rank(),
-            decode=lambda tokens: chat.decode(tokens).text,
-            placeholder=chat.image_token_id,
-            every=recipe.report.dump_every,
-            images=recipe.report.dump_images,
-        ),
+        dump=build.build_dump(recipe, folder.path, chat),
         probe=(prompt, tasks[0].images),
     )
 

@@ -104,23 +104,31 @@ def test_a_windowed_tower_sees_the_whole_picture_in_few_layers_only(tiny_qwen2_5
 
 def test_costly_rows_are_dealt_out_first_each_to_the_micro_batch_with_the_least_work():
     costs = [3, 7, 5, 4, 6]
-    dealt = deal(costs, [10] * 5, budget_tokens=30, num_ranks=2, home=[0] * 5)
-    # 7 + 5 of a mean of 12.5 stay at home, 6 + 4 + 3 go.
-    assert dealt == [[[1, 2]], [[4, 3, 0]]]
+    dealt = deal(costs, [10] * 5, budget_tokens=30, num_ranks=2, home=[1, 0, 0, 0, 0])
+    # In one micro-step 14 of a mean of 12.5 would be waited for; in two it is 7 and 6.
+    assert dealt == [[[1], [4]], [[3, 0], [2]]]
     assert evenness(costs, dealt) == pytest.approx(13 / 12.5)
-    assert rank_of(dealt, count=5) == [1, 0, 0, 1, 1]
     assert imbalance(costs, [0] * 5, num_ranks=2) == 2.0
 
 
-def test_a_row_stays_at_home_while_a_micro_batch_there_is_within_the_mean():
-    def ranks(costs, home, num_ranks):
-        lengths = [1] * len(costs)
-        dealt = deal(costs, lengths, budget_tokens=9, num_ranks=num_ranks, home=home)
-        return rank_of(dealt, count=len(costs))
+def test_a_micro_batch_goes_where_most_of_its_rows_are():
+    dealt = deal([1] * 6, [5] * 6, budget_tokens=10, num_ranks=3, home=[2, 1, 0, 2, 1, 0])
+    assert [sorted(i for rows in batches for i in rows) for batches in dealt] == [
+        [2, 5],
+        [1, 4],
+        [0, 3],
+    ]
+    assert rank_of(dealt, count=6) == [2, 1, 0, 2, 1, 0]
 
-    assert ranks([1, 1, 1, 1], [1, 0, 1, 0], 2) == [1, 0, 1, 0]
-    assert ranks([4, 1, 1, 2], [0, 0, 0, 0], 2) == [0, 1, 1, 1]
-    assert ranks([5, 5, 5, 5], [2, 2, 2, 2], 4) == [2, 0, 1, 3]
+
+def test_micro_batches_of_like_cost_meet_in_one_micro_step():
+    # Four rows that fill a micro-batch each: 9 beside 8 and 2 beside 1.
+    dealt = deal([9, 2, 8, 1], [10] * 4, budget_tokens=10, num_ranks=2, home=[0, 0, 0, 0])
+    assert [sorted(rows[0] for rows in step) for step in zip(*dealt, strict=True)] == [
+        [0, 2],
+        [1, 3],
+    ]
+    assert evenness([9, 2, 8, 1], dealt) == pytest.approx((9 + 2) / 10)
 
 
 def test_what_the_ranks_wait_for_is_the_most_costly_micro_batch_of_each_micro_step():

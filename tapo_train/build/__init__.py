@@ -27,7 +27,7 @@ from tapo_train.build.rollout import (
     build_play,
     build_rounds,
 )
-from tapo_train.build.schedule import build_schedule, build_watch
+from tapo_train.build.schedule import build_dump, build_schedule, build_watch
 from tapo_train.build.tools import build_audit, build_toolbox
 
 __all__ = [
@@ -37,6 +37,7 @@ __all__ = [
     "build_chat",
     "build_correction",
     "build_credit",
+    "build_dump",
     "build_engine",
     "build_engine_server",
     "build_exchange",

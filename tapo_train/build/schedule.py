@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from tapo_train.build.algo import is_recomputed_in_passing
+from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
+from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.warnings import Watch
+from tapo_train.rollout.chat import ChatFormat
 from tapo_train.training.parts import Schedule
 
 
@@ -36,4 +41,16 @@ def build_watch(recipe: Recipe) -> Watch:
         recent_steps=watch.recent_steps,
         stop_on=watch.stop_on,
         stop_after=watch.stop_after,
+    )
+
+
+def build_dump(recipe: Recipe, folder: Path, chat: ChatFormat) -> TrajectoryDump:
+    """What this rank writes of its trajectories into the run's folder."""
+    return TrajectoryDump(
+        folder,
+        rank=distributed.rank(),
+        decode=lambda tokens: chat.decode(tokens).text,
+        placeholder=chat.image_token_id,
+        every=recipe.report.dump_every,
+        images=recipe.report.dump_images,
     )

@@ -19,6 +19,9 @@ Dealt = list[list[list[int]]]
 SPARE_STEPS = 1
 """Micro-steps above the fewest possible that are tried: room makes costs even."""
 
+STEP_COST = 0.02
+"""Of a micro-batch's cost, what a micro-step more takes: weights are gathered again. Assumed."""
+
 
 def deal(
     costs: Sequence[float],
@@ -34,15 +37,17 @@ def deal(
         costs: of all rows of the step, >= 0, the same on every rank.
         lengths: [tokens] of the same rows; one longer than the budget goes alone.
         budget_tokens: of a micro-batch.
-        home: where each row is now; it stays there where that costs nothing.
+        home: where each row is now; of equal cuts, few rows travel.
     """
     full = best_fit(lengths, budget_tokens=budget_tokens)
     fewest = ceil(len(full) / num_ranks)
-    tried = [_neighbours(costs, full, num_ranks=num_ranks)]
+    cuts = [full]
     for steps in range(fewest, fewest + 1 + SPARE_STEPS) if full else ():
-        even = _even(costs, lengths, home, budget=budget_tokens, ranks=num_ranks, steps=steps)
-        tried += [even] if even else []
-    return min(tried, key=lambda dealt: _waited(costs, dealt))
+        even = _even(costs, lengths, budget=budget_tokens, count=steps * num_ranks)
+        cuts += [even] if even else []
+    dealt = [_neighbours(costs, cut, home, num_ranks=num_ranks) for cut in cuts]
+    step = STEP_COST * sum(costs) / num_ranks / max(fewest, 1)
+    return min(dealt, key=lambda each: _waited(costs, each) + step * max(map(len, each)))
 
 
 def rank_of(dealt: Dealt, *, count: int) -> list[int]:
@@ -74,42 +79,36 @@ def _waited(costs: Sequence[float], dealt: Dealt) -> float:
 
 
 def _neighbours(
-    costs: Sequence[float], batches: Sequence[Sequence[int]], *, num_ranks: int
+    costs: Sequence[float], batches: Sequence[list[int]], home: Sequence[int], *, num_ranks: int
 ) -> Dealt:
-    """Full micro-batches, those that cost about the same in one micro-step."""
+    """Micro-batches that cost about the same in one micro-step, each where most of it is."""
+    dealt: Dealt = [[] for _ in range(num_ranks)]
     ordered = sorted(batches, key=lambda rows: -sum(costs[i] for i in rows))
-    return [[list(rows) for rows in ordered[rank::num_ranks]] for rank in range(num_ranks)]
+    for start in range(0, len(ordered), num_ranks):
+        together = ordered[start : start + num_ranks]
+        there = [np.bincount([home[i] for i in rows], minlength=num_ranks) for rows in together]
+        pairs = [(number, rank) for number in range(len(together)) for rank in range(num_ranks)]
+        placed, taken = set[int](), set[int]()
+        for number, rank in sorted(pairs, key=lambda pair: -there[pair[0]][pair[1]]):
+            if number not in placed and rank not in taken:
+                placed.add(number)
+                taken.add(rank)
+                dealt[rank].append(together[number])
+    return dealt
 
 
 def _even(
-    costs: Sequence[float],
-    lengths: Sequence[int],
-    home: Sequence[int],
-    *,
-    budget: int,
-    ranks: int,
-    steps: int,
-) -> Dealt | None:
-    """Costly rows first, each to the micro-batch with the least work; None if they do not fit.
-
-    A row stays at home while a micro-batch there is within the mean, so that few rows travel.
-    """
-    work, room = np.zeros((ranks, steps)), np.full((ranks, steps), budget)
-    chosen: Dealt = [[[] for _ in range(steps)] for _ in range(ranks)]
-    mean = sum(costs) / (ranks * steps)
+    costs: Sequence[float], lengths: Sequence[int], *, budget: int, count: int
+) -> list[list[int]] | None:
+    """Costly rows first, each to the micro-batch with the least work; None if they do not fit."""
+    work, room = np.zeros(count), np.full(count, budget)
+    chosen: list[list[int]] = [[] for _ in range(count)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         has_room = room >= min(lengths[i], budget)
         if not has_room.any():
             return None
-        open_work = np.where(has_room, work, np.inf)
-        rank, step = home[i], int(open_work[home[i]].argmin())
-        if open_work[rank, step] + costs[i] > mean:
-            rank, step = divmod(int(open_work.argmin()), steps)
-        work[rank, step] += costs[i]
-        room[rank, step] = max(0, room[rank, step] - lengths[i])
-        chosen[rank][step].append(i)
-    order = np.argsort(-work, axis=1, kind="stable")
-    return [
-        [batches[step] for step in steps_of if batches[step]]
-        for batches, steps_of in zip(chosen, order.tolist(), strict=True)
-    ]
+        batch = int(np.where(has_room, work, np.inf).argmin())
+        work[batch] += costs[i]
+        room[batch] = max(0, room[batch] - lengths[i])
+        chosen[batch].append(i)
+    return [rows for rows in chosen if rows]

@@ -71,7 +71,8 @@ def plan_phases(recipe: Recipe, shape: ModelShape, device: Device) -> tuple[Phas
     weights = {"engine's weights": engine.get("engine's weights", 0.0)}
     tokens, patches = micro_batch(recipe, shape)
     gathered = {"gathered weights": memory.gathered_bytes(shape, plan)}
-    whole = {"gathered weights": float(shape.head_weights * ELEMENT[plan.precision])}
+    # One parameter is handed over while the next is gathered.
+    whole = {"gathered weights": 2.0 * shape.head_weights * ELEMENT[plan.precision]}
     beside = {"asleep": ASLEEP} if _sleeps(recipe) else engine
     scored = memory.scoring_bytes(shape, plan, tokens=tokens, patches=patches)
     updated = memory.activation_bytes(shape, plan, tokens=tokens, patches=patches)
