@@ -53,6 +53,10 @@ COMMANDS = {
         module="tapo_train.credit.analyze",
         summary="run the credit stage alone on dumped rollouts of any framework",
     ),
+    "inspect": Command(
+        module="tapo_train.commands.inspect",
+        summary="write pages that show every attempt of a run, and why a step was corrected",
+    ),
     "export": Command(
         module="tapo_train.learner.export",
         summary="write a checkpoint as a Hugging Face folder",

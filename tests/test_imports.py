@@ -21,7 +21,7 @@ LAYERS = (
     {"learner", "report", "rewards", "rollout"},
     {"recipe"},
     {"training"},
-    {"demo"},
+    {"demo", "inspector"},
     {"build"},
     {"runs"},
     {"commands", "__main__", "__init__"},
