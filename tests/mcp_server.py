@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mcp.server.mcpserver import Image, MCPServer
 from mcp.server.mcpserver.exceptions import ToolError
+from mcp.types import CallToolResult
 from PIL import Image as PilImage
 
 server = MCPServer("little", version="3")
@@ -47,6 +48,12 @@ async def hang() -> str:
     """Hold up the whole server."""
     time.sleep(3600)
     return "never"
+
+
+@server.tool()
+def hits() -> CallToolResult:
+    """Search; the hits are in structured content alone."""
+    return CallToolResult(content=[], structured_content={"hits": [{"built": 1931}]})
 
 
 @server.tool()

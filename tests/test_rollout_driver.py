@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from scripted_engine import ScriptedEngine
 
+from tapo_train.errors import EngineError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
@@ -119,3 +121,87 @@ def test_the_requests_of_a_run_that_fails_do_not_stay_in_the_engine(chat: ChatFo
         driven(engine, play)
     assert sorted(engine.aborted) == ["a", "b"]
     assert not engine.has_unfinished()
+
+
+class SlowEngine(ScriptedEngine):
+    """Holds its thread for a step, until it is let."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.threads: set[int] = set()
+        self.in_step, self.may_go_on = threading.Event(), threading.Event()
+
+    def submit(self, request: GenerationRequest) -> None:
+        self.threads.add(threading.get_ident())
+        super().submit(request)
+
+    def step(self) -> list[Completion]:
+        self.threads.add(threading.get_ident())
+        self.in_step.set()
+        assert self.may_go_on.wait(20)
+        return super().step()
+
+    def abort(self, ids: Sequence[str]) -> None:
+        self.threads.add(threading.get_ident())
+        super().abort(ids)
+
+
+def test_episodes_go_on_during_a_step_and_the_engine_keeps_to_its_thread(
+    chat: ChatFormat,
+) -> None:
+    engine = SlowEngine(chat, lambda _: "x", steps=2)
+
+    async def play(driver: EngineDriver) -> list[Completion]:
+        waiting = asyncio.ensure_future(driver.generate(request("a")))
+        late = asyncio.ensure_future(driver.generate(request("b")))
+        while not engine.in_step.is_set():
+            await asyncio.sleep(0.001)
+        late.cancel()
+        await asyncio.sleep(0.01)  # the step is still going on
+        assert threading.get_ident() not in engine.threads
+        engine.may_go_on.set()
+        return [await waiting]
+
+    assert [completion.id for completion in driven(engine, play)] == ["a"]
+    assert engine.threads == {threading.get_ident()}
+    assert engine.aborted == ["b"]
+
+
+def test_an_error_of_the_engine_ends_the_episodes_and_is_the_one_that_is_told(
+    chat: ChatFormat,
+) -> None:
+    ended = []
+
+    class Broken(ScriptedEngine):
+        def step(self) -> list[Completion]:
+            raise EngineError("out of memory")
+
+    async def play(driver: EngineDriver) -> list[Completion]:
+        try:
+            return [await driver.generate(request("a"))]
+        finally:
+            ended.append(True)
+
+    engine = Broken(chat, lambda _: "x")
+    with pytest.raises(EngineError, match="out of memory"):
+        driven(engine, play)
+    assert ended == [True] and not engine.has_unfinished()
+
+
+def test_what_an_episode_left_running_ends_with_the_others(chat: ChatFormat) -> None:
+    ended = []
+
+    async def forever() -> None:
+        try:
+            await asyncio.sleep(1000)
+        finally:
+            ended.append(True)
+
+    async def play(driver: EngineDriver) -> list[Completion]:
+        left = asyncio.ensure_future(forever())
+        await asyncio.sleep(0)
+        assert not left.done()
+        return []
+
+    assert driven(ScriptedEngine(chat, lambda _: "x"), play) == []
+    assert ended == [True]

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mcp import types as mcp_types
 from process_environment import ROOT, environment
 from pydantic import ValidationError
 
@@ -21,7 +22,9 @@ from tapo_train.tools import mcp as mcp_door
 from tapo_train.tools.base import Tool, ToolContext
 from tapo_train.tools.json_schema import arguments_model_of
 from tapo_train.tools.mcp import RESTARTS, McpServer, McpTool
+from tapo_train.tools.mcp_answer import read_answer
 from tapo_train.tools.sandbox import Sandbox
+from tapo_train.tools.schema import function_schema
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Task
 
@@ -46,7 +49,7 @@ def run(server: McpServer, name: str, arguments: dict[str, Any], **limits: Any) 
 
 def test_the_listed_tools_have_the_servers_schema(server: McpServer) -> None:
     assert [tool.name for tool in server.tools] == [
-        *("add", "draw", "refuse", "sleep", "hang", "die")
+        *("add", "draw", "refuse", "sleep", "hang", "hits", "die")
     ]
     schemas = Toolbox(list[Tool](server.tools), deadline_s=1).schemas()
     assert schemas[0]["function"] == {
@@ -59,7 +62,7 @@ def test_the_listed_tools_have_the_servers_schema(server: McpServer) -> None:
         },
     }
     versions = [tool.version for tool in server.tools]
-    assert len(set(versions)) == 6 and all(v.startswith("mcp little 3 ") for v in versions)
+    assert len(set(versions)) == 7 and all(v.startswith("mcp little 3 ") for v in versions)
 
 
 def test_text_and_pictures_become_an_observation(server: McpServer) -> None:
@@ -252,3 +255,148 @@ def test_answers_that_are_cut_elsewhere_are_other_answers(server: McpServer) -> 
         for chars in (10, 20)
     }
     assert len(versions) == 2
+
+
+def test_an_answer_whose_content_is_structured_alone_is_read(server: McpServer) -> None:
+    seen = run(server, "hits", {})
+    assert (seen.outcome, seen.text) == (Outcome.OK, '{"hits": [{"built": 1931}]}')
+
+
+HITS = {"hits": [{"built": 1931}]}
+WRITTEN = '{"hits": [{"built": 1931}]}'
+
+
+def said(text: str) -> mcp_types.TextContent:
+    return mcp_types.TextContent(type="text", text=text)
+
+
+@pytest.mark.parametrize(
+    ("content", "structured", "text"),
+    [
+        ([], HITS, WRITTEN),
+        ([said("1 hit")], HITS, f"1 hit\n{WRITTEN}"),
+        ([said('{ "hits":[{"built":1931}] }')], HITS, '{ "hits":[{"built":1931}] }'),
+        ([said("3")], {"result": 3}, "3"),
+        ([said("three")], {"result": "three"}, "three"),
+        ([said("1"), said("2")], {"result": [1, 2]}, "1\n2"),
+        ([], {"result": None}, ""),
+        ([], {}, ""),
+        ([said("é")], {"é": "ü"}, 'é\n{"é": "ü"}'),
+        (
+            [
+                mcp_types.EmbeddedResource(
+                    type="resource",
+                    resource=mcp_types.TextResourceContents(uri="doc://x", text="Built in 1931."),
+                )
+            ],
+            None,
+            "Built in 1931.",
+        ),
+        (
+            [
+                mcp_types.ResourceLink(
+                    type="resource_link", name="tower", title="Tower", uri="https://example.org/t"
+                )
+            ],
+            None,
+            "Tower (https://example.org/t)",
+        ),
+        (
+            [said("x"), mcp_types.AudioContent(type="audio", data="AA", mime_type="audio/wav")],
+            None,
+            "x\n[1 parts that are neither text nor picture are left out]",
+        ),
+    ],
+)
+def test_all_parts_of_an_answer_are_shown_and_none_twice(
+    content: list[Any], structured: Any, text: str
+) -> None:
+    assert read_answer(content, structured).text == text
+
+
+def test_a_picture_may_be_an_embedded_resource() -> None:
+    blob = mcp_types.BlobResourceContents(uri="pic://x", mime_type="image/png", blob="AAAA")
+    other = mcp_types.BlobResourceContents(uri="zip://x", mime_type="application/zip", blob="AAAA")
+    parts = [mcp_types.EmbeddedResource(type="resource", resource=each) for each in (blob, other)]
+    answer = read_answer(parts, None)
+    assert (answer.pictures, answer.left_out) == (["AAAA"], 1)
+
+
+def shown(schema: dict[str, Any]) -> dict[str, Any]:
+    model = arguments_model_of("t", schema)
+    parameters: dict[str, Any] = function_schema("t", "d", model)["function"]["parameters"]
+    return parameters
+
+
+def test_the_policy_is_shown_all_that_a_foreign_schema_judges_by() -> None:
+    inner = {
+        "kind": {"oneOf": [{"const": "a"}, {"type": "string", "pattern": "^b+$"}]},
+        "tags": {"type": "array", "minItems": 1, "maxItems": 3, "uniqueItems": True,
+                 "items": {"type": "string", "minLength": 2}},
+        "pair": {"type": "array", "prefixItems": [{"type": "integer"}, {"multipleOf": 5}]},
+        "title": {"type": "string", "format": "date"},
+        "map": {"type": "object", "patternProperties": {"^x": {"exclusiveMinimum": 0}},
+                "additionalProperties": False, "minProperties": 1},
+        "not": {"not": {"enum": [1]}, "allOf": [{"minimum": 0}]},
+    }  # fmt: skip
+    schema = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Arguments",
+        "type": "object",
+        "properties": inner,
+        "required": ["kind"],
+        "dependentRequired": {"tags": ["kind"]},
+        "anyOf": [{"required": ["tags"]}, {"required": ["pair"]}],
+        "additionalProperties": False,
+    }
+    parameters = shown(schema)
+    assert parameters["properties"] == inner
+    assert parameters["anyOf"] == schema["anyOf"]
+    assert parameters["dependentRequired"] == {"tags": ["kind"]}
+    assert not {"$schema", "title"} & set(parameters)
+
+
+def test_titles_are_left_out_and_an_argument_called_title_is_not() -> None:
+    parameters = shown(
+        {"type": "object", "properties": {"title": {"title": "Title", "type": "string"}}}
+    )
+    assert parameters == {"type": "object", "properties": {"title": {"type": "string"}}}
+
+
+def test_references_are_shown_in_place_where_that_comes_to_an_end() -> None:
+    size = {"type": "integer", "minimum": 1, "description": "in px"}
+    schema = {
+        "type": "object",
+        "properties": {
+            "width": {"$ref": "#/$defs/size", "description": "of the picture"},
+            "height": {"$ref": "#/$defs/size", "minimum": 5},
+            "depth": {"$ref": "#/properties/width"},
+        },
+        "$defs": {"size": size},
+    }
+    wide = {"type": "integer", "minimum": 1, "description": "of the picture"}
+    assert shown(schema)["properties"] == {
+        "width": wide,
+        "height": {"allOf": [size], "minimum": 5},
+        "depth": wide,
+    }
+    tree = {"type": "array", "items": {"$ref": "#/$defs/tree"}}
+    endless = {
+        "type": "object",
+        "properties": {"tree": {"$ref": "#/$defs/tree"}},
+        "$defs": {"tree": tree},
+    }
+    assert shown(endless) == endless, "whole, as it can only be read with its definitions"
+
+
+def test_references_that_multiply_stay_references() -> None:
+    levels = {
+        f"l{n}": {"anyOf": [{"$ref": f"#/$defs/l{n + 1}"}, {"$ref": f"#/$defs/l{n + 1}"}]}
+        for n in range(30)
+    }
+    schema = {
+        "type": "object",
+        "properties": {"x": {"$ref": "#/$defs/l0"}},
+        "$defs": {**levels, "l30": {"type": "string"}},
+    }
+    assert shown(schema) == schema

@@ -10,9 +10,11 @@ import asyncio
 import gzip
 import hashlib
 import zlib
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import pytest
-from loopback import Loopback, Reply, fetching, response, saying
+from loopback import Loopback, Reply, fetching, names, response, saying
 
 from tapo_train.errors import ConfigError, ToolDownError, ToolRefusedError, ToolStatusError
 from tapo_train.tools.addresses import AllowedHosts, require_address
@@ -341,3 +343,112 @@ def test_proxies_of_the_environment_are_not_used(monkeypatch: pytest.MonkeyPatch
         assert (await direct.get(f"http://127.0.0.1:{loopback.port}/")).data == b"hello"
 
     fetching(OK, use)
+
+
+async def keeping(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Answers every request of a connection with the port it came from."""
+    port = str(writer.get_extra_info("peername")[1]).encode()
+    try:
+        while True:
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(response(port))
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+def kept(
+    use: Callable[[HttpClient, asyncio.Server], Coroutine[Any, Any, None]],
+    *,
+    handle: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Any] = keeping,
+) -> None:
+    """Run `use` with a client whose names all lead to a server that keeps connections."""
+
+    async def run() -> None:
+        server = await asyncio.start_server(handle, "127.0.0.1", 0)
+        loopback = Loopback(port=server.sockets[0].getsockname()[1])
+        resolve = names({"a.test": PUBLIC, "b.test": PUBLIC, "c.test": f"{PUBLIC} 93.184.215.15"})
+        client = HttpClient(
+            limits=FetchLimits(timeout_s=10.0), connect=loopback.connect, resolve=resolve
+        )
+        await use(client, server)
+        await client.close()
+        server.close()
+
+    asyncio.run(run())
+
+
+def test_a_connection_is_kept_for_the_same_name_and_for_no_other() -> None:
+    """Its certificate was checked for that name, though the address is the same."""
+
+    async def use(client: HttpClient, server: asyncio.Server) -> None:
+        first = [(await client.get("http://a.test/")).data for _ in range(3)]
+        other = (await client.get("http://b.test/")).data
+        again = (await client.get("http://a.test/")).data
+        assert len({*first, again}) == 1 and other not in first
+        await client.close()
+        assert (await client.get("http://a.test/")).data not in first
+
+    kept(use)
+
+
+def test_a_kept_connection_that_its_server_closed_costs_no_request() -> None:
+    """The server hangs up after each answer without saying so, or in the middle of the next."""
+    seen = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.append("answered")
+        writer.write(response(b"ok"))
+        await writer.drain()
+        try:
+            await reader.readuntil(b"\r\n\r\n")
+            seen.append("hung up")
+        except asyncio.IncompleteReadError:
+            pass
+        writer.close()
+
+    async def use(client: HttpClient, server: asyncio.Server) -> None:
+        for _ in range(3):
+            assert (await client.get("http://a.test/")).data == b"ok"
+
+    kept(use, handle=handle)
+    assert seen == ["answered", "hung up", "answered", "hung up", "answered"]
+
+
+def test_a_first_request_that_breaks_is_not_sent_again() -> None:
+    seen = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        seen.append("asked")
+        writer.close()
+
+    async def use(client: HttpClient, server: asyncio.Server) -> None:
+        with pytest.raises(ToolDownError):
+            await client.get("http://a.test/")
+
+    kept(use, handle=handle)
+    assert seen == ["asked"]
+
+
+def test_no_more_places_are_kept_than_said_and_none_in_use_is_given_up() -> None:
+    async def use(client: HttpClient, server: asyncio.Server) -> None:
+        for address in range(1, 80):
+            await client.get(f"http://93.184.215.{address}/")
+        places = client._connections._places
+        assert len(places) == 64
+        assert [address for _, address in places] == [f"93.184.215.{n}" for n in range(16, 80)]
+
+    async def numbers(host: str, port: int) -> list[str]:
+        return [host]
+
+    async def run() -> None:
+        server = await asyncio.start_server(keeping, "127.0.0.1", 0)
+        loopback = Loopback(port=server.sockets[0].getsockname()[1])
+        client = HttpClient(connect=loopback.connect, resolve=numbers)
+        await use(client, server)
+        await client.close()
+        server.close()
+
+    asyncio.run(run())
