@@ -21,6 +21,8 @@ _UNREADABLE = re.compile(
     "\U000e0000-\U000e0fff"  # tags: letters that nobody sees
     "]"
 )
+_LOOKED_AT = 8
+"""Times as many characters as are shown; pages of several megabytes would hold up other tools."""
 _SPACES = re.compile(r"[^\S\n]+")
 _LINE_ENDS = re.compile(r" ?\n ?")
 _BLANK_LINES = re.compile(r"\n{3,}")
@@ -39,12 +41,16 @@ _BLOCKS = frozenset(
 def readable(text: str, *, max_chars: int) -> str:
     """`text` without unreadable characters and runs of blanks, cut at `max_chars`.
 
-    The cut is said, in up to 6 further characters. What comes out can be written to any file.
+    The cut is said, in up to 6 further characters. What comes out can be written to any file. Of a
+    long text no more is looked at than is likely to be shown.
     """
+    looked_at = max_chars * _LOOKED_AT
+    is_longer, text = len(text) > looked_at, text[:looked_at]
     text = _UNREADABLE.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))
     text = _LINE_ENDS.sub("\n", _SPACES.sub(" ", text))
     text = _BLANK_LINES.sub("\n\n", text).strip()
-    return text if len(text) <= max_chars else text[:max_chars].rstrip() + CUT
+    is_cut = is_longer or len(text) > max_chars
+    return text[:max_chars].rstrip() + CUT if is_cut else text
 
 
 def numbered(passages: Sequence[str], *, max_chars: int) -> str:
