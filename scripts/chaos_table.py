@@ -32,6 +32,11 @@ REASONS = {
         ("opening it", "took too long to open"),
     ),
     "infra_error": (
+        ("private", "an endpoint that leads to a private address"),
+        ("link-local", "an endpoint that leads to a link-local address"),
+        ("disguised", "an endpoint that leads to an IPv4 address inside IPv6"),
+        ("bomb", "a decompression bomb"),
+        ("too large", "more bytes than allowed"),
         ("HTTP 5", "HTTP 5xx"),
         ("another form", "an answer of another form"),
         ("connection failed", "a connection that failed or broke off"),

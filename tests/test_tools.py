@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from PIL import Image as PilImage
+from PIL import ImageDraw
 from pydantic import BaseModel
 
 from tapo_train.errors import (
@@ -28,6 +29,7 @@ from tapo_train.tools.base import ToolContext
 from tapo_train.tools.crop import ZoomTool, compose
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
 from tapo_train.tools.images import ImageDecoder, encode_png, image_from_bytes
+from tapo_train.tools.page_text import numbered
 from tapo_train.tools.text_search import CorpusIndex, Passage, TextSearchTool
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
@@ -53,6 +55,45 @@ def run(
 
 def zoom_box(min_side_px: int = 16) -> Toolbox:
     return Toolbox([ZoomTool(ImageDecoder(), min_side_px=min_side_px)], deadline_s=5)
+
+
+def test_a_transparent_picture_is_found_in_an_index_that_holds_it(tmp_path: Path) -> None:
+    """Transparency becomes white for the query, so it must in the index and in its thumbnail."""
+    logo = PilImage.new("RGBA", (128, 128), (0, 0, 0, 0))
+    ImageDraw.Draw(logo).ellipse((20, 20, 70, 100), fill=(10, 10, 10, 255))
+    ImageDraw.Draw(logo).rectangle((80, 30, 110, 60), fill=(30, 30, 30, 255))
+    logo.save(tmp_path / "logo.png")
+    (tmp_path / "index.jsonl").write_text('{"title": "ACME", "image": "logo.png"}\n')
+    index = ImageIndex.load(tmp_path / "index.jsonl", thumbnail_side_px=32)
+    box = Toolbox([ImageSearchTool(index, ImageDecoder())], deadline_s=5)
+    image = image_from_bytes((tmp_path / "logo.png").read_bytes(), width=128, height=128)
+    seen = run(box, "image_search_tool", {}, image)
+    assert "Title 1: ACME" in seen.text
+    thumbnail = ImageDecoder().decode(seen.images[0])
+    assert thumbnail.size == (32, 32) and thumbnail.getpixel((1, 1)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_chars", "shown"),
+    [
+        ([5, 5], 100, [5, 5]),
+        ([5, 5], 17, [5, 5]),
+        ([5, 5], 16, [4, 4]),
+        ([1000, 5, 20], 100, [64, 5, 20]),
+        ([1000, 1000, 5], 100, [42, 42, 5]),
+        ([1000, 1000], 0, [0, 0]),
+        ([], 100, []),
+    ],
+)
+def test_a_long_passage_leaves_room_for_the_others(
+    lengths: list[int], max_chars: int, shown: list[int]
+) -> None:
+    """By hand: "1. " and a line end are 4 characters a passage, but for the last line's."""
+    passages = ["x" * length for length in lengths]
+    text = numbered(passages, max_chars=max_chars)
+    assert [line.count("x") for line in text.splitlines()] == shown
+    cut = [length > left for length, left in zip(lengths, shown, strict=True)]
+    assert [line.endswith(" [cut]") for line in text.splitlines()] == cut
 
 
 def test_a_zoom_returns_the_pixels_of_its_region() -> None:
