@@ -29,11 +29,12 @@ from tapo_train.rollout.parse import ParsedTurn, parse_turn
 from tapo_train.tools.addresses import AllowedHosts
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.http_answer import Body
 from tapo_train.tools.images import ImageDecoder
-from tapo_train.tools.net import FetchLimits, HttpClient, _Body
+from tapo_train.tools.net import FetchLimits, HttpClient
 from tapo_train.tools.page_text import CUT, html_to_text, readable
-from tapo_train.tools.remote_search import FoundPictures, FoundTexts, _parsed
 from tapo_train.tools.sandbox_worker import DONE, PICTURE, REFUSED, REPLY, answer
+from tapo_train.tools.search_answer import found_pictures, found_texts
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, Outcome, Task
 
@@ -247,7 +248,7 @@ def test_every_packed_body_is_unpacked_within_its_limits_or_refused(
     content: bytes, rest: bytes, kept: int, step: int
 ) -> None:
     sent = (gzip.compress(content * 50, mtime=0) + rest)[:kept]
-    body = _Body(FetchLimits(max_bytes=150, max_unpacked_bytes=5000), packed=True)
+    body = Body(FetchLimits(max_bytes=150, max_unpacked_bytes=5000), packed=True)
     try:
         for start in range(0, len(sent), step):
             body.add(sent[start : start + step])
@@ -264,9 +265,9 @@ def test_every_packed_body_is_unpacked_within_its_limits_or_refused(
 )
 @many
 def test_every_answer_of_a_back_end_is_read_or_it_is_down(data: bytes) -> None:
-    for model in (FoundTexts, FoundPictures):
+    for read in (found_texts, found_pictures):
         with suppress(ToolDownError):
-            _parsed(model, data)
+            read(data)
 
 
 def test_the_pictures_that_are_damaged_here_are_whole_to_begin_with() -> None:
