@@ -12,13 +12,14 @@ from rollout_world import HOSTILE, SYSTEM_PROMPT, DrawTool, draw_image, picture_
 from scripted_engine import ScriptedEngine, turn_of
 
 from tapo_train.errors import ConfigError, ToolArgumentError
+from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Sampling
 from tapo_train.rollout.limits import Limits
 from tapo_train.tools.base import Tool, ToolContext
 from tapo_train.tools.toolbox import Toolbox
-from tapo_train.types import Observation, Outcome, Span, StopReason, Trajectory
+from tapo_train.types import Group, Observation, Outcome, Reward, Span, StopReason, Trajectory
 
 CALL = '<tool_call>{"name": "draw", "arguments": {"note": "é🙂"}}</tool_call>'
 DOWN = '<tool_call>{"name": "down", "arguments": {}}</tool_call>'
@@ -189,6 +190,7 @@ def test_only_the_first_call_of_a_turn_is_run(chat: ChatFormat) -> None:
     first, second, third = trajectory.turns[0].calls
     assert first.executed and first.observation is not None
     assert second.valid and not second.executed and second.observation is None
+    assert second.outcome is None, "nobody knows how it would have ended"
     assert not third.executed
     assert third.span is not None and text_of(chat, trajectory, third.span) == CALL
     assert len(trajectory.images) == 2
@@ -203,6 +205,15 @@ def test_more_calls_are_run_and_answered_in_order_when_allowed(chat: ChatFormat)
     assert observation.count("\n<tool_response>\n") == 2
     assert observation.index("slow") < observation.index("fast")
     assert len(trajectory.images) == 3
+
+
+def test_calls_that_were_not_run_have_no_share_in_the_outcomes(chat: ChatFormat) -> None:
+    wrong = '<tool_call>{"name": "draw", "arguments": {"note": 3}}</tool_call>'
+    trajectory = play(chat, [wrong + CALL, "<answer>x</answer>"])
+    held = trajectory.with_reward(Reward(total=0.0, accuracy=0.0))
+    metrics = combine([trajectory_sums([Group(task=held.task, trajectories=(held,))])])
+    shares = {name: value for name, value in metrics.items() if "/outcome/" in name}
+    assert shares["rollout/outcome/model_error"] == 1.0 and sum(shares.values()) == 1.0
 
 
 def test_a_call_in_the_last_turn_is_recorded_but_not_run(chat: ChatFormat) -> None:
