@@ -21,6 +21,7 @@ from transformers import Qwen3VLForConditionalGeneration as Qwen3VL
 
 from tapo_train.algos.advantages import group_advantages
 from tapo_train.algos.losses import grpo
+from tapo_train.algos.turn_advantages import Advantages
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.credit.steps import from_trajectory
 from tapo_train.demo.tiny.model import VOCABULARY, build_tiny_policy
@@ -28,15 +29,17 @@ from tapo_train.learner.batch import pack
 from tapo_train.learner.objective import policy_gradient
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.settings import LearnerSettings
+from tapo_train.rewards.format import is_well_formed
 from tapo_train.rewards.matching import exact_match
-from tapo_train.rewards.reward import RewardFunction
+from tapo_train.rewards.reward import RewardFunction, Weighted
+from tapo_train.rewards.score import by_rule
+from tapo_train.rewards.scoring import Scoring
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.toolbox import Toolbox
-from tapo_train.training.rounds import scored_groups
 from tapo_train.training.step_batch import Batch, rows_of_updates
 from tapo_train.types import Group, Observation, Task, Trajectory
 
@@ -55,6 +58,12 @@ BUDGET = 2048
 SYSTEM = "Answer the question. Search first."
 QUESTIONS = ("Who built the tower?", "Which river runs past the old mill at the green gate?")
 ANSWERS = ("Velor", "Tamar")
+REWARD = RewardFunction(
+    parts={
+        "accuracy": Weighted(part=by_rule(lambda t: exact_match(t.answer, t.task.answers))),
+        "format": Weighted(part=by_rule(is_well_formed), weight=0.5),
+    }
+)
 WORDS = ["house", "tower", "Velor", "river", "green", "gate", "built", "by", "the", "old", "mill"]
 MARKS = {
     "image_token_id": "<|image_pad|>",
@@ -207,6 +216,7 @@ class Ours:
             rollouts_per_task=self.script.rollouts,
             limits=Limits(max_turns=TURNS + 1, max_turn_tokens=200, max_tokens=8192),
             sampling=Sampling(),
+            score=Scoring(REWARD, deadline_s=60.0),
         )
 
     def _reply(self, request: GenerationRequest) -> tuple[Any, float]:
@@ -217,14 +227,13 @@ class Ours:
     def _learn(
         self, played: Sequence[Group], credit: CreditAssigner
     ) -> tuple[list[Trajectory], Any]:
-        groups = scored_groups(played, RewardFunction())
-        trajectories = [t for group in groups for t in group.trajectories]
+        trajectories = [t for group in played for t in group.trajectories]
         names = [t.task.id for t in trajectories]
         advantages = group_advantages([t.scored().total for t in trajectories], names, eps=EPS)
         batch = Batch(
             trajectories=trajectories,
             question=[int(name) for name in names],
-            advantages=advantages,
+            advantages=Advantages(rows=advantages),
             trained=[True] * len(trajectories),
         )
         pairs = zip(trajectories, advantages, strict=True)

@@ -48,6 +48,7 @@ def train(recipe: Recipe) -> Path | None:
 
     A run that was asked to stop is checkpointed and not exported: None.
     """
+    build.require_custom_parts(recipe)
     with ExitStack() as ending:
         return _train(recipe, ending)
 
@@ -128,8 +129,9 @@ def make_parts(
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
     watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
-    play = build.build_play(recipe, engine, chat, toolbox, on_progress=watchdog.beat)
-    order, reward = TaskSampler(len(tasks), seed=recipe.run.seed), build.build_reward(recipe)
+    score = build.build_scoring(recipe, toolbox.ledger, ending)
+    play = build.build_play(recipe, engine, chat, toolbox, score, on_progress=watchdog.beat)
+    order = TaskSampler(len(tasks), seed=recipe.run.seed)
     return Parts(
         tasks=tasks,
         validation=validation,
@@ -137,8 +139,7 @@ def make_parts(
         engine=engine,
         sharing=build.build_sharing(recipe, policy, engine),
         play=play,
-        rounds=build.build_rounds(recipe, tasks, order, play, reward, interruption),
-        reward=reward,
+        rounds=build.build_rounds(recipe, tasks, order, play, interruption),
         audit=build.build_audit(recipe, toolbox, folder.spending),
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
@@ -224,19 +225,25 @@ def evaluate(
     Raises:
         OutageError: too many questions failed outside the policy.
     """
+    build.require_custom_parts(recipe)
     questions = read_tasks([str(tasks)], recipe)[: num_questions or None]
     chat = build.build_chat(recipe)
     require_playable(questions, chat)
     engine = build.build_engine(recipe, chat)
-    with closing(build.build_toolbox(recipe, decoder=chat.decoder)) as toolbox:
-        play = build.build_play(recipe, engine, chat, toolbox)
-        reward = build.build_reward(recipe)
+    with ExitStack() as ending:
+        toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
+        score = build.build_scoring(recipe, toolbox.ledger, ending)
+        play = build.build_play(recipe, engine, chat, toolbox, score)
         groups = play(questions, rollouts=1, greedy=True, policy_version=0)
-    trajectories = [t.with_reward(reward(t)) for group in groups for t in group.trajectories]
+    trajectories = [t for group in groups for t in group.trajectories]
     if out is not None:
         write_trajectories(out, trajectories, placeholder=chat.image_token_id)
     engine.close()
-    return evaluated(trajectories, max_failed_fraction=recipe.rollout.max_failed_fraction)
+    return evaluated(
+        trajectories,
+        max_failed_fraction=recipe.rollout.max_failed_fraction,
+        min_scored=recipe.reward.min_scored,
+    )
 
 
 def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
@@ -256,7 +263,9 @@ def validation_tasks(recipe: Recipe) -> list[Task]:
 
 def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
     """The tasks of several files, one after the other."""
-    return load_task_files(paths, format=recipe.data.format)
+    own = recipe.data.loader
+    load = None if own is None else build.custom_loader(own)
+    return load_task_files(paths, format=recipe.data.format, load=load)
 
 
 def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:

@@ -185,6 +185,9 @@ class Reward:
     accuracy: float
     """Outcome correctness in [0, 1], without format or tool bonuses."""
     parts: Mapping[str, float] = field(default_factory=dict)
+    turns: tuple[float, ...] = ()
+    """[turns] what of the total is due to each assistant turn; () if nothing is. The rest is the
+    outcome's. Only advantages by turn tell the two apart."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +209,8 @@ class Trajectory:
     policy_version: int = 0
     """Of the weights that played it last; a trajectory that was carried over has older turns."""
     reward: Reward | None = None
+    unscored: str | None = None
+    """Why it has no reward although it ended: the reward failed, outside the policy."""
 
     @property
     def prompt_length(self) -> int:
@@ -215,7 +220,7 @@ class Trajectory:
     @property
     def failed_outside_policy(self) -> bool:
         """True if the trajectory must leave loss and baseline."""
-        return self.stop in (StopReason.INFRA, StopReason.DEADLINE)
+        return self.stop in (StopReason.INFRA, StopReason.DEADLINE) or self.unscored is not None
 
     def token_versions(self) -> npt.NDArray[np.int64]:
         """[sum of turn lengths] version of the weights that sampled each token."""
@@ -229,7 +234,7 @@ class Trajectory:
         return np.repeat(versions, [length for _, length in spans])
 
     def scored(self) -> Reward:
-        """The reward; raises if the reward stage has not run."""
+        """The reward; raises if there is none: not yet, or because it failed outside the policy."""
         if self.reward is None:
             raise TapoError(f"trajectory {self.id} has no reward yet")
         return self.reward

@@ -14,7 +14,7 @@ NOTES = "CLOSING_NOTES"
 """Environment variable: the folder of the notes."""
 FAULTY = "CLOSING_FAILS"
 """Environment variable: with it, closing fails after the note."""
-IDLE_TOOL = "tools.extra=[tests.closing_tool.ClosingTool]"
+IDLE_TOOL = "tools.extra=[tests.closing_tool:ClosingTool]"
 
 
 class Nothing(BaseModel):

@@ -24,7 +24,6 @@ from tapo_train.data.sampler import TaskSampler
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
@@ -60,12 +59,11 @@ class PacedEngine(VllmEngine):
         super().abort(ids)
 
 
-class Longer(RewardFunction):
+async def longer(trajectory: Trajectory) -> Trajectory:
     """Rewards trajectories of many turns, which a policy that hardly knows anything has, too."""
-
-    def __call__(self, trajectory: Trajectory) -> Reward:
-        good = float(len(trajectory.turns) > 2)
-        return Reward(total=good, accuracy=good, parts={"accuracy": good, "format": 0.0})
+    good = float(len(trajectory.turns) > 2)
+    parts = {"accuracy": good, "format": 0.0}
+    return trajectory.with_reward(Reward(total=good, accuracy=good, parts=parts))
 
 
 @dataclass(kw_only=True)
@@ -104,6 +102,7 @@ class Run:
                 policy_version=policy_version,
                 deadlines=deadlines,
                 carry_over=carry_over,
+                score=longer,
             )
 
         return Questions(
@@ -167,7 +166,7 @@ def carried_over(run: Run) -> None:
 def refilled(run: Run) -> None:
     """Groups whose trajectories all earned the same give way to others."""
     run.engine.pace_s = 0.0
-    rounds = Refill(run.questions(None, NEVER), Longer(), most=3)
+    rounds = Refill(run.questions(None, NEVER), most=3)
     num_replaced = 0
     for _ in range(3):
         held, replaced = run.step(rounds)

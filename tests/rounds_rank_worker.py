@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
+from rewarding import scoring
 from rollout_world import SYSTEM_PROMPT, draw_toolbox
 from scripted_engine import ScriptedEngine
 
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.learner import distributed
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import GenerationRequest, Sampling
@@ -59,6 +59,7 @@ class ScriptedPlay:
             limits=Limits(max_turns=4, max_turn_tokens=200, max_tokens=2000),
             sampling=Sampling(temperature=0.0 if greedy else 1.0),
             policy_version=policy_version,
+            score=scoring(),
         )
 
 
@@ -80,7 +81,7 @@ def refill(play: ScriptedPlay, *, most: int, num_tasks: int = 40, per_step: int 
         per_step=per_step,
         rollouts=2,
     )
-    return Refill(questions, RewardFunction(), most=most)
+    return Refill(questions, most=most)
 
 
 def main(model: Path, out: Path) -> None:

@@ -60,7 +60,8 @@ def test_every_shipped_recipe_is_read(path: Path) -> None:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_group_choice_is_read_and_taken(choice: str) -> None:
     group, name = choice.split("=")
-    part: Any = recipe_to_dict(load_recipe(DEMO, [choice]))
+    own = [f"{group.replace('/', '.')}.path=mine:part"] if name == "custom" else []
+    part: Any = recipe_to_dict(load_recipe(DEMO, [choice, *own]))
     for key in group.split("/"):
         part = part[key]
     written = (ROOT / "recipes" / group / f"{name}.yaml").read_text()
@@ -145,7 +146,7 @@ def test_recipes_stay_small() -> None:
         ("credit.success_rule=bth", "found 'bth', wanted 'both', 'outcome' or 'advantage'"),
         ("model.path=null", "model.path: found None, wanted a string"),
         ("algo.loss=gspo", "algo.loss: found 'gspo', wanted a section; its choices are made by"),
-        ("algo/loss=gpso", "algo/loss: found 'gpso', wanted one of dapo, grpo, gspo, sapo"),
+        ("algo/loss=gpso", "algo/loss: found 'gpso', wanted one of custom, dapo, grpo, gspo, sapo"),
         ("algo/los=gspo", "unknown group algo/los; did you mean algo/loss?"),
         ("learner.lr=1,2", "found several values, wanted one"),
         ("learner.lr", "wanted dotted.path=value"),

@@ -76,7 +76,7 @@ def test_the_tool_in_thirty_lines_is_one(
     tiny_qwen3_vl: Path, module: str, arguments: str, outcome: Outcome, said: str
 ) -> None:
     assert len(EXAMPLE.splitlines()) <= 30
-    trajectory = play(ChatFormat(tiny_qwen3_vl), f"{module}.colour_at", arguments)
+    trajectory = play(ChatFormat(tiny_qwen3_vl), f"{module}:colour_at", arguments)
     (call,) = trajectory.turns[0].calls
     assert call.outcome is outcome
     assert call.observation is not None and said in call.observation.text

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "tapo_train"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
-    {"errors", "types"},
+    {"errors", "import_path", "types"},
     {"algos", "credit", "data", "tools"},
     {"learner", "report", "rewards", "rollout"},
     {"recipe"},

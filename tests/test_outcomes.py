@@ -10,10 +10,12 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from pydantic import BaseModel
+from rewarding import reward_of, scoring
 from rollout_world import SYSTEM_PROMPT
 from scripted_engine import ScriptedEngine, turn_of
 
 from tapo_train.algos.advantages import group_advantages
+from tapo_train.algos.turn_advantages import Advantages
 from tapo_train.credit import Tapo, TapoOptions
 from tapo_train.errors import (
     ToolArgumentError,
@@ -23,7 +25,6 @@ from tapo_train.errors import (
 )
 from tapo_train.learner.balance import Kept
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.agent import Limits
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
@@ -106,6 +107,7 @@ def play(chat: ChatFormat, outcome: Outcome) -> Group:
         limits=LIMITS,
         sampling=Sampling(),
         max_in_flight=1,  # equal calls at the same time would be one
+        score=scoring(form=0.0),
     )
     return group
 
@@ -113,11 +115,13 @@ def play(chat: ChatFormat, outcome: Outcome) -> Group:
 def trainer() -> Trainer:
     """A trainer with the parts between rollout and update."""
 
-    def advantage(rewards: Any, group: Any, leave_out: Any) -> Any:
-        return group_advantages(rewards, group, std="population", leave_out=leave_out, eps=0.0)
+    def advantage(rows: Any) -> Advantages:
+        totals, groups = [row.total for row in rows], [row.group for row in rows]
+        left_out = [row.left_out for row in rows]
+        values = group_advantages(totals, groups, std="population", leave_out=left_out, eps=0.0)
+        return Advantages(rows=values)
 
     parts = SimpleNamespace(
-        reward=RewardFunction(format_weight=0.0),
         advantage=advantage,
         credit=Tapo(TapoOptions()),
         reference=list,
@@ -150,19 +154,19 @@ def test_only_the_policys_own_error_costs_the_reward_of_form(
     chat: ChatFormat, outcome: Outcome
 ) -> None:
     met = play(chat, outcome).trajectories[1]
-    form = RewardFunction()(met).parts["format"]
+    form = reward_of(met).parts["format"]
     if outcome in READ_BY_THE_POLICY:
         assert form == (0.0 if outcome is Outcome.MODEL_ERROR else 1.0)
 
 
 def test_baseline_credit_and_loss_know_the_outcome(chat: ChatFormat, outcome: Outcome) -> None:
     run = trainer()
-    groups = run._score([play(chat, outcome)])
+    groups = [play(chat, outcome)]
     batch = run._advantages(groups, [0])
     stays = outcome in READ_BY_THE_POLICY
     up, down = POPULATION[4 if stays else 3]
     own = down if stays else 0.0
-    np.testing.assert_allclose(batch.advantages, [up, own, down, down], atol=1e-6)
+    np.testing.assert_allclose(batch.advantages.rows, [up, own, down, down], atol=1e-6)
     assert batch.trained == [True, stays, True, True]
     credit = run._credit(batch)
     turns = credit.step_advantages[1]
@@ -188,7 +192,7 @@ def test_a_call_that_failed_is_no_reference_for_others(chat: ChatFormat, outcome
         return
     run = trainer()
     group = Group(task=met.task, trajectories=(met, other))
-    batch = run._advantages(run._score([group]), [0])
+    batch = run._advantages([group]), [0]
     (call, answer) = run._credit(batch).step_advantages[1]
     assert answer == pytest.approx(-1.0)
     assert call == pytest.approx(-1 + BETA if outcome is Outcome.OK else -1.0)

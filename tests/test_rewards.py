@@ -1,16 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rewarding import reward_of
 
-from tapo_train.errors import ConfigError
 from tapo_train.rewards.matching import exact_match, normalise
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.types import (
     Observation,
     Outcome,
@@ -104,30 +102,27 @@ def test_answers_of_articles_and_punctuation_alone_stay_different() -> None:
 
 
 def test_correct_and_well_formed_gives_both_weights() -> None:
-    reward = RewardFunction(accuracy_weight=0.9, format_weight=0.1)(
-        trajectory("<think>x</think><answer>Gustave Eiffel</answer>", calls=(call(),))
-    )
+    met = trajectory("<think>x</think><answer>Gustave Eiffel</answer>", calls=(call(),))
+    reward = reward_of(met, accuracy=0.9, form=0.1)
     assert reward.total == pytest.approx(1.0)
     assert reward.accuracy == 1.0
     assert reward.parts == {"accuracy": 1.0, "format": 1.0}
 
 
 def test_wrong_but_well_formed_gives_the_format_weight_alone() -> None:
-    reward = RewardFunction()(trajectory("<answer>Eve</answer>", calls=(call(),)))
+    reward = reward_of(trajectory("<answer>Eve</answer>", calls=(call(),)))
     assert (reward.total, reward.accuracy, reward.parts["format"]) == (0.5, 0.0, 1.0)
 
 
 def test_right_answer_after_an_illegal_call_loses_only_the_format_part() -> None:
-    reward = RewardFunction()(
+    reward = reward_of(
         trajectory("<answer>G. Eiffel</answer>", calls=(call(), call(valid=False, outcome=None)))
     )
     assert (reward.total, reward.parts["format"]) == (1.0, 0.0)
 
 
 def test_a_valid_call_that_ended_as_model_error_breaks_the_form() -> None:
-    scored = RewardFunction()(
-        trajectory("<answer>x</answer>", calls=(call(outcome=Outcome.MODEL_ERROR),))
-    )
+    scored = reward_of(trajectory("<answer>x</answer>", calls=(call(outcome=Outcome.MODEL_ERROR),)))
     assert scored.parts["format"] == 0.0
 
 
@@ -135,7 +130,7 @@ def test_a_valid_call_that_ended_as_model_error_breaks_the_form() -> None:
     "outcome", [Outcome.TOOL_ERROR, Outcome.TIMEOUT, Outcome.INFRA_ERROR, Outcome.REFUSED]
 )
 def test_failures_on_the_side_of_the_tool_do_not_break_the_form(outcome: Outcome) -> None:
-    scored = RewardFunction()(trajectory("<answer>x</answer>", calls=(call(outcome=outcome),)))
+    scored = reward_of(trajectory("<answer>x</answer>", calls=(call(outcome=outcome),)))
     assert scored.parts["format"] == 1.0
 
 
@@ -153,11 +148,11 @@ def test_failures_on_the_side_of_the_tool_do_not_break_the_form(outcome: Outcome
     ],
 )
 def test_a_last_turn_without_exactly_one_filled_answer_has_no_form(last: str) -> None:
-    assert RewardFunction()(trajectory(last)).parts["format"] == 0.0
+    assert reward_of(trajectory(last)).parts["format"] == 0.0
 
 
 def test_an_answer_over_several_lines_has_form() -> None:
-    assert RewardFunction()(trajectory("<answer>\nG. Eiffel\n</answer>")).total == 1.5
+    assert reward_of(trajectory("<answer>\nG. Eiffel\n</answer>")).total == 1.5
 
 
 @pytest.mark.parametrize(
@@ -173,21 +168,14 @@ def test_an_answer_over_several_lines_has_form() -> None:
 def test_an_answer_that_a_thought_mentions_is_none_and_breaks_no_form(
     last: str, form: float
 ) -> None:
-    assert RewardFunction()(trajectory(last)).parts["format"] == form
+    assert reward_of(trajectory(last)).parts["format"] == form
 
 
 def test_an_answer_beside_a_tool_call_in_the_last_turn_has_no_form() -> None:
-    scored = RewardFunction()(trajectory("<answer>x</answer>", last_calls=(call(),)))
+    scored = reward_of(trajectory("<answer>x</answer>", last_calls=(call(),)))
     assert scored.parts["format"] == 0.0
 
 
 def test_a_trajectory_without_a_turn_gets_nothing() -> None:
     empty = dataclasses.replace(trajectory("<answer>G. Eiffel</answer>"), turns=(), answer=None)
-    assert RewardFunction()(empty).total == 0.0
-
-
-@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
-@pytest.mark.parametrize("name", ["accuracy_weight", "format_weight"])
-def test_impossible_weights_are_refused_by_name(name: str, weight: float) -> None:
-    with pytest.raises(ConfigError, match=f"reward.{name}"):
-        RewardFunction(**{name: weight})
+    assert reward_of(empty).total == 0.0

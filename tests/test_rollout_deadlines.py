@@ -16,7 +16,6 @@ from tapo_train.credit.steps import from_trajectory
 from tapo_train.errors import ConfigError
 from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
@@ -150,8 +149,7 @@ def test_those_that_never_began_in_a_step_are_marked_as_well(chat: ChatFormat) -
 def test_later_stages_take_a_trajectory_without_turns(chat: ChatFormat, tmp_path: Path) -> None:
     engine = ScriptedEngine(chat, lambda _: call(0.25))
     group = play(engine, deadlines=Deadlines(step_s=0.05), rollouts=2, max_in_flight=1)
-    reward = RewardFunction()
-    scored = [t.with_reward(reward(t)) for t in group.trajectories]
+    scored = list(group.trajectories)
     metrics = combine([trajectory_sums([Group(task=group.task, trajectories=tuple(scored))])])
     assert metrics["rollout/stop/deadline"] == 1.0
     assert metrics["rollout/failed_outside_policy"] == 1.0

@@ -14,10 +14,9 @@ from process_environment import environment
 from rounds_rank_worker import STEPS, ScriptedPlay, numbered, refill
 
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.training.interruption import Interruption, StepGivenUp
-from tapo_train.training.rounds import OneRound, Questions, is_informative, scored_groups
+from tapo_train.training.rounds import OneRound, Questions, is_informative
 from tapo_train.types import Group, Reward, StopReason
 
 WORKER = Path(__file__).with_name("rounds_rank_worker.py")
@@ -196,14 +195,3 @@ def test_informative_are_groups_whose_usable_trajectories_differ_in_their_total(
     chat: ChatFormat, rewards: list[float], stops: list[Any], informative: bool
 ) -> None:
     assert is_informative(a_group(chat, rewards, [StopReason(s) for s in stops])) is informative
-
-
-def test_a_reward_that_is_there_stays_and_so_does_the_count_of_surplus_attempts(
-    chat: ChatFormat,
-) -> None:
-    group = a_group(chat, [0.25, 0.5], [StopReason.ANSWER] * 2)
-    bare = replace(group.trajectories[1], reward=None)
-    mixed = replace(group, trajectories=(group.trajectories[0], bare))
-    (scored,) = scored_groups([mixed], RewardFunction(format_weight=0.0))
-    assert [t.scored().total for t in scored.trajectories] == [0.25, 1.0]
-    assert scored.surplus == 2

@@ -226,7 +226,7 @@ COUNT = CountTool()
 
 @pytest.mark.parametrize("name", ["CountTool", "make_count", "COUNT", "weather"])
 def test_a_tool_is_loaded_by_its_import_path(name: str) -> None:
-    loaded = load_tool(f"{__name__}.{name}")
+    loaded = load_tool(f"{__name__}:{name}")
     assert loaded.name == ("weather" if name == "weather" else "count")
     assert not isinstance(loaded, type)
 
@@ -234,11 +234,11 @@ def test_a_tool_is_loaded_by_its_import_path(name: str) -> None:
 @pytest.mark.parametrize(
     ("path", "complaint"),
     [
-        ("tapo_train", "found 'tapo_train', wanted package.module.name"),
-        ("no_such_module.Tool", "no_such_module.Tool cannot be imported (ModuleNotFoundError"),
-        (f"{__name__}.Missing", "cannot be imported (AttributeError"),
-        (f"{__name__}.NoTool", "its version is not a string"),
-        (f"{__name__}.CONTEXT", "is no tool: found ToolContext, its name is not a string"),
+        ("tapo_train", "found 'tapo_train', wanted package.module:name"),
+        ("no_such_module:Tool", "no_such_module:Tool cannot be imported (ModuleNotFoundError"),
+        (f"{__name__}:Missing", "cannot be imported (AttributeError"),
+        (f"{__name__}:NoTool", "its version is not a string"),
+        (f"{__name__}:CONTEXT", "is no tool: found ToolContext, its name is not a string"),
     ],
 )
 def test_what_cannot_be_imported_or_is_no_tool_is_said(path: str, complaint: str) -> None:
@@ -252,8 +252,8 @@ def test_a_module_with_a_syntax_error_is_named(
 ) -> None:
     (tmp_path / "broken_tools.py").write_text("def f(:\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ConfigError, match=r"broken_tools\.f cannot be imported \(SyntaxError"):
-        load_tool("broken_tools.f")
+    with pytest.raises(ConfigError, match=r"broken_tools:f cannot be imported \(SyntaxError"):
+        load_tool("broken_tools:f")
 
 
 def test_a_list_of_the_policys_json_becomes_the_tuple_the_function_wants() -> None:

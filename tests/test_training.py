@@ -161,7 +161,7 @@ def test_a_run_stops_at_the_sign_it_was_told_to_stop_at_and_closes_its_tools(
     monkeypatch.setenv(FAULTY, "1")
     watch = ("watch.early_steps=1", "watch.recent_steps=1", "watch.stop_after=2")
     # A reward that is always 0 makes every group uniform.
-    worthless = ("reward.accuracy_weight=0", "reward.format_weight=0", "run.steps=6")
+    worthless = ("reward.parts.accuracy.weight=0", "reward.parts.format.weight=0", "run.steps=6")
     overrides = (
         *worthless,
         *watch,

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class TokenBatch:
     """[K] int64, 0..n-1 within the micro-batch."""
     lengths: Tensor
     """[n] trained tokens of each whole trajectory."""
+    group: Tensor | None = None
+    """[n] int64, 0..groups-1: trajectories of one question share a number. All of a question's
+    are in the micro-batch only for a loss that says `@over_groups`."""
     turn: Tensor | None = None
     """[K] int64, assistant turn of each token: clips and gates are then told by turn as well."""
     num_turns: int = 0
@@ -74,6 +77,23 @@ class LossOutput:
 
 PolicyLoss = Callable[[TokenBatch], LossOutput]
 """A loss with its hyper-parameters bound."""
+
+L = TypeVar("L", bound=Callable[..., object])
+
+
+def over_groups(loss: L) -> L:
+    """Mark a loss (a function, or a class of losses) that compares a question's trajectories.
+
+    Its micro-batches then hold every question whole, however large that makes them, and its
+    `TokenBatch.group` says which trajectories belong together.
+    """
+    loss.is_over_groups = True  # type: ignore[attr-defined]
+    return loss
+
+
+def is_over_groups(loss: Callable[..., object]) -> bool:
+    """Whether a loss, its hyper-parameters bound or not, was marked so."""
+    return bool(getattr(getattr(loss, "func", loss), "is_over_groups", False))
 
 
 def grpo(

@@ -7,9 +7,9 @@ from tapo_train.build.algo import (
     build_correction,
     build_credit,
     build_objective,
-    build_reward,
     is_recomputed_in_passing,
 )
+from tapo_train.build.custom import custom_loader, require_custom_parts
 from tapo_train.build.device import DEVICE
 from tapo_train.build.learner import (
     build_exchange,
@@ -19,6 +19,7 @@ from tapo_train.build.learner import (
     learner_settings,
 )
 from tapo_train.build.memory import require_memory
+from tapo_train.build.reward import build_scoring
 from tapo_train.build.rollout import (
     build_chat,
     build_engine,
@@ -46,13 +47,15 @@ __all__ = [
     "build_play",
     "build_policy",
     "build_reference",
-    "build_reward",
     "build_rounds",
     "build_schedule",
+    "build_scoring",
     "build_toolbox",
     "build_sharing",
     "build_watch",
+    "custom_loader",
     "is_recomputed_in_passing",
     "learner_settings",
+    "require_custom_parts",
     "require_memory",
 ]

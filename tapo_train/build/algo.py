@@ -4,35 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import cast, get_args
 
 from tapo_train import recipe as recipes
 from tapo_train.algos import importance, losses
-from tapo_train.algos.advantages import batch_renorm, group_advantages
+from tapo_train.algos.advantages import AdvantageKind
+from tapo_train.algos.turn_advantages import (
+    Advantages,
+    RewardRow,
+    TurnKind,
+    advantages_of,
+    outcome_advantages,
+    renormalised,
+    turn_advantages,
+)
+from tapo_train.build.custom import custom_credit, custom_part
 from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
 from tapo_train.credit.gigpo import GiGPO
 from tapo_train.learner.objective import Objective, policy_gradient
-from tapo_train.recipe import Advantage, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.recipe import Advantage, Custom, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
 from tapo_train.recipe.compose import Recipe
-from tapo_train.rewards.reward import RewardFunction
-from tapo_train.training.parts import AdvantageFunction, Floats
-
-
-def build_reward(recipe: Recipe) -> RewardFunction:
-    """Correctness and form with the recipe's weights."""
-    return RewardFunction(
-        accuracy_weight=recipe.reward.accuracy_weight, format_weight=recipe.reward.format_weight
-    )
+from tapo_train.training.parts import AdvantageFunction
 
 
 def build_advantage(settings: Advantage) -> AdvantageFunction:
     """Rewards to advantages as the recipe says."""
 
-    def advantage(rewards: Floats, group: Sequence[str], leave_out: Sequence[bool]) -> Floats:
-        values = group_advantages(
-            rewards, group, kind=settings.kind, std=settings.std, leave_out=leave_out
-        )
-        return batch_renorm(values, leave_out=leave_out) if settings.batch_renorm else values
+    own = settings.custom
 
+    def advantage(rows: Sequence[RewardRow]) -> Advantages:
+        found = compute(rows)
+        return renormalised(rows, found) if settings.batch_renorm else found
+
+    compute: AdvantageFunction
+    if own is not None:
+        call = custom_part(own, where="algo.advantage.custom")
+        compute = lambda rows: advantages_of(rows, call(rows))  # noqa: E731
+    elif settings.kind in get_args(TurnKind):
+        by_turn = cast(TurnKind, settings.kind)
+        compute = partial(turn_advantages, kind=by_turn, gamma=settings.gamma, std=settings.std)
+    else:
+        by_outcome = cast(AdvantageKind, settings.kind)
+        compute = partial(outcome_advantages, kind=by_outcome, std=settings.std)
     return advantage
 
 
@@ -41,6 +54,8 @@ def build_credit(recipe: Recipe) -> CreditAssigner:
     credit = recipe.credit
     if isinstance(credit, NoCredit):
         return NoTransfer()
+    if isinstance(credit, Custom):
+        return custom_credit(credit)
     if isinstance(credit, GigpoCredit):
         return GiGPO(credit)
     return Tapo(credit)
@@ -48,18 +63,9 @@ def build_credit(recipe: Recipe) -> CreditAssigner:
 
 def build_objective(recipe: Recipe) -> Objective:
     """Surrogate, importance correction, KL penalty and entropy bonus."""
-    algo, loss = recipe.algo, recipe.algo.loss
-    surrogate: losses.PolicyLoss
-    if isinstance(loss, GrpoLoss):
-        surrogate = partial(
-            losses.grpo, clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip
-        )
-    elif isinstance(loss, GspoLoss):
-        surrogate = partial(losses.gspo, clip_low=loss.clip_low, clip_high=loss.clip_high)
-    else:
-        surrogate = partial(losses.sapo, tau_pos=loss.tau_pos, tau_neg=loss.tau_neg)
+    algo = recipe.algo
     return policy_gradient(
-        surrogate,
+        build_loss(recipe),
         correction=build_correction(algo.importance),
         kl_kind=algo.kl.estimator,
         kl_coefficient=algo.kl.coef,
@@ -69,6 +75,25 @@ def build_objective(recipe: Recipe) -> Objective:
             importance.log_linear_proximal if recipe.learner.old_logprobs == "log_linear" else None
         ),
     )
+
+
+def build_loss(recipe: Recipe) -> losses.PolicyLoss:
+    """The surrogate with its hyper-parameters."""
+    loss = recipe.algo.loss
+    if isinstance(loss, Custom):
+        return custom_part(loss, where="algo.loss")
+    if isinstance(loss, GrpoLoss):
+        return partial(
+            losses.grpo, clip_low=loss.clip_low, clip_high=loss.clip_high, dual_clip=loss.dual_clip
+        )
+    if isinstance(loss, GspoLoss):
+        return partial(losses.gspo, clip_low=loss.clip_low, clip_high=loss.clip_high)
+    return partial(losses.sapo, tau_pos=loss.tau_pos, tau_neg=loss.tau_neg)
+
+
+def is_over_groups(recipe: Recipe) -> bool:
+    """Whether the loss wants all trajectories of a question in one micro-batch."""
+    return losses.is_over_groups(build_loss(recipe))
 
 
 def is_recomputed_in_passing(recipe: Recipe) -> bool:

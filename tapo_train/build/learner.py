@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from tapo_train.build.algo import is_over_groups
 from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
 from tapo_train.learner.balance import Balanced, Kept, RowCost, RowExchange
@@ -75,11 +76,12 @@ def build_reference(
 def build_exchange(recipe: Recipe, policy: Policy) -> RowExchange:
     """Which rank trains which rows."""
     budget, sequence = recipe.learner.micro_batch_tokens, policy.sequence
+    whole = is_over_groups(recipe)
     if not recipe.learner.balance:
-        return Kept(budget_tokens=budget, sequence=sequence)
+        return Kept(budget_tokens=budget, sequence=sequence, whole_groups=whole)
     shape = ModelShape.of(policy.model.config)
     cost = RowCost(shape=shape, image_token_id=policy.layout.image_token_id)
-    return Balanced(cost=cost, budget_tokens=budget, sequence=sequence)
+    return Balanced(cost=cost, budget_tokens=budget, sequence=sequence, whole_groups=whole)
 
 
 def build_sharing(recipe: Recipe, policy: Policy, engine: Engine) -> DeviceSharing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+from tapo_train.recipe import JudgePart
 from tapo_train.recipe.compose import Recipe
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 from tapo_train.tools.base import Tool
@@ -49,6 +50,19 @@ def build_remote_tools(recipe: Recipe, events: Counter[str]) -> dict[str, Tool]:
             thumbnail_s=tools.deadline_s / 3,
         )
     return made
+
+
+def build_judge_client(recipe: Recipe, judge: JudgePart, *, key: str) -> HttpClient:
+    """Meets the judge's endpoint; in a strict replay it refuses everything."""
+    host = host_of_endpoint(judge.endpoint, field="reward.parts: endpoint of a judge")
+    return HttpClient(
+        allowed=AllowedHosts.parse([host]),
+        key=key,
+        limits=FetchLimits(timeout_s=judge.limits.deadline_s or recipe.reward.deadline_s),
+        forbidden="tools.replay=replay forbids the network"
+        if recipe.tools.replay == "replay"
+        else "",
+    )
 
 
 def build_client(recipe: Recipe) -> HttpClient:

@@ -17,10 +17,9 @@ from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import collect
+from tapo_train.rollout.collect import Score, collect
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.limits import Deadlines, Limits
 from tapo_train.rollout.model_folder import require_model_folder
@@ -175,12 +174,14 @@ def build_play(
     engine: Engine,
     chat: ChatFormat,
     toolbox: Toolbox,
+    score: Score,
     *,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Play:
-    """Rollouts with the recipe's prompt, tools and limits.
+    """Rollouts with the recipe's prompt, tools and limits; trajectories come scored.
 
     Args:
+        score: gives a trajectory its reward.
         on_progress: called when the engine has computed or a turn has ended.
     """
     rollout = recipe.rollout
@@ -212,6 +213,7 @@ def build_play(
             deadlines=_deadlines(rollout.deadlines, greedy=greedy),
             oversample=1.0 if greedy else rollout.oversample,
             carry_over=None if greedy else carry_over,
+            score=score,
             on_progress=on_progress,
         )
         seats.observe(groups)
@@ -230,7 +232,6 @@ def build_rounds(
     tasks: Sequence[Task],
     order: TaskSampler,
     play: Play,
-    reward: RewardFunction,
     interruption: Interruption,
 ) -> Rounds:
     """How a step fills its batch."""
@@ -246,7 +247,7 @@ def build_rounds(
         return CarriedOver(questions)
     if not recipe.rollout.refill_rounds:
         return OneRound(questions)
-    return Refill(questions, reward, most=recipe.rollout.refill_rounds)
+    return Refill(questions, most=recipe.rollout.refill_rounds)
 
 
 def _deadlines(wanted: recipes.DeadlineSettings, *, greedy: bool) -> Deadlines:

@@ -55,20 +55,20 @@ def build_toolbox(
             path = _needed(corpus, "tools.corpus", name)
             index, chars = CorpusIndex.load(path), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
-    made += [load_tool(path) for path in tools.extra]
+    made += [load_tool(extra.path, extra.arguments) for extra in tools.extra]
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]
     return Toolbox(
         made,
         deadline_s=tools.deadline_s,
         queue_s=tools.queue_s,
-        limits={name: _limits(chosen) for name, chosen in tools.limits.items()},
+        limits={name: tool_limits(chosen) for name, chosen in tools.limits.items()},
         ledger=ledger,
-        replay=_replay(recipe) if world is None else None,
+        replay=replay_of(recipe) if world is None else None,
         pictures=ResultPictures(decoder=decoder, max_pixels=tools.max_result_pixels),
     )
 
 
-def _replay(recipe: Recipe) -> Replay | None:
+def replay_of(recipe: Recipe) -> Replay | None:
     """What `tools.replay` wants; every process has the recording open once."""
     mode = recipe.tools.replay
     if mode == "off":
@@ -97,13 +97,15 @@ def build_audit(recipe: Recipe, toolbox: Toolbox, spending: Path) -> RolloutAudi
     """
     return RolloutAudit(
         toolbox.ledger,
-        failures=FailureBudget(recipe.rollout.max_failed_fraction),
+        failures=FailureBudget(
+            recipe.rollout.max_failed_fraction, min_scored=recipe.reward.min_scored
+        ),
         budget=recipe.tools.budget,
         folder=spending,
     )
 
 
-def _limits(chosen: recipe_tools.ToolLimitSettings) -> ToolLimits:
+def tool_limits(chosen: recipe_tools.ToolLimitSettings) -> ToolLimits:
     return ToolLimits(
         concurrency=chosen.concurrency,
         per_second=chosen.per_second,

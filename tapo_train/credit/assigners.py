@@ -41,7 +41,7 @@ class NoTransfer:
 
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
         return CreditResult(
-            step_advantages=[unchanged(row.advantage, row.num_turns) for row in rows],
+            step_advantages=[unchanged(row) for row in rows],
             call_advantages=[()] * len(rows),
             records=partial(plain_records, rows),
             metrics={},

@@ -65,7 +65,8 @@ def _tally_transfer(sums: Sums, rows: Sequence[CreditRow], judgement: Judgement)
     """Means over the corrected steps."""
     chosen = judgement.transfer > 0.0
     best = judgement.best[chosen]
-    base = np.array([rows[i].advantage for i in judgement.row[chosen].tolist()])
+    places = zip(judgement.row[chosen].tolist(), judgement.turn[chosen].tolist(), strict=True)
+    base = np.array([rows[i].advantage_at(turn) for i, turn in places])
     sums["sim"] = float(judgement.matches.similarity[best].sum())
     sums["sup"] = float(judgement.matches.support[best].sum())
     sums["F"] = float(judgement.transfer[chosen].sum())

@@ -59,7 +59,7 @@ class GiGPO:
 
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:
         """Add the step-level advantage to every turn of every row that was not discarded."""
-        turns = [unchanged(row.advantage, row.num_turns) for row in rows]
+        turns = [unchanged(row) for row in rows]
         places = [
             (i, t) for i, row in enumerate(rows) if not row.discarded for t in range(row.num_turns)
         ]
@@ -92,9 +92,14 @@ def _records(row: CreditRow, turns: Floats) -> tuple[StepRecord, ...]:
 
 
 def step_return(row: CreditRow, turn: int, *, gamma: float) -> float:
-    """gamma^(T - 1 - t) times the reward at the end (correctness where no reward is known)."""
+    """Sum of gamma^(k - t) r_k from turn t on; what no turn claims of the reward is the last's.
+
+    Correctness stands for the reward where none is known.
+    """
     reward = row.correct if row.reward is None else row.reward
-    return float(reward * gamma ** (row.num_turns - 1 - turn))
+    outcome = reward - sum(row.turn_rewards)
+    earned = sum(r * gamma**k for k, r in enumerate(row.turn_rewards[turn:]))
+    return float(outcome * gamma ** (row.num_turns - 1 - turn) + earned)
 
 
 def anchor_states(row: CreditRow) -> list[Hashable | None]:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapo_train.credit.steps import CreditRow
+from tapo_train.errors import CreditError
 from tapo_train.types import Span, Trajectory
 
 Floats = npt.NDArray[np.float64]
@@ -71,14 +72,56 @@ class CreditResult:
         return self.records()
 
 
-def unchanged(advantage: float, num_turns: int) -> Floats:
-    """The same advantage for every turn."""
-    return np.full(num_turns, advantage, dtype=np.float64)
+def unchanged(row: CreditRow) -> Floats:
+    """[turns] the advantages that the row came with."""
+    if row.turn_advantages:
+        return np.array(row.turn_advantages, dtype=np.float64)
+    return np.full(row.num_turns, row.advantage, dtype=np.float64)
 
 
 def plain_records(rows: Sequence[CreditRow]) -> list[tuple[StepRecord, ...]]:
     """Records of rows whose steps nothing corrected."""
-    return [tuple(StepRecord(step.turn, row.advantage) for step in row.steps) for row in rows]
+    return [_plain(row) for row in rows]
+
+
+def _plain(row: CreditRow) -> tuple[StepRecord, ...]:
+    return tuple(StepRecord(step.turn, row.advantage_at(step.turn)) for step in row.steps)
+
+
+def result_of(
+    rows: Sequence[CreditRow], turns: Sequence[Floats], *, sums: Mapping[str, float] | None = None
+) -> CreditResult:
+    """The result of a stage that is done when it knows the advantage of every turn.
+
+    Args:
+        turns: per row [num_turns].
+        sums: additive counts, if there are any.
+
+    Raises:
+        CreditError: another number of rows or turns, or a number that is not finite.
+    """
+    if len(turns) != len(rows):
+        raise CreditError(f"credit: advantages of {len(turns)} rows; wanted {len(rows)}")
+    for row, values in zip(rows, turns, strict=True):
+        if values.shape != (row.num_turns,) or not np.isfinite(values).all():
+            raise CreditError(
+                f"credit: row {row.id!r} got {values.tolist()}; wanted {row.num_turns} finite "
+                "numbers, one per turn"
+            )
+
+    def records() -> list[tuple[StepRecord, ...]]:
+        return [
+            tuple(StepRecord(step.turn, float(values[step.turn])) for step in row.steps)
+            for row, values in zip(rows, turns, strict=True)
+        ]
+
+    return CreditResult(
+        step_advantages=list(turns),
+        call_advantages=[()] * len(rows),
+        records=records,
+        metrics={},
+        sums=sums or {},
+    )
 
 
 def token_advantages(

@@ -2,6 +2,7 @@
 
     {"id": "t3", "group": "q17", "correct": false,
      "advantage": -0.7746,            or "reward": 0.0, then the advantage is computed
+     "turn_advantages": [-1.2, -0.7], optional: of every assistant turn, where they differ
      "images": [{"root": "sha1:…", "box": [0, 0, 1, 1]}],           default: one, root = group
      "steps": [{"turn": 0,
                 "calls": [{"name": "text_search_tool", "arguments": {"query": "…"},
@@ -41,7 +42,7 @@ from tapo_train.types import ImageRef
 MAX_TURNS = 1000
 """Turn numbers beyond are taken for damage."""
 MAX_LINE_BYTES = 1 << 26
-_ROW_KEYS = {"id", "group", "correct", "advantage", "reward", "images", "steps"}
+_ROW_KEYS = {"id", "group", "correct", "advantage", "reward", "images", "steps", "turn_advantages"}
 _CORRECTED_KEYS = {"id", "advantage", "steps", "calls"}
 """Of what `analyze --out` writes."""
 _STEP_KEYS = {"turn", "calls"}
@@ -148,14 +149,20 @@ class _Parser:
         images = self._images(data.get("images"), "images", [(ImageRef(root=group), (0.0, 0.0))])
         num_input_images = len(images)
         steps = self._steps(list_in(data, "steps", "line"), images)
+        # Without them the file does not say how many turns there were; the answer's is one more.
+        num_turns = steps[-1].turn + 2 if steps else 1
+        own = data.get("turn_advantages")
+        if own is not None:
+            num_turns = len(list_in(data, "turn_advantages", "line"))
+            own = tuple(numbers_of(own, num_turns, "turn_advantages"))
         return CreditRow(
             id=row_id,
             group=group,
             correct=correct_in(data),
             advantage=math.nan if advantage is None else advantage,
             reward=reward,
-            # The file does not say how many turns there were; the answer turn is one more.
-            num_turns=steps[-1].turn + 2 if steps else 1,
+            num_turns=num_turns,
+            turn_advantages=own or (),
             steps=steps,
             images=tuple(ref for ref, _ in images),
             num_input_images=num_input_images,

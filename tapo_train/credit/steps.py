@@ -8,6 +8,7 @@ JSONL file of another framework.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
@@ -71,6 +72,10 @@ class CreditRow:
     """(width, height) [px] per picture; only needed where boxes are in pixels."""
     reward: float | None = None
     """Total reward of the trajectory, where known."""
+    turn_rewards: tuple[float, ...] = ()
+    """[turns] what of `reward` is due to each turn; () if nothing is."""
+    turn_advantages: tuple[float, ...] = ()
+    """[turns] where the advantages of turns differ; () if every turn has `advantage`."""
     discarded: bool = False
     """Takes no part in the loss: its calls are ignored; it counts as a success if it is one."""
 
@@ -82,6 +87,16 @@ class CreditRow:
                 f"row {self.id!r}: steps are at turns {turns} of {self.num_turns}; "
                 "want rising numbers from 0 on"
             )
+        for name in ("turn_rewards", "turn_advantages"):
+            if (found := len(getattr(self, name))) not in (0, self.num_turns):
+                raise CreditError(
+                    f"row {self.id!r}: {found} {name} for {self.num_turns} turns; want one per "
+                    "turn, or none"
+                )
+
+    def advantage_at(self, turn: int) -> float:
+        """Of a turn, before the credit stage."""
+        return self.turn_advantages[turn] if self.turn_advantages else self.advantage
 
 
 def status_of(outcome: Outcome | None) -> Status:
@@ -114,12 +129,16 @@ def _refs(images: tuple[Image, ...]) -> tuple[ImageRef, ...]:
     return tuple(image.ref for image in images)
 
 
-def from_trajectory(trajectory: Trajectory, advantage: float) -> CreditRow:
+def from_trajectory(
+    trajectory: Trajectory, advantage: float, turn_advantages: Sequence[float] = ()
+) -> CreditRow:
     """The row of a scored trajectory.
 
     Args:
-        trajectory: must carry a reward (raises `TapoError` otherwise).
+        trajectory: must carry a reward (raises `TapoError` otherwise), unless it failed outside
+            the policy: then it is no success, whatever it answered.
         advantage: its scalar group-relative advantage.
+        turn_advantages: [turns] where those of its turns differ.
     """
     steps = tuple(
         CreditStep(
@@ -130,12 +149,15 @@ def from_trajectory(trajectory: Trajectory, advantage: float) -> CreditRow:
         for turn in trajectory.turns
         if turn.calls
     )
+    reward = None if trajectory.failed_outside_policy else trajectory.scored()
     return CreditRow(
         id=trajectory.id,
         group=trajectory.task.id,
-        correct=trajectory.scored().accuracy,
-        reward=trajectory.scored().total,
+        correct=reward.accuracy if reward else 0.0,
+        reward=reward.total if reward else None,
+        turn_rewards=reward.turns if reward else (),
         advantage=float(advantage),
+        turn_advantages=tuple(map(float, turn_advantages)),
         num_turns=len(trajectory.turns),
         steps=steps,
         images=_refs(trajectory.images),

@@ -25,7 +25,7 @@ from tapo_train.credit.actions import Actions, Reader, gather
 from tapo_train.credit.audit import Audit
 from tapo_train.credit.matching import Flags, Floats, Indices, Matches, match
 from tapo_train.credit.options import TapoOptions
-from tapo_train.credit.result import CallAdvantage, StepRecord
+from tapo_train.credit.result import CallAdvantage, StepRecord, plain_records, unchanged
 from tapo_train.credit.steps import CreditRow
 from tapo_train.errors import CreditError
 
@@ -81,7 +81,7 @@ def decide(
     is_first[1:] = (row[1:] != row[:-1]) | (position[1:] != position[:-1])
     start = np.flatnonzero(is_first)
     transfer = reduce_calls(given, start, options.turn_reduce)
-    base = np.array([rows[i].advantage for i in actions.queries.row])[start]
+    base = _base(rows, actions)[start]
     advantage, clipped = corrected(base, transfer, options)
     return Judgement(
         actions=actions,
@@ -98,6 +98,14 @@ def decide(
         transfer=transfer,
         advantage=advantage,
         clipped=clipped,
+    )
+
+
+def _base(rows: Sequence[CreditRow], actions: Actions) -> Floats:
+    """[Q] advantage of each call's turn, as the rows came."""
+    queries = actions.queries
+    return np.array(
+        [rows[i].advantage_at(t) for i, t in zip(queries.row, queries.turn, strict=True)]
     )
 
 
@@ -156,13 +164,17 @@ def _strongest(given: Floats, similarity: Floats, start: Indices) -> Indices:
 
 
 def corrected(base: Floats, transfer: Floats, options: TapoOptions) -> tuple[Floats, Flags]:
-    """(A', whether cut at zero), elementwise; without transfer bit for bit the old value."""
+    """(A', whether cut at zero), elementwise; without transfer bit for bit the old value.
+
+    A turn of a failing row may have an advantage of its own that is not negative: it is not
+    blamed, so there is nothing to take away.
+    """
     with np.errstate(over="ignore"):  # refused below, with a better message
-        moved = np.where(transfer != 0.0, base + options.beta * transfer, base)
+        moved = np.where((transfer != 0.0) & (base < 0.0), base + options.beta * transfer, base)
     if not np.isfinite(moved).all():
         worst = int(np.flatnonzero(~np.isfinite(moved))[0])
         raise CreditError(f"{base[worst]} + {options.beta} x {transfer[worst]} is not finite")
-    clipped = moved > 0.0 if options.use_clip else np.zeros(len(moved), dtype=np.bool_)
+    clipped = (moved > 0.0) & (base < 0.0) & options.use_clip
     return np.where(clipped, 0.0, moved), clipped
 
 
@@ -171,7 +183,7 @@ def turn_advantages(
 ) -> list[Floats]:
     """Per row [num_turns], with the corrections of its steps."""
     num_turns = np.array([row.num_turns for row in rows], dtype=np.int64)
-    flat = np.repeat(np.array([row.advantage for row in rows], dtype=np.float64), num_turns)
+    flat = np.concatenate([np.zeros(0), *map(unchanged, rows)])
     ends = np.cumsum(num_turns)
     offsets = ends - num_turns
     if options.span == "turn":
@@ -191,8 +203,7 @@ def call_advantages(
     if options.span == "turn" and options.turn_reduce != "span":
         return found
     queries = judgement.actions.queries
-    base = np.array([rows[i].advantage for i in queries.row])
-    own, _ = corrected(base, judgement.given, options)
+    own, _ = corrected(_base(rows, judgement.actions), judgement.given, options)
     ends = np.append(judgement.start[1:], len(own))
     shared = np.repeat(judgement.advantage, ends - judgement.start)
     values = own if options.turn_reduce == "span" else shared
@@ -220,7 +231,7 @@ def step_records(
     rows: Sequence[CreditRow], columns: Sequence[npt.NDArray[Any]]
 ) -> list[tuple[StepRecord, ...]]:
     """Per row, one record per tool step, from `step_columns`."""
-    records = [[StepRecord(step.turn, row.advantage) for step in row.steps] for row in rows]
+    records = [list(records) for records in plain_records(rows)]
     for i, s, turn, value, theta, alpha, matched, sim, sup, adv, transfer, clipped in zip(
         *(column.tolist() for column in columns), strict=True
     ):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from tapo_train.data.fvqa import load_fvqa
@@ -19,6 +20,8 @@ from tapo_train.data.native import load_native, write_tasks
 from tapo_train.data.rows import require_unique_ids
 from tapo_train.errors import DataError
 from tapo_train.types import Task
+
+Load = Callable[[Path], Sequence[Task]]
 
 __all__ = ["fingerprint", "load_task_files", "load_tasks", "write_tasks"]
 
@@ -63,14 +66,20 @@ def load_tasks(
     return tasks
 
 
-def load_task_files(paths: Sequence[str | Path], *, format: str = "auto") -> list[Task]:
+def load_task_files(
+    paths: Sequence[str | Path], *, format: str = "auto", load: Load | None = None
+) -> list[Task]:
     """The tasks of several files, one file after the other.
+
+    Args:
+        load: reads one file in place of `load_tasks`.
 
     Raises:
         DataError: as `load_tasks`, and when two files use the same id: their attempts
             would be taken for one group.
     """
-    held = [(task, str(path)) for path in paths for task in load_tasks(path, format=format)]
+    load = load or partial(load_tasks, format=format)
+    held = [(task, str(path)) for path in paths for task in load(Path(path))]
     require_unique_ids([(task.id, path) for task, path in held])
     return [task for task, _ in held]
 

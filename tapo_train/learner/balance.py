@@ -21,8 +21,8 @@ import torch
 
 from tapo_train.algos.metrics import Metrics, pair
 from tapo_train.learner import distributed
-from tapo_train.learner.batch import TrainingRow, best_fit
-from tapo_train.learner.dealing import deal, evenness, imbalance, rank_of
+from tapo_train.learner.batch import TrainingRow, pack_numbers
+from tapo_train.learner.dealing import deal_together, evenness, imbalance, rank_of
 from tapo_train.learner.sequence import ALONE, SequenceGroup
 from tapo_train.learner.shape import ModelShape
 from tapo_train.types import Image
@@ -46,11 +46,15 @@ class Kept:
     budget_tokens: int
     """Of a micro-batch; a longer row goes alone."""
     sequence: SequenceGroup = ALONE
+    whole_groups: bool = False
+    """Whether the rows of a question stay together."""
 
     def __call__(self, rows: Sequence[TrainingRow]) -> tuple[MicroBatches, Metrics]:
         """See `RowExchange`."""
         held = [row for part in self.sequence.objects(list(rows)) for row in part]
-        chosen = best_fit([len(row.tokens) for row in held], budget_tokens=self.budget_tokens)
+        chosen = pack_numbers(
+            held, budget_tokens=self.budget_tokens, whole_groups=self.whole_groups
+        )
         return [[held[i] for i in numbers] for numbers in chosen], {}
 
 
@@ -98,17 +102,22 @@ class Balanced:
     budget_tokens: int
     """Of a micro-batch; a longer row goes alone."""
     sequence: SequenceGroup = ALONE
+    whole_groups: bool = False
+    """Whether the rows of a question stay together, as a loss over groups wants it."""
 
     def __call__(self, rows: Sequence[TrainingRow]) -> tuple[MicroBatches, Metrics]:
         """See `RowExchange`."""
         num_ranks, own, size = distributed.world_size(), distributed.rank(), self.sequence.size
         if num_ranks == 1:
-            return Kept(budget_tokens=self.budget_tokens)(rows)
-        brought = distributed.all_gather_objects([_describe(row, self.cost(row)) for row in rows])
+            kept = Kept(budget_tokens=self.budget_tokens, whole_groups=self.whole_groups)
+            return kept(rows)
+        own_rows = [_describe(row, self.cost(row), bound=self.whole_groups) for row in rows]
+        brought = distributed.all_gather_objects(own_rows)
         home = [rank for rank, entries in enumerate(brought) for _ in entries]
         costs = [entry.cost for entries in brought for entry in entries]
         homes = [rank // size for rank in home]
-        dealt = deal(
+        dealt = deal_together(
+            [entry.group for entries in brought for entry in entries],
             costs,
             [entry.tokens for entries in brought for entry in entries],
             budget_tokens=self.budget_tokens,
@@ -136,6 +145,8 @@ class Description:
     tokens: int
     pictures: tuple[str, ...]
     """Their digests."""
+    group: str = ""
+    """Rows of one name go together; "" binds none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,9 +161,13 @@ class Parcel:
     """Those the receiver does not have."""
 
 
-def _describe(row: TrainingRow, cost: float) -> Description:
-    digests = tuple(image.sha256 for image in row.images)
-    return Description(cost=cost, tokens=len(row.tokens), pictures=digests)
+def _describe(row: TrainingRow, cost: float, *, bound: bool) -> Description:
+    return Description(
+        cost=cost,
+        tokens=len(row.tokens),
+        pictures=tuple(image.sha256 for image in row.images),
+        group=row.group if bound else "",
+    )
 
 
 def _travel(

@@ -47,6 +47,8 @@ class TrainingRow:
     """[K] as sampled; zeros where nobody sampled."""
     age: npt.NDArray[np.int64] | None = None
     """[K] updates since the weights that sampled each token; None: they are the present ones."""
+    group: str = ""
+    """What attempts at the same question share; "" for a row that belongs to no group."""
 
     def __post_init__(self) -> None:
         start = 1
@@ -94,6 +96,7 @@ class TrainingRow:
             spans=spans,
             advantages=np.repeat(values, [len(span) for span in spans]),
             sampler_logprobs=trajectory.logprobs,
+            group=trajectory.task.id,
         )
 
     @classmethod
@@ -113,6 +116,7 @@ class TrainingRow:
             advantages=advantages,
             sampler_logprobs=trajectory.logprobs,
             age=version - trajectory.token_versions(),
+            group=trajectory.task.id,
         )
 
     @classmethod
@@ -170,6 +174,8 @@ class MicroBatch:
     """[K] int64, which of its row's spans each token is in: the assistant turn."""
     lengths: Tensor
     """[n] int64, trained tokens of each row."""
+    group: Tensor
+    """[n] int64, 0..groups-1 within the micro-batch: rows of one question share a number."""
     advantages: Tensor
     """[K] float32."""
     sampler_logprobs: Tensor
@@ -223,14 +229,34 @@ def predicting_positions(
     return np.repeat(starts - before - 1, lengths) + np.arange(lengths.sum())
 
 
-def pack(rows: Sequence[TrainingRow], *, budget_tokens: int) -> list[MicroBatch]:
+def pack(
+    rows: Sequence[TrainingRow], *, budget_tokens: int, whole_groups: bool = False
+) -> list[MicroBatch]:
     """Micro-batches of at most `budget_tokens` tokens, holding every row once.
 
-    A row longer than the budget gets a micro-batch of its own: rows are never cut.
+    A row longer than the budget gets a micro-batch of its own: rows are never cut. With
+    `whole_groups` the same holds for the rows of a group, which stay together.
     """
-    lengths = [len(row.tokens) for row in rows]
-    chosen = best_fit(lengths, budget_tokens=budget_tokens)
+    chosen = pack_numbers(rows, budget_tokens=budget_tokens, whole_groups=whole_groups)
     return [join([rows[i] for i in numbers]) for numbers in chosen]
+
+
+def pack_numbers(
+    rows: Sequence[TrainingRow], *, budget_tokens: int, whole_groups: bool = False
+) -> list[list[int]]:
+    """Row numbers of each micro-batch of `pack`."""
+    units = together([row.group if whole_groups else "" for row in rows])
+    lengths = [sum(len(rows[i].tokens) for i in unit) for unit in units]
+    chosen = best_fit(lengths, budget_tokens=budget_tokens)
+    return [[i for number in numbers for i in units[number]] for numbers in chosen]
+
+
+def together(names: Sequence[str]) -> list[list[int]]:
+    """Indices of equal names, in order of appearance; "" is no name and stands alone."""
+    units: dict[str | int, list[int]] = {}
+    for i, name in enumerate(names):
+        units.setdefault(name or i, []).append(i)
+    return list(units.values())
 
 
 def best_fit(lengths: Sequence[int], *, budget_tokens: int) -> list[list[int]]:
@@ -261,6 +287,9 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
     starts = np.array([0, *accumulate(len(row.tokens) for row in rows)], dtype=np.int64)
     counts = [row.num_trained for row in rows]
     turns = [np.repeat(np.arange(len(row.spans)), list(map(len, row.spans))) for row in rows]
+    group = np.zeros(len(rows), dtype=np.int64)
+    for number, unit in enumerate(together([row.group for row in rows])):
+        group[unit] = number
     index = predicting_positions(
         [span for row in rows for span in row.spans],
         offset=np.repeat(starts[:-1], [len(row.spans) for row in rows]),
@@ -280,6 +309,7 @@ def join(rows: Sequence[TrainingRow]) -> MicroBatch:
         num_turns=max((len(row.spans) for row in rows), default=0),
         max_age=max((int(age.max(initial=0)) for age in ages), default=0),
         lengths=torch.tensor(counts, dtype=torch.int64),
+        group=torch.from_numpy(group),
         advantages=torch.from_numpy(_concatenate([row.advantages for row in rows], np.float32)),
         sampler_logprobs=sampled,
         old_logprobs=sampled,

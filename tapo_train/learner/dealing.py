@@ -11,7 +11,7 @@ from math import ceil
 
 import numpy as np
 
-from tapo_train.learner.batch import best_fit
+from tapo_train.learner.batch import best_fit, together
 
 Dealt = list[list[list[int]]]
 """By rank, then by micro-step: the numbers of the rows of a micro-batch."""
@@ -48,6 +48,30 @@ def deal(
     dealt = [_neighbours(costs, cut, home, num_ranks=num_ranks) for cut in cuts]
     step = STEP_COST * sum(costs) / num_ranks / max(fewest, 1)
     return min(dealt, key=lambda each: _waited(costs, each) + step * max(map(len, each)))
+
+
+def deal_together(
+    names: Sequence[str],
+    costs: Sequence[float],
+    lengths: Sequence[int],
+    *,
+    budget_tokens: int,
+    num_ranks: int,
+    home: Sequence[int],
+) -> Dealt:
+    """As `deal`, with rows of one name in one micro-batch; "" is no name.
+
+    Rows of one name that are longer together than the budget go alone, as one long row does.
+    """
+    units = together(names)
+    dealt = deal(
+        [sum(costs[i] for i in unit) for unit in units],
+        [sum(lengths[i] for i in unit) for unit in units],
+        budget_tokens=budget_tokens,
+        num_ranks=num_ranks,
+        home=[home[unit[0]] for unit in units],
+    )
+    return [[[i for u in batch for i in units[u]] for batch in batches] for batches in dealt]
 
 
 def rank_of(dealt: Dealt, *, count: int) -> list[int]:

@@ -28,7 +28,7 @@ MOST_DUMPS = 20
 """Per rank and process: a run that goes on must not fill the disk."""
 
 _VECTORS = (
-    "input_ids", "trained_index", "targets", "trajectory", "turn", "lengths",
+    "input_ids", "trained_index", "targets", "trajectory", "turn", "lengths", "group",
     "advantages", "sampler_logprobs", "old_logprobs", "age", "reference_logprobs",
 )  # fmt: skip
 """Tensors of a micro-batch; the last may be missing."""

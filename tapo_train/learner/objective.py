@@ -97,6 +97,7 @@ def _tokens(batch: MicroBatch, logprobs: Tensor, old: Tensor) -> TokenBatch:
         advantages=batch.advantages,
         trajectory=batch.trajectory,
         lengths=batch.lengths,
+        group=batch.group,
         turn=batch.turn,
         num_turns=batch.num_turns,
     )

@@ -27,8 +27,23 @@ from tapo_train.recipe.algo import (
     TruncatedImportance,
 )
 from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
+from tapo_train.recipe.custom import Custom
 from tapo_train.recipe.learner import Learner
 from tapo_train.recipe.report import Report
+from tapo_train.recipe.reward import (
+    CallPenalty,
+    CustomPart,
+    ExactMatch,
+    JudgePart,
+    Maths,
+    MultipleChoice,
+    NumericMatch,
+    Overlong,
+    RewardSettings,
+    Supported,
+    TokenF1,
+    WellFormed,
+)
 from tapo_train.recipe.rollout import (
     DeadlineSettings,
     HfSettings,
@@ -36,7 +51,7 @@ from tapo_train.recipe.rollout import (
     ServerSettings,
     VllmSettings,
 )
-from tapo_train.recipe.run import Data, Lora, Model, Probe, RewardWeights, Run
+from tapo_train.recipe.run import Data, Lora, Model, Probe, Run
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import McpServerSettings, ToolLimitSettings, Tools
 from tapo_train.recipe.values import STRICT
@@ -45,38 +60,50 @@ from tapo_train.recipe.watch import WatchSettings
 __all__ = [
     "Advantage",
     "Algo",
+    "CallPenalty",
+    "Custom",
+    "CustomPart",
     "Data",
     "DeadlineSettings",
+    "ExactMatch",
     "GeometricImportance",
     "GigpoCredit",
     "GrpoLoss",
     "GspoLoss",
     "HfSettings",
     "ImportanceChoice",
+    "JudgePart",
     "Kl",
     "Learner",
     "Lora",
     "MaskedImportance",
+    "Maths",
     "McpServerSettings",
     "Model",
+    "MultipleChoice",
     "NoCredit",
     "NoImportance",
+    "NumericMatch",
+    "Overlong",
     "Probe",
     "Recipe",
     "Report",
-    "RewardWeights",
+    "RewardSettings",
     "Rollout",
     "Run",
     "SapoLoss",
     "ServerSettings",
     "Sft",
+    "Supported",
     "TapoCredit",
+    "TokenF1",
     "ToolLimitSettings",
     "Tools",
     "TotalVariationImportance",
     "TruncatedImportance",
     "VllmSettings",
     "WatchSettings",
+    "WellFormed",
 ]
 
 
@@ -89,9 +116,9 @@ class Recipe:
     data: Data
     rollout: Rollout = field(default_factory=Rollout)
     tools: Tools = field(default_factory=Tools)
-    reward: RewardWeights = field(default_factory=RewardWeights)
+    reward: RewardSettings = field(default_factory=RewardSettings)
     algo: Algo = field(default_factory=Algo)
-    credit: TapoCredit | NoCredit | GigpoCredit = Field(
+    credit: TapoCredit | NoCredit | GigpoCredit | Custom = Field(
         default_factory=TapoCredit, discriminator="name"
     )
     learner: Learner = field(default_factory=Learner)

@@ -9,6 +9,8 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.algos.advantages import AdvantageKind, StdKind
+from tapo_train.algos.turn_advantages import TurnKind
+from tapo_train.recipe.custom import Custom, CustomOrPath
 from tapo_train.recipe.values import STRICT, Fraction, InnerFraction, NonNegative, Positive
 
 
@@ -16,10 +18,16 @@ from tapo_train.recipe.values import STRICT, Fraction, InnerFraction, NonNegativ
 class Advantage:
     """From rewards to one advantage per trajectory."""
 
-    kind: AdvantageKind = "grpo"
+    custom: CustomOrPath | None = None
+    """Your own in place of kind: (rows of all ranks) → an advantage per trajectory or turn."""
+    kind: AdvantageKind | TurnKind = "grpo"
     """grpo: (r − mean)/std of the group; mean_only: r − mean (Dr. GRPO); leave_one_out: minus
     the mean of the others (RLOO); reinforce_pp: (r − mean)/std of the whole batch;
-    reinforce_pp_baseline: mean_only, then the same."""
+    reinforce_pp_baseline: mean_only, then the same. By turn, of what is earned from a turn on:
+    returns_to_go: (R − mean)/std over all turns of the group; per_turn: over the group's rows at
+    that turn; reinforce_pp_tokens: over all tokens of the batch."""
+    gamma: Fraction = 1.0
+    """Discount per turn of what is earned later, in the kinds by turn."""
     std: StdKind = "unbiased"
     """Unbiased divides by G − 1 (verl, TRL); population by G."""
     batch_renorm: bool = False
@@ -141,7 +149,9 @@ class Algo:
     """From advantages to a loss."""
 
     advantage: Advantage = field(default_factory=Advantage)
-    loss: GrpoLoss | GspoLoss | SapoLoss = Field(default_factory=GrpoLoss, discriminator="name")
+    loss: GrpoLoss | GspoLoss | SapoLoss | Custom = Field(
+        default_factory=GrpoLoss, discriminator="name"
+    )
     aggregation: Literal[
         "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
     ] = "token-mean"

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from tapo_train.recipe.custom import CustomOrPath
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
 
 
@@ -87,20 +88,12 @@ class Data:
     """Task files; may be empty when run.eval_every is 0."""
     format: Literal["auto", "native", "fvqa", "livevqa"] = "auto"
     """auto: by the file's ending."""
+    loader: CustomOrPath | None = None
+    """Your own reader of the task files in place of format: (path) → tasks."""
     system_prompt: str = ""
     """Text of the system turn, before the tool schemas; empty: only the schemas."""
     questions_per_step: Count = 16
     """Over all ranks; a multiple of the number of ranks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class RewardWeights:
-    """reward = accuracy_weight · accuracy + format_weight · format, both in [0, 1]."""
-
-    accuracy_weight: NonNegative = 1.0
-    """Of an answer equal to an accepted one after normalisation."""
-    format_weight: NonNegative = 0.5
-    """Of a non-empty <answer> with all calls readable; 0: format is not rewarded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from tapo_train.recipe.custom import CustomOrPath
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
 
 
@@ -53,9 +54,9 @@ class Tools:
         "image_search_tool",
     )
     """Empty: a policy without tools of ours."""
-    extra: tuple[str, ...] = ()
-    """Your own tools by import path (package.module.name): a function under @tool, an object, or
-    what makes one when called without arguments. Training runs the code of that module."""
+    extra: tuple[CustomOrPath, ...] = ()
+    """Your own tools by import path (package.module:name): a function under @tool, an object, or
+    a class or function that makes one from arguments. Training runs the code of that module."""
     mcp: tuple[McpServerSettings, ...] = ()
     """Servers whose tools join ours (extra `mcp`), as [{command: [python, server.py]}]."""
     limits: Mapping[str, ToolLimitSettings] = field(default_factory=dict)

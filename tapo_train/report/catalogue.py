@@ -27,6 +27,7 @@ METRICS: dict[str, str] = {
     # rollout
     "rollout/trajectories": "number of trajectories sampled",
     "rollout/failed_outside_policy": "share that left loss and baseline",
+    "rollout/unscored": "those of them whose reward failed or was late",
     "rollout/surplus": "attempts started and dropped (oversample), per trajectory kept",
     "rollout/lost": "those of them that had failed outside the policy, per trajectory kept",
     "rollout/rounds": "rounds of the step's rollout (refill_rounds)",

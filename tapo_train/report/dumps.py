@@ -68,6 +68,7 @@ class TrajectoryDump:
         trajectories: Sequence[Trajectory],
         advantages: Sequence[float],
         credit: CreditResult,
+        turn_advantages: Sequence[Sequence[float]] | None = None,
     ) -> None:
         """Dump 0-based `step` if it is due; the three sequences run over the same rows.
 
@@ -76,6 +77,7 @@ class TrajectoryDump:
             trajectories: As sampled, with their rewards.
             advantages: The scalar advantage of each, before the credit stage.
             credit: What the credit stage made of them.
+            turn_advantages: Those of the turns of each, before the credit stage, if they differ.
         """
         if not len(trajectories) == len(advantages) == len(credit.step_advantages):
             raise TapoError(
@@ -101,9 +103,10 @@ class TrajectoryDump:
         ]
         name = f"step_{step:06d}{self._suffix}.jsonl"
         _write_lines(self._path / "tokens" / name, views)
+        by_turn = turn_advantages or [()] * len(trajectories)
         rows = [
-            rollout_row(trajectory, advantage)
-            for trajectory, advantage in zip(trajectories, advantages, strict=True)
+            rollout_row(trajectory, advantage, turns)
+            for trajectory, advantage, turns in zip(trajectories, advantages, by_turn, strict=True)
             if not trajectory.failed_outside_policy
         ]
         _write_lines(self._path / "rollouts" / name, rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tapo_train.credit.steps import status_of
@@ -11,18 +12,23 @@ from tapo_train.types import Image, ToolCall, Trajectory
 __all__ = ["rollout_row"]
 
 
-def rollout_row(trajectory: Trajectory, advantage: float) -> dict[str, Any]:
+def rollout_row(
+    trajectory: Trajectory, advantage: float, turn_advantages: Sequence[float] = ()
+) -> dict[str, Any]:
     """The line of `trajectory` in the format of `tapo_train.credit.rollout_file`.
 
     Args:
         trajectory: With its reward; raises TapoError without.
         advantage: Its scalar advantage, before the credit stage.
+        turn_advantages: Those of its turns, before the credit stage, where they differ.
     """
+    own = {"turn_advantages": [float(value) for value in turn_advantages]}
     return {
         "id": trajectory.id,
         "group": trajectory.task.id,
         "correct": trajectory.scored().accuracy,
         "advantage": float(advantage),
+        **(own if len(turn_advantages) else {}),
         "images": [_image(image) for image in trajectory.task.images],
         "steps": [
             {"turn": turn.index, "calls": [_call(call) for call in turn.calls]}

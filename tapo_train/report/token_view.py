@@ -21,7 +21,7 @@ from tapo_train.data.images import extension
 from tapo_train.errors import DataError
 from tapo_train.report.files import write_atomically
 from tapo_train.report.plain import plain
-from tapo_train.types import Image, Span, ToolCall, Trajectory, Turn
+from tapo_train.types import Image, Reward, Span, ToolCall, Trajectory, Turn
 
 __all__ = [
     "Decode",
@@ -63,9 +63,8 @@ def token_view(
         "accepted": list(trajectory.task.answers),
         "answer": trajectory.answer,
         "stop": str(trajectory.stop),
-        "reward": None
-        if reward is None
-        else {"total": reward.total, "accuracy": reward.accuracy, "parts": dict(reward.parts)},
+        "reward": None if reward is None else _reward(reward),
+        "unscored": trajectory.unscored,
         "prompt_length": trajectory.prompt_length,
         "num_question_images": len(trajectory.task.images),
         "images": [_image(image, images) for image in trajectory.images],
@@ -133,6 +132,15 @@ def credit_view(
         for position, turn in enumerate(view["turns"])
     ]
     return {**view, "advantage": float(advantage), "turns": turns}
+
+
+def _reward(reward: Reward) -> dict[str, Any]:
+    return {
+        "total": reward.total,
+        "accuracy": reward.accuracy,
+        "parts": dict(reward.parts),
+        "turns": list(reward.turns),
+    }
 
 
 def _calls(

@@ -36,6 +36,7 @@ def trajectory_sums(groups: Sequence[Group]) -> Sums:
     sums = {
         "rollout/trajectories": (float(len(held)), 1.0),
         "rollout/failed_outside_policy": (float(len(held) - len(scored)), float(len(held))),
+        "rollout/unscored": (float(sum(t.unscored is not None for t in held)), float(len(held))),
         "rollout/surplus": (float(sum(group.surplus for group in groups)), float(len(held))),
         "rollout/lost": (float(sum(len(group.lost) for group in groups)), float(len(held))),
     }
@@ -45,14 +46,18 @@ def trajectory_sums(groups: Sequence[Group]) -> Sums:
 def _reward_sums(scored: Sequence[Trajectory]) -> Sums:
     rewards = [trajectory.scored() for trajectory in scored]
     num = float(len(rewards))
-    parts: Counter[str] = Counter()
+    parts: dict[str, list[float]] = {}
     for reward in rewards:
-        parts.update({name: value for name, value in reward.parts.items() if name != "accuracy"})
+        for name in reward.parts.keys() - {"accuracy"}:
+            parts.setdefault(name, []).append(reward.parts[name])
     return {
         "reward/mean": (math.fsum(reward.total for reward in rewards), num),
         _SQUARE: (math.fsum(reward.total**2 for reward in rewards), num),
         "reward/accuracy": (math.fsum(reward.accuracy for reward in rewards), num),
-        **{_part_name(name): (value, num) for name, value in parts.items()},
+        **{
+            _part_name(name): (math.fsum(values), float(len(values)))
+            for name, values in sorted(parts.items())
+        },
         **_source_sums(scored),
     }
 

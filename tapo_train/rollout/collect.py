@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +24,9 @@ from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Group, Task, Trajectory
+
+Score = Callable[[Trajectory], Awaitable[Trajectory]]
+"""Gives a trajectory its reward, or the reason why it has none."""
 
 
 def collect(
@@ -41,6 +44,7 @@ def collect(
     deadlines: Deadlines = NEVER,
     oversample: float = 1.0,
     carry_over: CarryOver | None = None,
+    score: Score | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> list[Group]:
     """Play every task `rollouts_per_task` times; groups come in the order of `tasks`.
@@ -56,6 +60,8 @@ def collect(
             attempt that goes on waits as a whole: it comes without trajectories, and is gone
             on with when its task is asked again. The spare attempts of a group (`oversample`)
             wait with it; those of a group that is complete are dropped.
+        score: asked for each trajectory when its episode ends, while others are still played;
+            None leaves trajectories without reward.
         on_progress: called when the engine has computed or a turn has ended.
 
     Raises:
@@ -94,6 +100,7 @@ def collect(
             rollouts=rollouts_per_task,
             started=num_attempts,
             carry_over=carry_over,
+            score=score or _unscored,
         )
         return await asyncio.gather(*map(groups.play, range(len(tasks)), tasks))
 
@@ -119,30 +126,73 @@ class _Groups:
     started: int
     """Attempts, spare ones included."""
     carry_over: CarryOver | None
+    score: Score
 
     async def play(self, position: int, task: Task) -> Group:
         """The group of a task, or that it waits."""
         waited = self.carry_over.take(task.id) if self.carry_over else []
         begun: Sequence[Attempt | None] = waited or [None] * self.started
+        rewards = _Rewards(self.score)
         attempts = [
-            asyncio.create_task(self._attempt(position, *numbered)) for numbered in enumerate(begun)
+            asyncio.create_task(self._attempt(position, *numbered, rewards))
+            for numbered in enumerate(begun)
         ]
-        kept, lost, interrupted = await _first_usable(attempts, self.rollouts)
-        if self.carry_over and interrupted:
-            self.carry_over.keep(task.id, [attempt.result() for attempt in attempts])
-            return Group(task=task, trajectories=(), waiting=interrupted)
+        try:
+            kept, lost, interrupted = await _first_usable(attempts, self.rollouts)
+            if self.carry_over and interrupted:
+                rested = [await rewards.of(attempt.result()) for attempt in attempts]
+                self.carry_over.keep(task.id, rested)
+                return Group(task=task, trajectories=(), waiting=interrupted)
+            scored = tuple([await rewards.of_trajectory(trajectory) for trajectory in kept])
+        finally:
+            await rewards.end()
         surplus = len(attempts) - len(kept)
-        return Group(task=task, trajectories=kept, surplus=surplus, lost=lost)
+        return Group(task=task, trajectories=scored, surplus=surplus, lost=lost)
 
-    async def _attempt(self, position: int, rollout: int, begun: Attempt | None) -> Attempt:
+    async def _attempt(
+        self, position: int, rollout: int, begun: Attempt | None, rewards: _Rewards
+    ) -> Attempt:
         if isinstance(begun, Trajectory):
-            return begun
+            return rewards.begin(begun)
         async with self.seats:
             episode = begun or self.begin(position, rollout)
             episode.move_to(self.generate)
             is_over = await episode.advance(policy_version=self.policy_version, until=self.until)
         most = self.carry_over.most if self.carry_over else 0
-        return episode.trajectory() if is_over or episode.interruptions > most else episode
+        if is_over or episode.interruptions > most:
+            return rewards.begin(episode.trajectory())
+        return episode
+
+
+class _Rewards:
+    """The rewards of a group's attempts, each asked for when its attempt ends."""
+
+    def __init__(self, score: Score) -> None:
+        self._score = score
+        self._asked: dict[str, asyncio.Future[Trajectory]] = {}
+
+    def begin(self, trajectory: Trajectory) -> Trajectory:
+        """Ask; the trajectory as it is."""
+        self._asked[trajectory.id] = asyncio.ensure_future(self._score(trajectory))
+        return trajectory
+
+    async def of_trajectory(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with what was answered."""
+        return await self._asked[trajectory.id]
+
+    async def of(self, attempt: Attempt) -> Attempt:
+        """As `of_trajectory`; an episode that goes on has no reward yet."""
+        return await self.of_trajectory(attempt) if isinstance(attempt, Trajectory) else attempt
+
+    async def end(self) -> None:
+        """Nobody waits any more for those that are not there."""
+        for asked in self._asked.values():
+            asked.cancel()
+        await asyncio.gather(*self._asked.values(), return_exceptions=True)
+
+
+async def _unscored(trajectory: Trajectory) -> Trajectory:
+    return trajectory
 
 
 async def _first_usable(

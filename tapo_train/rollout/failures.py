@@ -19,6 +19,9 @@ __all__ = ["FEWEST", "FailureBudget", "Failures", "failures_of"]
 FEWEST = 32
 """Fewer trajectories are not judged: in a batch of four, one hiccup would be a quarter."""
 
+REWARD = "the reward"
+"""Who said why a trajectory has no reward."""
+
 _MESSAGE_CHARS = 300
 _MESSAGES = 20
 """Kept per rank; servers that put a request's number into each message make many."""
@@ -34,6 +37,8 @@ class Failures:
     """Those that a deadline cut are not among them: that is slowness, which the recipe chose."""
     failed: int = 0
     """Trajectories whose tools broke or gave no answer in time."""
+    unscored: int = 0
+    """Trajectories that ended, and whose reward failed or was late."""
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Calls that the tools' side failed, by (tool, outcome), in any trajectory."""
     messages: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -43,6 +48,7 @@ class Failures:
         return Failures(
             trajectories=self.trajectories + other.trajectories,
             failed=self.failed + other.failed,
+            unscored=self.unscored + other.unscored,
             calls=self.calls + other.calls,
             messages=self.messages + other.messages,
         )
@@ -69,10 +75,16 @@ def failures_of(trajectories: Sequence[Trajectory]) -> Failures:
         for call in _calls(failed)
         if call.outcome not in _HARMLESS and call.observation is not None
     )
+    said += Counter(
+        (REWARD, trajectory.unscored[:_MESSAGE_CHARS])
+        for trajectory in trajectories
+        if trajectory.unscored is not None
+    )
     return Failures(
         trajectories=len(trajectories) - num_late,
         failed=len(failed),
         calls=Counter((call.name, str(call.outcome)) for call in blamed),
+        unscored=sum(trajectory.unscored is not None for trajectory in trajectories),
         messages=Counter(dict(said.most_common(_MESSAGES))),
     )
 
@@ -89,23 +101,28 @@ class FailureBudget:
 
     Args:
         max_fraction: largest share that is borne; 1 bears everything.
+        min_scored: least share of the trajectories that ended which must have a reward.
         fewest: trajectories that are judged.
     """
 
-    def __init__(self, max_fraction: float, *, fewest: int = FEWEST) -> None:
+    def __init__(
+        self, max_fraction: float, *, min_scored: float = 0.0, fewest: int = FEWEST
+    ) -> None:
         self._most = max_fraction
+        self._min_scored = min_scored
         self._fewest = fewest
         self._steps: deque[Failures] = deque()
 
     def anew(self) -> FailureBudget:
         """One of the same share that has seen nothing."""
-        return FailureBudget(self._most, fewest=self._fewest)
+        return FailureBudget(self._most, min_scored=self._min_scored, fewest=self._fewest)
 
     def check(self, step: Failures) -> None:
         """Count a step of all ranks.
 
         Raises:
-            OutageError: more than the share failed; quotes the most frequent message.
+            OutageError: more than the share failed, or fewer have a reward; quotes the most
+                frequent message.
         """
         self._steps.append(step)
         while self._held(skip=1) >= self._fewest:
@@ -116,6 +133,12 @@ class FailureBudget:
                 f"rollout.max_failed_fraction: {seen.failed} of the last {seen.trajectories} "
                 f"trajectories failed outside the policy, wanted at most {self._most:g} of them; "
                 f"{seen.words()}"
+            )
+        ended = seen.trajectories - seen.failed
+        if seen.trajectories >= self._fewest and ended - seen.unscored < self._min_scored * ended:
+            raise OutageError(
+                f"reward.min_scored: {seen.unscored} of the last {ended} trajectories that ended "
+                f"got no reward, wanted one for {self._min_scored:g} of them; {seen.words()}"
             )
 
     def _held(self, *, skip: int) -> int:

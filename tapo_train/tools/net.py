@@ -66,6 +66,7 @@ class HttpClient:
 
     Args:
         allowed: hosts that may be private because the recipe names them.
+        key: sent as bearer token to the hosts that are `allowed` by name, and nowhere else.
         forbidden: if not empty, nothing is fetched at all, and this is why.
         resolve, connect: replaced in tests, so that no packet leaves the machine.
     """
@@ -75,12 +76,14 @@ class HttpClient:
         *,
         allowed: AllowedHosts | None = None,
         limits: FetchLimits | None = None,
+        key: str = "",
         forbidden: str = "",
         resolve: Resolve = system_resolver,
         connect: Connect = direct_transport,
     ) -> None:
         self._allowed = allowed or AllowedHosts()
         self._limits = limits or FetchLimits()
+        self._key = key
         self._forbidden = forbidden
         self._resolve = resolve
         self._connections = Connections(connect)
@@ -136,6 +139,8 @@ class HttpClient:
         headers = {"Accept-Encoding": "gzip", "User-Agent": "tapo_train"}
         if content_type:
             headers["Content-Type"] = content_type
+        if self._key and self._allowed.names(host, port):
+            headers["Authorization"] = f"Bearer {self._key}"
         request = httpx.Request(
             method,
             url,

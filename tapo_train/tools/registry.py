@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel
 
 from tapo_train.errors import ConfigError
+from tapo_train.import_path import construct, load
 from tapo_train.tools.base import Tool
 
 __all__ = ["load_tool"]
 
 
-def load_tool(path: str, *, where: str = "tools.extra") -> Tool:
-    """The tool at `package.module.name`: a tool, or what makes one when called without arguments.
+def load_tool(
+    path: str, arguments: Mapping[str, Any] | None = None, *, where: str = "tools.extra"
+) -> Tool:
+    """The tool at `package.module:name`: a tool, or what makes one when called with `arguments`.
 
     Raises:
-        ConfigError: there is no such module or name, or it is no tool.
+        ConfigError: there is no such module or name, it is no tool, or the arguments do not fit.
     """
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ConfigError(f"{where}: found {path!r}, wanted package.module.name")
-    try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, SyntaxError) as error:
-        raise ConfigError(
-            f"{where}: {path} cannot be imported ({type(error).__name__}: {error}); "
-            "wanted a module on the Python path (the working directory is)"
-        ) from error
+    found, arguments = load(path, where=where), arguments or {}
     # A class has the attributes of its instances, so it must not be taken for one of them.
     if inspect.isclass(found) or inspect.isroutine(found):
-        found = found()
+        found = construct(found, arguments, where=where)
+    elif arguments:
+        raise ConfigError(
+            f"{where}: {path} is made already, so it takes no arguments; found {sorted(arguments)}"
+        )
     missing = _missing(found)
     if missing is not None:
         raise ConfigError(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tapo_train.algos.aggregation import Aggregation
+from tapo_train.algos.turn_advantages import Advantages, RewardRow
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.learner.balance import RowExchange
@@ -19,15 +20,12 @@ from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import Reference
 from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.warnings import Watch
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.rollout.engine import Engine
 from tapo_train.training.audit import RolloutAudit
 from tapo_train.training.colocation import DeviceSharing
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Group, Image, Task
-
-Floats = npt.NDArray[np.float64]
 
 
 class Play(Protocol):
@@ -36,7 +34,7 @@ class Play(Protocol):
     def __call__(
         self, tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
     ) -> list[Group]:
-        """One group of `rollouts` trajectories per task, in order."""
+        """One group of `rollouts` scored trajectories per task, in order."""
         ...
 
 
@@ -45,7 +43,7 @@ class Rolled:
     """This rank's part of a step's rollout."""
 
     groups: list[Group]
-    """What is trained; scored or not."""
+    """What is trained; scored."""
     questions: list[int]
     """Position of each group's question in the step's global batch."""
     replaced: list[Group] = field(default_factory=list)
@@ -75,10 +73,10 @@ class Rounds(Stateful, Protocol):
 
 
 class AdvantageFunction(Protocol):
-    """Rewards of the rows of all ranks to advantages, both [N]."""
+    """Rewards of the rows of all ranks to advantages."""
 
-    def __call__(self, rewards: Floats, group: Sequence[str], leave_out: Sequence[bool]) -> Floats:
-        """One advantage per row; rows left out get 0."""
+    def __call__(self, rows: Sequence[RewardRow]) -> Advantages:
+        """An advantage per row or per turn; rows left out get 0."""
         ...
 
 
@@ -140,7 +138,6 @@ class Parts:
     sharing: DeviceSharing
     play: Play
     rounds: Rounds
-    reward: RewardFunction
     audit: RolloutAudit
     advantage: AdvantageFunction
     credit: CreditAssigner

@@ -8,20 +8,18 @@ number of ranks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from tapo_train.algos.advantages import informative_rows
 from tapo_train.data.sampler import TaskSampler, shard
 from tapo_train.errors import DataError
 from tapo_train.learner import distributed
-from tapo_train.rewards.reward import RewardFunction
 from tapo_train.training.interruption import Interruption, StepGivenUp
 from tapo_train.training.parts import Play, Rolled
 from tapo_train.types import Group, JsonObject, Task
 
-__all__ = ["CarriedOver", "OneRound", "Questions", "Refill", "is_informative", "scored_groups"]
+__all__ = ["CarriedOver", "OneRound", "Questions", "Refill", "is_informative"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,13 +98,12 @@ class Refill(_Stateless):
     All ranks play equally often, some perhaps nothing: engines over several ranks need that.
     """
 
-    def __init__(self, questions: Questions, reward: RewardFunction, *, most: int) -> None:
+    def __init__(self, questions: Questions, *, most: int) -> None:
         self._questions = questions
-        self._reward = reward
         self._most = most
 
     def __call__(self, step: int) -> Rolled:
-        """This rank's groups, scored; called by all ranks together."""
+        """This rank's groups; called by all ranks together."""
         free = list(range(self._questions.per_step))
         asked: list[int] = []
         held: dict[int, Group] = {}
@@ -120,9 +117,7 @@ class Refill(_Stateless):
             rounds += 1
             taken = dict(zip(free, drawn, strict=False))
             replaced += [held.pop(position) for position in taken if position in held]
-            asked_groups = self._questions.ask(self._questions.share(taken), step)
-            scored = scored_groups(list(asked_groups.values()), self._reward)
-            played = dict(zip(asked_groups, scored, strict=True))
+            played = self._questions.ask(self._questions.share(taken), step)
             held |= played
             uniform = _everywhere([p for p, group in played.items() if not is_informative(group)])
             free = sorted({*free[len(drawn) :], *uniform})
@@ -215,22 +210,8 @@ def _staleness(groups: Sequence[Group], step: int) -> dict[str, float]:
 
 def is_informative(group: Group) -> bool:
     """Whether the usable trajectories of a scored group earned different rewards."""
-    rewards = [t.scored().total for t in group.trajectories]
-    left_out = [t.failed_outside_policy for t in group.trajectories]
-    return bool(informative_rows(rewards, [0] * len(rewards), leave_out=left_out).any())
-
-
-def scored_groups(groups: Sequence[Group], reward: RewardFunction) -> list[Group]:
-    """Groups whose trajectories carry a reward; one that is there already stays."""
-    return [
-        replace(
-            group,
-            trajectories=tuple(
-                t if t.reward is not None else t.with_reward(reward(t)) for t in group.trajectories
-            ),
-        )
-        for group in groups
-    ]
+    earned = {t.scored().total for t in group.trajectories if not t.failed_outside_policy}
+    return len(earned) > 1
 
 
 def _everywhere(positions: Sequence[int]) -> list[int]:

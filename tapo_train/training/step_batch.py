@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from tapo_train.algos.advantages import informative_rows
+from tapo_train.algos.turn_advantages import Advantages, RewardRow
 from tapo_train.credit.result import CreditResult, token_advantages
+from tapo_train.credit.steps import CreditRow, from_trajectory
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
-from tapo_train.training.parts import AdvantageFunction, Floats
+from tapo_train.training.parts import AdvantageFunction
 from tapo_train.types import Group, Trajectory
 
 
@@ -22,8 +22,8 @@ class Batch:
     trajectories: list[Trajectory]
     question: list[int]
     """Position of each trajectory's question in the step's global batch."""
-    advantages: Floats
-    """[N] as the group gave them."""
+    advantages: Advantages
+    """[N] as the group gave them, and of the turns where these differ."""
     trained: list[bool]
     """Which trajectories take part in the loss."""
 
@@ -44,19 +44,19 @@ def compared(
     """
     trajectories = [t for group in groups for t in group.trajectories]
     question = [q for group, q in zip(groups, questions, strict=True) for _ in group.trajectories]
-    own = [(t.scored().total, t.task.id, t.failed_outside_policy) for t in trajectories]
+    own = [reward_row(trajectory) for trajectory in trajectories]
     ranks = distributed.all_gather_objects(own)
-    rewards, group_of, left_out = zip(*(row for rows in ranks for row in rows), strict=True)
-    everywhere = advantage(np.array(rewards), group_of, left_out)
-    trained = ~np.array(left_out)
+    rows = [row for rank in ranks for row in rank]
+    everywhere = advantage(rows)
+    trained = [not row.left_out for row in rows]
     if drop_uniform_groups:
-        trained = informative_rows(rewards, group_of, leave_out=left_out)
-    start = sum(len(rows) for rows in ranks[: distributed.rank()])
+        trained = informative(rows, everywhere)
+    start = sum(len(rank) for rank in ranks[: distributed.rank()])
     return Batch(
         trajectories=trajectories,
         question=question,
-        advantages=everywhere[start : start + len(own)],
-        trained=trained[start : start + len(own)].tolist(),
+        advantages=everywhere.part(start, start + len(own)),
+        trained=trained[start : start + len(own)],
     )
 
 
@@ -78,3 +78,38 @@ def rows_of_updates(
             share = batch.question[row] * updates // questions
             cuts[share].append(TrainingRow.from_tokens(trajectory, advantages, version=version))
     return cuts
+
+
+def reward_row(trajectory: Trajectory) -> RewardRow:
+    """What the advantage stage sees of a trajectory."""
+    left_out = trajectory.failed_outside_policy
+    reward = None if left_out else trajectory.scored()
+    return RewardRow(
+        group=trajectory.task.id,
+        total=reward.total if reward else 0.0,
+        tokens=tuple(len(turn.span) for turn in trajectory.turns),
+        turn_rewards=reward.turns if reward else (),
+        left_out=left_out,
+    )
+
+
+def credit_rows(batch: Batch) -> list[CreditRow]:
+    """What the credit stage sees of a batch."""
+    found = batch.advantages
+    turns = [()] * len(found.rows) if found.turns is None else [t.tolist() for t in found.turns]
+    return [
+        from_trajectory(trajectory, advantage, own)
+        for trajectory, advantage, own in zip(
+            batch.trajectories, found.rows.tolist(), turns, strict=True
+        )
+    ]
+
+
+def informative(rows: Sequence[RewardRow], found: Advantages) -> list[bool]:
+    """Rows of questions that teach something: totals that differ, or a turn unlike another."""
+    left_out = [row.left_out for row in rows]
+    differ = informative_rows([r.total for r in rows], [r.group for r in rows], leave_out=left_out)
+    if found.turns is None:
+        return [bool(flag) for flag in differ]
+    taught = {row.group for row, own in zip(rows, found.turns, strict=True) if own.any()}
+    return [row.group in taught and not row.left_out for row in rows]

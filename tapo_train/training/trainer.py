@@ -1,6 +1,6 @@
 """The training step on one screen, and the loop around it.
 
-    rollout → reward → advantage → credit → batch → update → sync
+    rollout with rewards → advantage → credit → batch → update → sync
 
 Variation is in the parts (`build/` chooses them), never in an `if` here: no credit
 stage is `NoTransfer`, no importance correction is `uncorrected`.
@@ -14,7 +14,6 @@ from typing import Any
 
 from tapo_train.algos.metrics import Metrics, merge
 from tapo_train.credit.result import CreditResult
-from tapo_train.credit.steps import from_trajectory
 from tapo_train.data.sampler import shard
 from tapo_train.errors import CheckpointError, OutageError, ToolBudgetError
 from tapo_train.learner import distributed, random_state
@@ -23,8 +22,7 @@ from tapo_train.report.sinks import Sink, write_all
 from tapo_train.training.interruption import Ending, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule, Stateful
 from tapo_train.training.probe import require_agreement
-from tapo_train.training.rounds import scored_groups
-from tapo_train.training.step_batch import Batch, compared, rows_of_updates
+from tapo_train.training.step_batch import Batch, compared, credit_rows, rows_of_updates
 from tapo_train.training.step_metrics import Stopwatch, step_metrics
 from tapo_train.training.validation import Validation, validated
 from tapo_train.types import Group
@@ -111,9 +109,7 @@ class Trainer:
         watch = Stopwatch(on_stage=self._parts.watchdog.enter)
         with watch("rollout"):
             rolled = self._parts.rounds(step)
-        with watch("reward"):
-            groups = self._score(rolled.groups)
-            played = [*groups, *rolled.replaced]
+        groups, played = rolled.groups, [*rolled.groups, *rolled.replaced]
         with watch("audit"):
             audited = self._parts.audit(played)
         with watch("advantage"):
@@ -134,7 +130,7 @@ class Trainer:
             | dict(rolled.metrics)
             | step_metrics(
                 played,
-                advantages=batch.advantages,
+                advantages=batch.advantages.rows,
                 credit_sums=credit.sums,
                 learned=learned,
                 drift=drift,
@@ -149,9 +145,7 @@ class Trainer:
         if not parts.validation:
             return Validation()
         mine = shard(parts.validation, distributed.rank(), distributed.world_size())
-        groups = self._score(
-            parts.play(mine, rollouts=1, greedy=True, policy_version=policy_version)
-        )
+        groups = parts.play(mine, rollouts=1, greedy=True, policy_version=policy_version)
         return validated([t for group in groups for t in group.trajectories], parts.audit)
 
     def _resume(self) -> int:
@@ -204,9 +198,6 @@ class Trainer:
         parts = self._parts
         return {"order": parts.order, "rounds": parts.rounds, **parts.stateful}
 
-    def _score(self, groups: Sequence[Group]) -> list[Group]:
-        return scored_groups(groups, self._parts.reward)
-
     def _advantages(self, groups: Sequence[Group], questions: Sequence[int]) -> Batch:
         """Advantages over the rows of all ranks; ranks wait for the slowest rollout here."""
         return compared(
@@ -218,8 +209,7 @@ class Trainer:
 
     def _credit(self, batch: Batch) -> CreditResult:
         """Per-turn advantages; groups are whole on a rank, so nothing is communicated."""
-        pairs = zip(batch.trajectories, batch.advantages, strict=True)
-        return self._parts.credit([from_trajectory(t, float(a)) for t, a in pairs])
+        return self._parts.credit(credit_rows(batch))
 
     def _cut(
         self, step: int, batch: Batch, credit: CreditResult
@@ -277,7 +267,9 @@ class Trainer:
         )
 
     def _dump(self, step: int, batch: Batch, credit: CreditResult) -> None:
-        self._parts.dump.write(step, batch.trajectories, batch.advantages.tolist(), credit)
+        found = batch.advantages
+        turns = None if found.turns is None else [own.tolist() for own in found.turns]
+        self._parts.dump.write(step, batch.trajectories, found.rows.tolist(), credit, turns)
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:

@@ -43,7 +43,8 @@ class _Answered:
 
     source: str
     accuracy: float
-    form: float
+    form: float | None
+    """None where form is no part of the reward."""
     turns: int
     calls: int
 
@@ -87,14 +88,17 @@ class Evaluation:
         return "\n".join(lines)
 
 
-def evaluated(trajectories: Sequence[Trajectory], *, max_failed_fraction: float) -> Evaluation:
+def evaluated(
+    trajectories: Sequence[Trajectory], *, max_failed_fraction: float, min_scored: float = 0.0
+) -> Evaluation:
     """Judge the scored trajectories of one process, however few.
 
     Raises:
-        OutageError: more than the share failed outside the policy, or all of them.
+        OutageError: more than the share failed outside the policy, or all of them, or fewer than
+            `min_scored` of those that ended have a reward.
     """
     failures = failures_of(trajectories)
-    FailureBudget(max_failed_fraction, fewest=1).check(failures)
+    FailureBudget(max_failed_fraction, min_scored=min_scored, fewest=1).check(failures)
     usable = [t for t in trajectories if not t.failed_outside_policy]
     if not usable:
         raise OutageError(
@@ -124,7 +128,7 @@ def _answered(trajectory: Trajectory) -> _Answered:
     return _Answered(
         source=trajectory.task.source,
         accuracy=reward.accuracy,
-        form=reward.parts["format"],
+        form=reward.parts.get("format"),
         turns=len(trajectory.turns),
         calls=sum(len(turn.calls) for turn in trajectory.turns),
     )
@@ -139,14 +143,15 @@ def evaluation_metrics(rows: Sequence[_Answered], *, asked: int) -> dict[str, fl
     if not rows:
         return counts
     accuracy = float(np.mean([row.accuracy for row in rows]))
+    form = [row.form for row in rows if row.form is not None]
     interval = accuracy_of(int(math.fsum(row.accuracy for row in rows)), len(rows))
     return counts | {
         "eval/accuracy": accuracy,
         "eval/accuracy_low": interval.low,
         "eval/accuracy_high": interval.high,
-        "eval/format": float(np.mean([row.form for row in rows])),
         "eval/turns": float(np.mean([row.turns for row in rows])),
         "eval/calls": float(np.mean([row.calls for row in rows])),
+        **({"eval/format": float(np.mean(form))} if form else {}),
         **_by_source(rows),
     }
 

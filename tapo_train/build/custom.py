@@ -1,0 +1,127 @@
+"""From a recipe to the parts it names by import path, whose signatures are checked first."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tapo_train.credit.assigners import CreditAssigner
+from tapo_train.credit.result import CreditResult, result_of
+from tapo_train.credit.steps import CreditRow
+from tapo_train.errors import ConfigError, DataError
+from tapo_train.import_path import is_async, load, make
+from tapo_train.recipe import Custom, CustomPart
+from tapo_train.recipe.compose import Recipe
+from tapo_train.rewards.score import Part, Score, scored
+from tapo_train.tools.registry import load_tool
+from tapo_train.types import Task, Trajectory
+
+__all__ = [
+    "custom_credit",
+    "custom_loader",
+    "custom_part",
+    "custom_reward",
+    "require_custom_parts",
+]
+
+TAKES = {
+    "algo.loss": ("batch",),
+    "algo.advantage.custom": ("rows",),
+    "credit": ("rows",),
+    "reward.parts": ("trajectory",),
+    "data.loader": ("path",),
+}
+"""What a run hands to the part of each field."""
+
+
+def custom_part(part: Custom | CustomPart, *, where: str) -> Callable[..., Any]:
+    """The callable behind a field of `TAKES`.
+
+    Raises:
+        ConfigError: it cannot be imported, or not be called with what the run hands it.
+    """
+    found = load(part.path, where=f"{where}.path")
+    return make(found, part.arguments, takes=TAKES[where], where=where)
+
+
+def require_custom_parts(recipe: Recipe) -> None:
+    """Import and check every part that the recipe names by import path, before anything is built.
+
+    Raises:
+        ConfigError: all that is wrong with them, a line each.
+    """
+    problems = []
+    for check in _checks(recipe):
+        try:
+            check()
+        except ConfigError as error:
+            problems.append(str(error))
+    if problems:
+        raise ConfigError("\n  ".join(problems))
+
+
+def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
+    named = {
+        "algo.loss": recipe.algo.loss,
+        "algo.advantage.custom": recipe.algo.advantage.custom,
+        "credit": recipe.credit,
+        "data.loader": recipe.data.loader,
+    }
+    for where, part in named.items():
+        if isinstance(part, Custom):
+            yield partial(custom_part, part, where=where)
+    for parts in (recipe.reward.parts, *recipe.reward.by_source.values()):
+        for reward in parts.values():
+            if isinstance(reward, CustomPart):
+                yield partial(custom_reward, reward)
+    for extra in recipe.tools.extra:
+        yield partial(load_tool, extra.path, extra.arguments)
+
+
+def custom_loader(part: Custom) -> Callable[[Path], list[Task]]:
+    """Reads a task file with the recipe's own function.
+
+    Raises:
+        DataError: what it gives are no tasks, or there are none.
+    """
+    read = custom_part(part, where="data.loader")
+
+    def tasks(path: Path) -> list[Task]:
+        found = list(read(path))
+        strangers = [task for task in found if not isinstance(task, Task)]
+        if strangers or not found:
+            what = f"a {type(strangers[0]).__name__}" if strangers else "nothing"
+            raise DataError(f"{path}: {part.path} gave {what}; wanted at least one Task")
+        return found
+
+    return tasks
+
+
+def custom_reward(part: CustomPart) -> Part:
+    """The recipe's own reward; one that is not async runs in a thread."""
+    call = custom_part(part, where="reward.parts")
+
+    async def reward(trajectory: Trajectory) -> Score:
+        if is_async(call):
+            return scored(await call(trajectory))
+        return scored(await asyncio.to_thread(call, trajectory))
+
+    return reward
+
+
+def custom_credit(part: Custom) -> CreditAssigner:
+    """The recipe's own credit stage; it may answer with the advantages alone."""
+    assign = custom_part(part, where="credit")
+
+    def credit(rows: Sequence[CreditRow]) -> CreditResult:
+        found = assign(rows)
+        if isinstance(found, CreditResult):
+            return found
+        return result_of(rows, [np.asarray(turns, dtype=np.float64) for turns in found])
+
+    return credit

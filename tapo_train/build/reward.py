@@ -1,0 +1,137 @@
+"""From a recipe to the parts of a run: what a trajectory is worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+
+from tapo_train import recipe as recipes
+from tapo_train.build.custom import custom_reward
+from tapo_train.build.remote_tools import build_judge_client
+from tapo_train.build.tools import replay_of, tool_limits
+from tapo_train.errors import ConfigError
+from tapo_train.recipe.compose import Recipe
+from tapo_train.recipe.reward import RewardPart
+from tapo_train.rewards import answers, penalties
+from tapo_train.rewards.format import is_well_formed
+from tapo_train.rewards.judge import Judge, JudgeTool, template_text
+from tapo_train.rewards.matching import exact_match
+from tapo_train.rewards.maths import MathsVerifier
+from tapo_train.rewards.reward import RewardFunction, Weighted
+from tapo_train.rewards.score import Part, Rule, by_rule
+from tapo_train.rewards.scoring import Scoring
+from tapo_train.tools.ledger import Ledger
+from tapo_train.tools.toolbox import Toolbox
+
+__all__ = ["build_scoring"]
+
+
+def build_scoring(recipe: Recipe, ledger: Ledger, ending: ExitStack) -> Scoring:
+    """The reward of the recipe behind its boundary.
+
+    Args:
+        ledger: where judges' calls are recorded and paid, the run's.
+        ending: closes what the parts keep open.
+    """
+    settings = recipe.reward
+    made = partial(_weighted, recipe, ledger, ending)
+    reward = RewardFunction(
+        parts=made("", settings.parts),
+        by_source={source: made(source, parts) for source, parts in settings.by_source.items()},
+    )
+    return Scoring(reward, deadline_s=settings.deadline_s)
+
+
+def _weighted(
+    recipe: Recipe,
+    ledger: Ledger,
+    ending: ExitStack,
+    source: str,
+    parts: Mapping[str, RewardPart | None],
+) -> dict[str, Weighted]:
+    return {
+        name: Weighted(
+            part=_part(
+                recipe, ledger, ending, "_".join(filter(None, ("judge", source, name))), part
+            ),
+            weight=part.weight,
+        )
+        for name, part in parts.items()
+        if part is not None
+    }
+
+
+def _part(recipe: Recipe, ledger: Ledger, ending: ExitStack, name: str, part: RewardPart) -> Part:
+    """One part. `name` is that of its calls, if it makes any."""
+    if isinstance(part, recipes.JudgePart):
+        return _judge(recipe, ledger, ending, name, part)
+    if isinstance(part, recipes.CustomPart):
+        return custom_reward(part)
+    if isinstance(part, recipes.Maths):
+        verifier = MathsVerifier()
+        ending.callback(verifier.close)
+        return verifier
+    return by_rule(_rule(part))
+
+
+def _rule(part: RewardPart) -> Rule:
+    """A part that only computes."""
+    match part:
+        case recipes.TokenF1():
+            return lambda t: answers.token_f1(t.answer, t.task.answers)
+        case recipes.NumericMatch(relative=relative, absolute=absolute, overlap=overlap):
+            meets = partial(
+                answers.numeric_match, relative=relative, absolute=absolute, overlap=overlap
+            )
+            return lambda t: meets(t.answer, t.task.answers)
+        case recipes.MultipleChoice():
+            return lambda t: answers.choice_match(t.answer, t.task.answers)
+        case recipes.WellFormed():
+            return is_well_formed
+        case recipes.Overlong(longest=longest, buffer=buffer):
+            punished = partial(penalties.overlong, longest=longest, buffer=buffer)
+            return lambda t: punished(penalties.sampled_tokens(t))
+        case recipes.CallPenalty(count=count, free=free):
+            return partial(penalties.call_penalty, count=count, free=free)
+        case recipes.Supported():
+            return penalties.is_supported
+        case _:
+            return lambda t: exact_match(t.answer, t.task.answers)
+
+
+def _judge(
+    recipe: Recipe, ledger: Ledger, ending: ExitStack, name: str, part: recipes.JudgePart
+) -> Judge:
+    tool = JudgeTool(
+        name,
+        build_judge_client(recipe, part, key=_key(part.key_variable)),
+        endpoint=part.endpoint,
+        model=part.model,
+        with_images=part.with_images,
+        options=part.options,
+    )
+    toolbox = Toolbox(
+        [tool],
+        deadline_s=recipe.reward.deadline_s,
+        limits={name: tool_limits(part.limits)},
+        ledger=ledger,
+        replay=replay_of(recipe),
+    )
+    ending.callback(toolbox.close)
+    return Judge(
+        toolbox=toolbox,
+        name=name,
+        template=template_text(part.template),
+        exact_first=part.exact_first and part.template != "support",
+    )
+
+
+def _key(variable: str | None) -> str:
+    if variable is None:
+        return ""
+    key = os.environ.get(variable, "")
+    if not key:
+        raise ConfigError(f"reward: key_variable is {variable!r}, which is empty or not set here")
+    return key

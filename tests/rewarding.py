@@ -1,0 +1,34 @@
+"""The reward of correctness and form, for tests that need one."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tapo_train.rewards.format import is_well_formed
+from tapo_train.rewards.matching import exact_match
+from tapo_train.rewards.reward import RewardFunction, Weighted
+from tapo_train.rewards.score import by_rule
+from tapo_train.rewards.scoring import Scoring
+from tapo_train.types import Reward, Trajectory
+
+
+def correctness_and_form(*, accuracy: float = 1.0, form: float = 0.5) -> RewardFunction:
+    """As recipes have it by default."""
+    return RewardFunction(
+        parts={
+            "accuracy": Weighted(
+                part=by_rule(lambda t: exact_match(t.answer, t.task.answers)), weight=accuracy
+            ),
+            "format": Weighted(part=by_rule(is_well_formed), weight=form),
+        }
+    )
+
+
+def reward_of(trajectory: Trajectory, **weights: float) -> Reward:
+    """What a trajectory earns."""
+    return asyncio.run(correctness_and_form(**weights)(trajectory))
+
+
+def scoring(**weights: float) -> Scoring:
+    """For `collect`."""
+    return Scoring(correctness_and_form(**weights), deadline_s=60.0)
