@@ -192,7 +192,7 @@ def test_a_call_that_failed_is_no_reference_for_others(chat: ChatFormat, outcome
         return
     run = trainer()
     group = Group(task=met.task, trajectories=(met, other))
-    batch = run._advantages([group]), [0]
+    batch = run._advantages([group], [0])
     (call, answer) = run._credit(batch).step_advantages[1]
     assert answer == pytest.approx(-1.0)
     assert call == pytest.approx(-1 + BETA if outcome is Outcome.OK else -1.0)
@@ -201,14 +201,14 @@ def test_a_call_that_failed_is_no_reference_for_others(chat: ChatFormat, outcome
 def swapped(group: Group) -> tuple[Trajectory, Trajectory]:
     """The attempt with the failing call, now right, and the other, now wrong."""
     first, second = group.trajectories[:2]
-    return replace(second, answer="Velor"), replace(first, answer="Miko")
+    met, other = replace(second, answer="Velor"), replace(first, answer="Miko")
+    return met.with_reward(reward_of(met, form=0.0)), other.with_reward(reward_of(other, form=0.0))
 
 
 def test_outcomes_are_shares_of_all_calls_in_the_metrics(
     chat: ChatFormat, outcome: Outcome
 ) -> None:
-    (group,) = trainer()._score([play(chat, outcome)])
-    metrics = combine([trajectory_sums([group])])
+    metrics = combine([trajectory_sums([play(chat, outcome)])])
     assert metrics["rollout/outcome/ok"] == (1.0 if outcome is Outcome.OK else 0.5)
     assert metrics[f"rollout/outcome/{outcome}"] == (1.0 if outcome is Outcome.OK else 0.5)
     assert metrics["rollout/failed_outside_policy"] == (

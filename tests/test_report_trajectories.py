@@ -235,6 +235,7 @@ def test_a_view_holds_tokens_spans_logprobs_calls_and_pictures(tmp_path: Path) -
         "total": 1.5,
         "accuracy": 1.0,
         "parts": {"accuracy": 1.0, "format": 1.0},
+        "turns": [],
     }
     first, last = view["turns"]
     assert (first["span"], first["observation_span"]) == ([4, 7], [7, 10])

@@ -13,6 +13,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from process_environment import ROOT
+from rewarding import scoring
 from scripted_engine import ScriptedEngine, turn_of
 from test_outcomes import trainer as outcome_trainer
 from test_rollout_deadlines import ANSWER, SilentEngine, call, rollout_of
@@ -59,6 +60,7 @@ def play(
         oversample=oversample,
         policy_version=version,
         carry_over=carry_over,
+        score=scoring(form=0.0),
     )
     assert not engine.has_unfinished()
     return group
@@ -346,8 +348,8 @@ def test_a_carried_group_is_compared_and_trained_as_one_with_the_samplers_own_nu
     group = play(engine, carry_over, version=1, rollouts=2)
     assert [versions(t) for t in group.trajectories] == [[0, 0], [0, 1]]
     run = outcome_trainer()
-    batch = run._advantages(run._score([group]), [0])
-    np.testing.assert_allclose(batch.advantages, [1.0, -1.0], atol=1e-6)
+    batch = run._advantages([group], [0])
+    np.testing.assert_allclose(batch.advantages.rows, [1.0, -1.0], atol=1e-6)
     credit = run._credit(batch)
     assert list(credit.step_advantages[1]) == pytest.approx([-0.2, -1.0]), "0.8 of the blame"
     ((micro_batch,),), _ = run._cut(0, batch, credit)

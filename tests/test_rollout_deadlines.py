@@ -18,7 +18,7 @@ from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import collect
+from tapo_train.rollout.collect import Score, collect
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.types import Group, StopReason, Trajectory
@@ -61,6 +61,7 @@ def play(
     max_in_flight: int = 256,
     policy_version: int = 0,
     carry_over: CarryOver | None = None,
+    score: Score | None = None,
 ) -> Group:
     (group,) = collect(
         [picture_task()],
@@ -76,6 +77,7 @@ def play(
         max_in_flight=max_in_flight,
         policy_version=policy_version,
         carry_over=carry_over,
+        score=score,
     )
     return group
 
