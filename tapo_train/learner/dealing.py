@@ -11,7 +11,7 @@ from math import ceil
 
 import numpy as np
 
-from tapo_train.learner.batch import best_fit, together
+from tapo_train.learner.packing import best_fit, together
 
 Dealt = list[list[list[int]]]
 """By rank, then by micro-step: the numbers of the rows of a micro-batch."""
