@@ -263,8 +263,7 @@ def validation_tasks(recipe: Recipe) -> list[Task]:
 
 def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
     """The tasks of several files, one after the other."""
-    own = recipe.data.loader
-    load = None if own is None else build.custom_loader(own)
+    load = build.custom_loader(recipe.data.loader) if recipe.data.loader else None
     return load_task_files(paths, format=recipe.data.format, load=load)
 
 

@@ -74,7 +74,6 @@ def collect(
     # Ids, and so the seeds of requests, depend on the task and not on its place in the
     # list: ranks that share a batch sample what one rank alone would have sampled.
     occurrence = _occurrences([task.id for task in tasks])
-    num_attempts = math.ceil(round(rollouts_per_task * oversample, 9))  # 50 * 1.1 is 55, not 56
 
     def episode(driver: EngineDriver, position: int, rollout: int) -> Episode:
         task = tasks[position]
@@ -98,17 +97,15 @@ def collect(
             until=asyncio.get_running_loop().time() + deadlines.step_s,
             seats=asyncio.Semaphore(max_in_flight),
             rollouts=rollouts_per_task,
-            started=num_attempts,
+            started=math.ceil(round(rollouts_per_task * oversample, 9)),  # 50 * 1.1 is 55, not 56
             carry_over=carry_over,
             score=score or _unscored,
         )
         return await asyncio.gather(*map(groups.play, range(len(tasks)), tasks))
 
-    if not tasks:
-        return []
     driver = EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
     with toolbox.settled():
-        return driver.drive(play(driver))
+        return driver.drive(play(driver)) if tasks else []
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
