@@ -22,10 +22,11 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A subcommand: `module.main(argv)` does it."""
+    """A subcommand: `function(argv)` of `module` does it."""
 
     module: str
     summary: str
+    function: str = "main"
 
 
 COMMANDS = {
@@ -56,6 +57,19 @@ COMMANDS = {
     "inspect": Command(
         module="tapo_train.commands.inspect",
         summary="write pages that show every attempt of a run, and why a step was corrected",
+    ),
+    "report": Command(
+        module="tapo_train.commands.runs",
+        function="report",
+        summary="one page about one or several runs, with curves, tools and credit",
+    ),
+    "ls": Command(
+        module="tapo_train.commands.runs", function="list_runs", summary="the runs in a folder"
+    ),
+    "diff": Command(
+        module="tapo_train.commands.runs",
+        function="diff",
+        summary="the fields in which the recipes of runs differ",
     ),
     "export": Command(
         module="tapo_train.learner.export",
@@ -118,7 +132,7 @@ def _dispatch(arguments: Sequence[str]) -> int:
     if name not in COMMANDS:
         raise ConfigError(f"unknown command {name!r}; wanted one of {', '.join(COMMANDS)}")
     module = importlib.import_module(COMMANDS[name].module)
-    code: int | None = module.main(rest)
+    code: int | None = getattr(module, COMMANDS[name].function)(rest)
     return code or 0
 
 
