@@ -53,7 +53,7 @@ def curve(name: str, groups: Mapping[str, Sequence[Run]]) -> Picture | None:
             if seeds > 1:
                 axes.fill_between(steps, low, high, alpha=0.15, color=line.get_color())
         axes.set_xlabel("step")
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.locator_params(axis="x", integer=True)
         axes.legend(fontsize="small")
 
     return _drawn(name, meaning_of(name) or "", draw)

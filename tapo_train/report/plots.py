@@ -32,7 +32,7 @@ def plot_metrics(metrics: Path, out: Path, *, names: Sequence[str] = CURVES) -> 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step")
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     drawn = []
     for name in names:
         points = [
