@@ -96,9 +96,9 @@ def kept_bytes(model: Any, length: int, sequence: SequenceGroup = ALONE) -> int:
         images=(),
         spans=(Span(start=1, end=3),),
     )
-    batch, cpu = join([row]), torch.device("cpu")
+    batch = join([row])
     inputs = model_inputs(
-        batch, layout=ModelLayout.of(model), pixels=None, device=cpu, multiple_of=sequence.size
+        batch, layout=ModelLayout.of(model), pixels=None, multiple_of=sequence.size
     )
     weights = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}

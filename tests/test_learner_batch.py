@@ -48,7 +48,7 @@ def row(name, tokens, spans, *, images=(), weights=None):
 
 
 def inputs_of(batch):
-    return model_inputs(batch, layout=LAYOUT, pixels=two_features, device=torch.device("cpu"))
+    return model_inputs(batch, layout=LAYOUT, pixels=two_features)
 
 
 def test_each_trained_token_is_predicted_one_position_before_it():
@@ -172,7 +172,7 @@ def test_a_picture_that_rows_share_is_processed_once():
         row("a", [1, *pad, 3], [(5, 6)], images=(PICTURE,)),
         row("b", [1, *pad, *pad, 3], [(9, 10)], images=(other, PICTURE)),
     ]
-    inputs = model_inputs(join(rows), layout=LAYOUT, pixels=pixels, device=torch.device("cpu"))
+    inputs = model_inputs(join(rows), layout=LAYOUT, pixels=pixels)
     assert asked == [["0", "1"]]
     assert inputs.pictures == (0, 1, 0)
     assert inputs.grids.shape == (2, 3)

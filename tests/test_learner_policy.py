@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from tapo_train.algos.importance import truncate
 from tapo_train.algos.losses import LossOutput, grpo
 from tapo_train.algos.metrics import finalise
-from tapo_train.errors import LearnerError
+from tapo_train.errors import AlignmentError, LearnerError
 from tapo_train.learner import engine
 from tapo_train.learner.batch import join, pack
 from tapo_train.learner.engine import end_process_group
@@ -312,3 +313,39 @@ def test_an_entropy_bonus_spreads_the_policy_and_wants_entropies_measured(folder
 def no_surrogate(batch):
     """A loss of 0, so that only penalties and bonuses are left."""
     return LossOutput(per_token=batch.logprobs * 0, metrics={})
+
+
+def test_the_pictures_of_the_next_micro_batch_are_made_while_one_is_computed(policy, chat):
+    made, threads = [], set()
+    second_asked = threading.Event()
+
+    def watched(images):
+        made.append([image.sha256 for image in images])
+        threads.add(threading.current_thread().name)
+        if len(made) == 2:
+            second_asked.set()
+        return chat.pixels(images)
+
+    batches = [join([row]) for row in some_rows(chat, policy.layout) if row.images]
+    wanted = policy.logprobs_of_all(batches)
+    scorer = replace(policy._score, pixels=watched)
+    found = []
+    for number, (batch, inputs) in enumerate(scorer.ahead(batches)):
+        # Nothing was asked for beyond the next, and that is asked before this one is computed.
+        assert second_asked.wait(timeout=60)
+        assert len(made) <= number + 2
+        found.append(scorer(batch, inputs)[0].detach())
+    assert made == [[image.sha256 for image in batch.images[0]] for batch in batches]
+    assert threading.current_thread().name not in threads
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+    assert list(scorer.ahead([])) == []
+
+
+def test_a_picture_that_cannot_be_made_ends_the_update_with_its_own_error(policy, chat):
+    def broken(images):
+        raise AlignmentError("image 3")
+
+    batches = [join([row]) for row in some_rows(chat, policy.layout) if row.images]
+    with pytest.raises(AlignmentError, match="image 3"):
+        list(replace(policy._score, pixels=broken).ahead(batches))

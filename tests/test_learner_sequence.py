@@ -70,9 +70,7 @@ def test_a_rank_computes_its_slice_and_padding_fills_the_last(tiny_qwen3_vl: Pat
     chat = ChatFormat(tiny_qwen3_vl)
     policy = make_policy(tiny_qwen3_vl, chat)
     batch = join([row(300, 5), row(400, 3)])
-    inputs = model_inputs(
-        batch, layout=policy.layout, pixels=chat.pixels, device=policy.device, multiple_of=4
-    )
+    inputs = model_inputs(batch, layout=policy.layout, pixels=chat.pixels, multiple_of=4)
     end = policy.layout.vision_end_token_id
     # 8 tokens, 3 of the smallest picture, 1 of padding that is a row of its own.
     assert inputs.input_ids[0, -2:].tolist() == [end, end]
@@ -91,7 +89,6 @@ def test_without_a_remainder_nothing_is_padded(tiny_qwen3_vl: Path) -> None:
         join(rows),
         layout=policy.layout,
         pixels=chat.pixels,
-        device=policy.device,
         multiple_of=length,
     )
     assert inputs.boundaries[-1] == length and len(inputs.boundaries) == len(rows) + 1

@@ -11,7 +11,7 @@ A picture that several rows share (the attempts at one task) goes through the to
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -40,16 +40,27 @@ class ModelInputs:
     boundaries: tuple[int, ...]
     """[n + 1]"""
 
+    def to(self, device: torch.device) -> ModelInputs:
+        """A copy whose tensors are on `device`."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(
+            self,
+            **{
+                n: v.to(device, non_blocking=True)
+                for n, v in values.items()
+                if isinstance(v, Tensor)
+            },
+        )
+
 
 def model_inputs(
     batch: MicroBatch,
     *,
     layout: ModelLayout,
     pixels: PixelSource,
-    device: torch.device,
     multiple_of: int = 1,
 ) -> ModelInputs:
-    """Pixels, positions and token types of a micro-batch, on `device`.
+    """Pixels, positions and token types of a micro-batch, on the CPU as the micro-batch is.
 
     Args:
         multiple_of: a row of padding, untrained and seen by no other, makes S one.
@@ -79,11 +90,11 @@ def model_inputs(
         for row, kind, pictures in zip(rows, types, shown, strict=True)
     ]
     return ModelInputs(
-        input_ids=torch.cat(rows)[None].to(device),
-        token_types=torch.cat(types)[None].to(device),
-        positions=torch.cat(positions, dim=1)[:, None].to(device),
-        pixel_values=pixel_values.to(device),
-        grids=grids.to(device),
+        input_ids=torch.cat(rows)[None],
+        token_types=torch.cat(types)[None],
+        positions=torch.cat(positions, dim=1)[:, None],
+        pixel_values=pixel_values,
+        grids=grids,
         pictures=tuple(i for row in shown for i in row),
         boundaries=(0, *accumulate(len(row) for row in rows)),
     )

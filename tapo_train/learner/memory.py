@@ -39,6 +39,8 @@ HEAD_BACKWARD = {"bf16": 14, "fp32": 12}
 """[B] the same in the backward pass: two chunks' logits, one of them as gradient."""
 HEAD_GRADIENT = {"bf16": 6, "fp32": 8}
 """[B] per element of the head: its gradient summed in fp32, and the share of a chunk."""
+PREFETCH = 5 * 10**7
+"""Weights that DeepSpeed gathers ahead together, its default."""
 USABLE = 0.95
 """Of a device's memory; the rest goes to the context and to fragments."""
 
@@ -105,12 +107,14 @@ def gathered_bytes(shape: ModelShape, plan: Plan) -> float:
     """Weights that are whole on a device at a time, of those that are sharded [B].
 
     A module's weights are gathered before it computes; what comes next is gathered ahead and what
-    is used again soon is kept, up to `live_elements`. The largest module is the head.
+    is used again soon is kept, up to `live_elements`. The largest module is the head. What is
+    just being gathered is there twice.
     """
     if plan.zero_stage < 3:
         return 0.0
     live = min(shape.weights, plan.live_elements + shape.head_weights)
-    return float(live * ELEMENT[plan.precision])
+    coming = max(shape.head_weights, min(plan.live_elements, PREFETCH, shape.weights))
+    return float((live + coming) * ELEMENT[plan.precision])
 
 
 def bucket_bytes(shape: ModelShape, plan: Plan) -> float:

@@ -139,9 +139,9 @@ class Policy:
         shares: list[Tensor] = []
         metrics: Metrics = {}
         self._engine.train()
-        for batch in padded:
+        for batch, inputs in self._score.ahead(padded):
             moved = batch.to(self.device)
-            logprobs, entropy = self._score(moved, with_entropy=self._measure_entropy)
+            logprobs, entropy = self._score(moved, inputs, with_entropy=self._measure_entropy)
             if moved.num_trained:
                 output = objective(moved, logprobs, entropy if self._measure_entropy else None)
                 share = aggregate(
@@ -173,7 +173,7 @@ class Policy:
             return self._guard.finite_loss(shares, batches)
         except NonFiniteError:
             largest = max(batches, key=lambda batch: batch.num_trained)
-            self._guard.discard(self._score(largest.to(self.device))[0].sum())
+            self._guard.discard(self._score(largest)[0].sum())
             raise
 
     def score(
