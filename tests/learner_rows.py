@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from tapo_train.learner import packed_model
 from tapo_train.learner.batch import TrainingRow, join
@@ -115,3 +116,16 @@ def kept_bytes(model: Any, length: int, sequence: SequenceGroup = ALONE) -> int:
             inputs, batch.trained_index, batch.targets, **head
         )
         return sum(kept.values())
+
+
+def peak_allocated(call: Callable[[], Any]) -> int:
+    """[B] of allocations at their highest during a call, over those before; seen one by one."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+        call()
+    results: Any = watched.profiler
+    events = [e for e in results.kineto_results.events() if e.name() == "[memory]"]
+    now = highest = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        highest = max(highest, now)
+    return highest

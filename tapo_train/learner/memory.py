@@ -28,15 +28,15 @@ STEP = 16
 sharding fp32 needs no second weights, and bf16 keeps its gradients in bf16."""
 PIXEL = 4
 """[B] of a number of a processed picture."""
-HEAD_FORWARD = {"bf16": 10, "fp32": 8}
-"""[B] per row of a chunk and entry of the vocabulary in the forward pass: logits in fp32 and what
-the sum of their exponentials needs (4 + 4); in bf16 the last chunk is held while the next is
-computed (4 + 2 + 4)."""
+HEAD_FORWARD = 8
+"""[B] per row of a chunk and entry of the vocabulary in the forward pass: logits in float32 and
+what the sum of their exponentials needs, or the last chunk's (4 + 4)."""
 HEAD_ENTROPY = 20
-"""[B] the same with entropies: logits, log-probabilities, probabilities, their product (4 each)
-and the log-probabilities that are finite (4)."""
-HEAD_BACKWARD = {"bf16": 14, "fp32": 12}
-"""[B] the same in the backward pass: two chunks' logits, one of them as gradient."""
+"""[B] the same with entropies: logits, log-probabilities, those that are finite, probabilities and
+their product (4 each)."""
+HEAD_BACKWARD = {"bf16": (10, 18), "fp32": (8, 20)}
+"""[B] the same in the backward pass, without and with entropies: logits beside the gradient of the
+chunk before (4 + 4, and 2 in bf16); with entropies its factors are still held."""
 HEAD_GRADIENT = {"bf16": 6, "fp32": 8}
 """[B] per element of the head: its gradient summed in fp32, and the share of a chunk."""
 PREFETCH = 5 * 10**7
@@ -173,14 +173,14 @@ def head_bytes(shape: ModelShape, plan: Plan) -> float:
     forward = scored_head_bytes(shape, plan)
     if plan.with_entropy:
         forward = float(chunk * HEAD_ENTROPY)
-    logits = HEAD_BACKWARD[plan.precision] + (8 if plan.with_entropy else 0)
+    logits = HEAD_BACKWARD[plan.precision][plan.with_entropy]
     backward = chunk * logits + HEAD_GRADIENT[plan.precision] * shape.head_weights
     return float(max(forward, backward))
 
 
 def scored_head_bytes(shape: ModelShape, plan: Plan) -> float:
     """Chunks of logits of a forward pass alone, without entropies [B]."""
-    return float(plan.head_chunk_tokens * shape.vocabulary * HEAD_FORWARD[plan.precision])
+    return float(plan.head_chunk_tokens * shape.vocabulary * HEAD_FORWARD)
 
 
 def activation_bytes(
