@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +43,12 @@ class ModelInputs:
 
     def to(self, device: torch.device) -> ModelInputs:
         """A copy whose tensors are on `device`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(
-            self,
-            **{
-                n: v.to(device, non_blocking=True)
-                for n, v in values.items()
-                if isinstance(v, Tensor)
-            },
-        )
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 def model_inputs(
