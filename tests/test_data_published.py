@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image as Pillow
 
-from tapo_train.data.tasks import load_tasks
+from tapo_train.data.intake import Intake
+from tapo_train.data.tasks import load_task_files, load_tasks
 from tapo_train.errors import DataError
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -73,9 +74,48 @@ def test_fvqa_rows_without_data_id_are_named_after_file_and_row(tmp_path: Path) 
     assert [task.id for task in load_tasks(fvqa_file(tmp_path, *rows))] == ["fvqa_0", "fvqa_1"]
 
 
-@pytest.mark.parametrize("candidates", [None, "[]"])
+@pytest.mark.parametrize(
+    ("changes", "answers"),
+    [
+        ({"candidate_answers": ["1931 AD"], "ground_truth": "1931"}, ("1931", "1931 AD")),
+        ({"candidate_answers": '[1931, "", null]', "ground_truth": "x"}, ("x", "1931")),
+        ({"candidate_answers": '"1931"', "ground_truth": "x"}, ("x", "1931")),
+        ({"candidate_answers": "[]", "ground_truth": 1931}, ("1931",)),
+        ({"ground_truth": {"target": ["Eve", "Eva"]}, "candidate_answers": None}, ("Eve", "Eva")),
+    ],
+)
+def test_answers_of_a_parquet_row_are_read_in_the_shapes_they_are_published_in(
+    tmp_path: Path, changes: dict[str, Any], answers: tuple[str, ...]
+) -> None:
+    row = fvqa_row(reward_model={"style": "rule", **changes}, data_id=7)
+    other = fvqa_row(reward_model={"style": "rule", **changes}, data_id=8, images=None)
+    first, second = load_tasks(fvqa_file(tmp_path, row, other))
+    assert (first.id, first.answers) == ("7", answers)
+    assert (second.id, second.images) == ("8", ())
+
+
+def test_a_parquet_row_may_hold_its_picture_under_image_or_none_at_all(tmp_path: Path) -> None:
+    single = {**fvqa_row(), "image": {"bytes": encoded(), "path": None}}
+    del single["images"]
+    assert len(load_tasks(fvqa_file(tmp_path, single))[0].images) == 1
+    del single["image"]
+    assert load_tasks(fvqa_file(tmp_path, single).rename(tmp_path / "A.PARQUET"))[0].images == ()
+
+
+def test_a_livevqa_item_that_cannot_be_used_is_left_out_with_both_its_questions(
+    tmp_path: Path,
+) -> None:
+    bad, good = {**item(), "id": "8", "img_path": "gone.jpg"}, item(Ground_Truth_List=[1931])
+    intake = Intake(drop=True)
+    tasks = load_task_files([livevqa_folder(tmp_path, [bad, good])], intake=intake)
+    assert [task.id for task in tasks] == ["7/level1", "7/level2"]
+    assert tasks[1].answers == ("1931", "Regatta: day 1")
+    assert len(intake.problems) == 1 and "item 0: picture 'gone.jpg'" in intake.problems[0]
+
+
+@pytest.mark.parametrize("candidates", [None, "[]", "", " ", []])
 def test_an_fvqa_row_without_candidates_accepts_its_ground_truth(
-    tmp_path: Path, candidates: str | None
+    tmp_path: Path, candidates: str | list[str] | None
 ) -> None:
     row = fvqa_row(reward_model=truth(candidate_answers=candidates))
     (task,) = load_tasks(fvqa_file(tmp_path, row))
@@ -86,12 +126,13 @@ def test_an_fvqa_row_without_candidates_accepts_its_ground_truth(
     ("changes", "message"),
     [
         ({"reward_model": truth(candidate_answers="[broken")}, "candidate_answers: not valid JSON"),
-        ({"reward_model": truth(candidate_answers="[1]")}, "found \\[1\\]; wanted a text or"),
+        ({"reward_model": truth(candidate_answers='[{"a": 1}]')}, "wanted a text, a number or a"),
         ({"reward_model": truth(ground_truth=" ")}, "reward_model: field 'ground_truth'"),
         ({"images": [{"bytes": None, "path": "a.jpg"}]}, r"images\[0\]: .* wanted embedded bytes"),
         ({"images": [{"bytes": b"GIF89a", "path": None}]}, r"images\[0\]: not a readable picture"),
         ({"prompt": []}, "field 'prompt'"),
-        ({"data_id": 5}, "field 'data_id'"),
+        ({"data_id": 5.5}, "field 'data_id'"),
+        ({"images": None, "image_urls": ["http://a/b.jpg"]}, "field 'image_urls'"),
     ],
 )
 def test_a_wrong_fvqa_field_is_named_with_its_row(
@@ -105,7 +146,7 @@ def test_a_wrong_fvqa_field_is_named_with_its_row(
 def test_a_parquet_file_of_another_schema_is_refused_with_the_missing_columns(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(DataError, match=r"columns \['prompt', 'images'\] are missing"):
+    with pytest.raises(DataError, match=r"columns \['prompt'\] are missing"):
         load_tasks(fvqa_file(tmp_path, {"reward_model": truth(), "x": 1}))
 
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from tapo_train.data.images import ImageLimits, read_image
+from tapo_train.data.intake import Intake
 from tapo_train.data.rows import shown
 from tapo_train.data.tasks import fingerprint, load_task_files, load_tasks, write_tasks
 from tapo_train.errors import DataError
@@ -49,6 +50,14 @@ def folder_with(tmp_path: Path, *rows: dict[str, Any]) -> Path:
     path = tmp_path / "tasks.jsonl"
     path.write_text("".join(json.dumps(fields) + "\n" for fields in rows), encoding="utf-8")
     return path
+
+
+def parts(*texts: str) -> list[dict[str, Any]]:
+    """A user turn of parts; "<image>" is a picture."""
+    content = [
+        {"type": "image"} if text == "<image>" else {"type": "text", "text": text} for text in texts
+    ]
+    return [{"role": "user", "content": content}]
 
 
 def asked(content: str) -> list[dict[str, str]]:
@@ -117,11 +126,32 @@ def test_placeholders_at_the_ends_leave_the_question(
         ({"prompt": asked("  ")}, "not blank"),
         ({"prompt": []}, "one message"),
         ({"prompt": [*asked("a"), *asked("b")]}, "one message"),
+        ({"prompt": ["a"]}, "one message"),
+        ({"prompt": [*asked("a"), {"role": "system", "content": "x"}]}, "one message"),
+        ({"prompt": "<image> Is <image> red?"}, r"'prompt': .*1 <image> as there are pictures"),
+        ({"prompt": " "}, "'prompt': .*not blank"),
+        ({"prompt": parts("<image>", "red?", "<image>")}, "1 <image> as there are pictures"),
+        ({"prompt": parts("Is", "<image>", "red?")}, "only before or after"),
+        ({"prompt": parts("<image>")}, "a question with"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, r"content\[0\]: .*'type'"),
+        ({"prompt": [{"role": "user", "content": [{"type": "text"}]}]}, "'text' with a text"),
+        (
+            {"prompt": [{"role": "user", "content": [{"type": "image", "image": "b.png"}]}]},
+            "found 'b.png'; wanted nothing: the pictures of a row stand in its field 'image'",
+        ),
         ({"prompt": [{"role": "system", "content": "x"}]}, "'user'"),
         ({"reward_model": None}, "'reward_model': found nothing"),
         ({"reward_model": {"ground_truth": []}}, "reward_model: field 'ground_truth'"),
-        ({"reward_model": {"ground_truth": ["ok", " "]}}, "non-empty list of texts"),
-        ({"reward_model": {"ground_truth": [3]}}, "non-empty list of texts"),
+        ({"reward_model": {"ground_truth": [" ", None]}}, "not all blank"),
+        ({"reward_model": {"ground_truth": ["ok", True]}}, "a text, a number or a list"),
+        ({"reward_model": {"ground_truth": [["ok"]]}}, "a text, a number or a list"),
+        ({"reward_model": {"ground_truth": float("inf")}}, "a text, a number or a list"),
+        ({"image": "data:image/png;base64," + "A" * 200_000}, r"A…; wanted the path of a file"),
+        ({"image": "x" * 100_000}, "impossible path 'xxx"),
+        ({"image": ["tower.png"], "images": ["tower.png"]}, "the pictures under 'image' alone"),
+        ({"image": None, "img_path": "tower.png"}, r"'img_path': found 'tower.png'; wanted pic"),
+        ({"image": None, "image_url": "http://a/b.png"}, "'image_url'"),
+        ({"videos": ["a.mp4"]}, "'videos'"),
         ({"image": "missing.png"}, "'missing.png' is not a file"),
         ({"image": "."}, "is not a file"),
         ({"image": {}}, "field 'image'"),
@@ -137,6 +167,124 @@ def test_a_wrong_field_is_named_with_file_and_line(
     with pytest.raises(DataError, match=message) as caught:
         load_tasks(folder_with(tmp_path, row(**changes)))
     assert "tasks.jsonl:1" in str(caught.value)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize(
+    "key_and_value",
+    [
+        ("image", "tower.png"),
+        ("images", ["tower.png"]),
+        ("images", [{"path": "tower.png", "bytes": None}]),
+        ("image_path", "tower.png"),
+        ("image_paths", ["tower.png"]),
+    ],
+    ids=str,
+)
+def test_pictures_are_read_under_every_name_they_are_published_by(
+    tmp_path: Path, key_and_value: tuple[str, Any]
+) -> None:
+    key, value = key_and_value
+    path = folder_with(tmp_path, row(**{"image": None, key: value, "image_url": "http://a/b"}))
+    (task,) = load_tasks(path)
+    assert [image.data for image in task.images] == [encoded()]
+    assert task.metadata == {"image_url": "http://a/b"}, "said where the picture is from"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "<image>Who?",
+        "Who?",
+        [{"role": "system", "content": "Call <search>."}, {"role": "user", "content": "Who?"}],
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Who?"}]}],
+        [
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "Who?"}, {"type": "image", "text": None}],
+            }
+        ],
+    ],
+    ids=str,
+)
+def test_questions_are_read_in_the_shapes_they_are_published_in(
+    tmp_path: Path, prompt: Any
+) -> None:
+    intake = Intake()
+    (task,) = load_tasks(folder_with(tmp_path, row(prompt=prompt)), intake=intake)
+    assert (task.question, len(task.images)) == ("Who?", 1)
+    has_system_turn = len(prompt) == 2
+    assert intake.report() == (
+        ["1 rows have a system turn of their own, which is not used: data.system_prompt is"]
+        if has_system_turn
+        else []
+    )
+
+
+@pytest.mark.parametrize(
+    ("truth", "answers"),
+    [
+        ("Eve", ("Eve",)),
+        (1931, ("1931",)),
+        (1931.0, ("1931",)),
+        (2.5, ("2.5",)),
+        (["Eve", 1931, None, " ", float("nan")], ("Eve", "1931")),
+        ({"target": ["Eve", "Eva"]}, ("Eve", "Eva")),
+    ],
+)
+def test_answers_are_read_in_the_shapes_they_are_published_in(
+    tmp_path: Path, truth: Any, answers: tuple[str, ...]
+) -> None:
+    (task,) = load_tasks(folder_with(tmp_path, row(reward_model={"ground_truth": truth})))
+    assert task.answers == answers
+
+
+def cut(data: bytes) -> bytes:
+    return data[: len(data) * 2 // 3]
+
+
+def damaged(tmp_path: Path) -> Path:
+    """Four rows of which two have a damaged picture and one is no JSON."""
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(cut(encoded("JPEG", (200, 200))))
+    path = folder_with(tmp_path, row(), row(id="a", image="a.jpg"), row(id="b", image="b.jpg"))
+    with path.open("a") as file:
+        file.write(json.dumps(row(id="q1")) + "\n" + "{\n" + json.dumps(row(id="q2")) + "\n")
+    return path
+
+
+def test_all_bad_rows_are_named_in_one_message(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_task_files([damaged(tmp_path)])
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 rows cannot be used (data.bad_rows=drop leaves them out):"
+    assert [line.split(": ")[0].rpartition(":")[2] for line in lines[1:]] == ["2", "3", "4", "5"]
+
+
+def test_bad_rows_can_be_left_out_and_are_counted(tmp_path: Path) -> None:
+    intake = Intake(drop=True)
+    assert [task.id for task in load_task_files([damaged(tmp_path)], intake=intake)] == ["q1", "q2"]
+    report = intake.report()
+    assert report[0] == "4 rows left out (data.bad_rows=drop):"
+    assert "tasks.jsonl:2: not a readable picture" in report[1]
+    assert "id 'q1' was used before" in report[3]
+
+
+def test_a_file_without_a_usable_row_is_refused_though_rows_are_left_out(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row(image="missing.png"))
+    with pytest.raises(DataError, match=r"found no task that can be used:(.|\n)*'missing\.png'"):
+        load_task_files([path], intake=Intake(drop=True))
+
+
+def test_reading_ends_where_there_are_too_many_bad_rows_to_name(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, *(row(id=str(n), image="missing.png") for n in range(50)))
+    with pytest.raises(DataError, match=r"^20 rows and more cannot be used") as caught:
+        load_tasks(path)
+    assert len(str(caught.value).splitlines()) == 21
+    intake = Intake(drop=True)
+    load_tasks(path, intake=intake)
+    assert len(intake.problems) == 50
+    assert intake.report()[-1] == "  and 30 more"
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", '"x"', "[" * 100_000, "1" * 5000, "\udcff{}"])
@@ -165,6 +313,26 @@ def test_a_picture_outside_the_root_is_refused_also_through_a_link(tmp_path: Pat
     for name in ("../secret.png", "link.png", str(tmp_path / "secret.png")):
         with pytest.raises(DataError, match="leads out of the data folder"):
             load_tasks(folder_with(tmp_path / "data", row(image=name)))
+
+
+def test_pictures_may_lie_in_folders_that_are_named(tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "1.png").write_bytes(encoded(size=(3, 5)))
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(disk)
+    for name in ("linked/1.png", str(disk / "1.png"), "1.png"):
+        path = folder_with(tmp_path / "set", row(image=name))
+        (task,) = load_task_files([path], image_roots=[tmp_path / "other", disk])
+        assert (task.images[0].width, task.images[0].height) == (3, 5)
+        if name != "1.png":
+            with pytest.raises(DataError, match=r"leads out .* folder in data\.image_roots"):
+                load_tasks(path)
+    (tmp_path / "secret.png").write_bytes(encoded())
+    with pytest.raises(DataError, match="leads out of the data folder"):
+        load_task_files(
+            [folder_with(tmp_path / "set", row(image="../secret.png"))], image_roots=[disk]
+        )
 
 
 def test_a_given_root_replaces_the_folder_of_the_file(tmp_path: Path) -> None:
@@ -273,6 +441,37 @@ def test_format_is_told_from_the_ending_or_said_outright(tmp_path: Path) -> None
         load_tasks(path, format="csv")
 
 
+def test_endings_are_read_in_capitals_and_a_list_of_rows_in_json(tmp_path: Path) -> None:
+    path = folder_with(tmp_path, row()).rename(tmp_path / "tasks.JSONL")
+    assert len(load_tasks(path)) == 1
+    array = tmp_path / "tasks.json"
+    array.write_text(json.dumps([row(), row(id="q2")]))
+    assert [task.id for task in load_tasks(array)] == ["q1", "q2"]
+    array.write_text(json.dumps([row(), row(id=None), 3]))
+    with pytest.raises(DataError, match=r"item 1: field 'id'(.|\n)*item 2: found 3; wanted an obj"):
+        load_tasks(array)
+
+
+def test_a_folder_stands_for_its_one_file_or_for_the_shards_of_one_split(tmp_path: Path) -> None:
+    def shard(split: str, number: int) -> None:
+        path = folder_with(tmp_path, row(id=f"{split}{number}"))
+        path.rename(tmp_path / f"{split}-{number:05d}-of-00002.jsonl")
+
+    with pytest.raises(DataError, match="found no task file; wanted one task file"):
+        load_tasks(tmp_path)
+    shard("train", 1)
+    assert [task.id for task in load_tasks(tmp_path)] == ["train1"]
+    shard("train", 0)
+    assert [task.id for task in load_tasks(tmp_path)] == ["train0", "train1"]
+    shard("test", 0)
+    with pytest.raises(DataError, match="wanted one task file, or the shards of one split"):
+        load_tasks(tmp_path)
+    (tmp_path / "train-00000-of-00002.jsonl").unlink()
+    (tmp_path / "train-00001-of-00002.jsonl").rename(tmp_path / "test-00002-of-00002.jsonl")
+    with pytest.raises(DataError, match=r"found 2 of 2 shards .*; wanted them all"):
+        load_tasks(tmp_path)
+
+
 def test_an_empty_or_absent_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(DataError, match=r"empty\.jsonl: found no task"):
@@ -287,7 +486,7 @@ def test_several_files_are_read_in_order_and_may_not_share_an_id(tmp_path: Path)
         folder_with(tmp_path / name, *(row(id=identifier) for identifier in ids))
     files = [tmp_path / name / "tasks.jsonl" for name in "abc"]
     assert [task.id for task in load_task_files(files[:2])] == ["q1", "q2", "q3"]
-    with pytest.raises(DataError, match=r"c/tasks\.jsonl: id 'q2' was used before, at .*/a/tasks"):
+    with pytest.raises(DataError, match=r"c/tasks\.jsonl:1: id 'q2' was used before, at .*/a/tas"):
         load_task_files(files)
 
 

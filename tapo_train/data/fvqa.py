@@ -5,39 +5,41 @@ reward_model struct{ground_truth: str, candidate_answers: JSON text of a list, s
 data_source, and in the full files data_id and category. Accepted answers are the
 ground truth, then the candidates, as in that system's training reward. The pickled
 image-search caches published beside it are not read: a pickle can run code.
+
+Files like it are read too: candidates as a list column or blank, answers in the shapes that
+`Row.answers` reads, numbers as data_id, messages in the shapes of `prompt.py`, pictures under
+`image`, no pictures at all.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tapo_train.data.images import ImageStore
-from tapo_train.data.rows import (
-    Row,
-    parse_json,
-    question_of,
-    read_file,
-    require_unique_ids,
-    shown,
-)
+from tapo_train.data.intake import Intake
+from tapo_train.data.pictures import PICTURE_KEYS, picture_entries
+from tapo_train.data.prompt import question_of
+from tapo_train.data.rows import Row, parse_json, read_file, shown
 from tapo_train.errors import DataError
 from tapo_train.types import Image, Task
 
 __all__ = ["load_fvqa"]
 
-_COLUMNS = ("prompt", "images", "reward_model")
-_USED = (*_COLUMNS, "data_source", "data_id")
+_COLUMNS = ("prompt", "reward_model")
+_USED = (*_COLUMNS, *PICTURE_KEYS, "data_source", "data_id")
 
 
-def load_fvqa(path: Path, *, store: ImageStore) -> list[Task]:
+def load_fvqa(path: Path, *, store: ImageStore, intake: Intake) -> list[Task]:
     """All rows in file order; without data_id a task is named `<file stem>_<row>`."""
-    rows = [Row(f"{path}: row {number}", fields) for number, fields in enumerate(_read(path))]
-    tasks = [
-        _task(row, fallback_id=f"{path.stem}_{number}", store=store)
-        for number, row in enumerate(rows)
-    ]
-    require_unique_ids([(task.id, row.where) for task, row in zip(tasks, rows, strict=True)])
+    tasks: list[Task] = []
+    for number, fields in enumerate(_read(path)):
+        row = Row(f"{path}: row {number}", fields)
+        fallback_id = f"{path.stem}_{number}"
+        read = partial(_tasks, row, fallback_id=fallback_id, store=store, intake=intake)
+        tasks += intake.take(row.where, read)
     return tasks
 
 
@@ -59,11 +61,12 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _task(row: Row, *, fallback_id: str, store: ImageStore) -> Task:
+def _tasks(row: Row, *, fallback_id: str, store: ImageStore, intake: Intake) -> Sequence[Task]:
     images = _images(row, store)
-    return Task(
-        id=row.optional_text("data_id") or fallback_id,
-        question=question_of(row, num_images=len(images)),
+    has_id = row.fields.get("data_id") is not None
+    task = Task(
+        id=row.identifier("data_id") if has_id else fallback_id,
+        question=question_of(row, num_images=len(images), intake=intake),
         images=images,
         answers=_answers(row.inner("reward_model")),
         source=row.optional_text("data_source"),
@@ -73,16 +76,14 @@ def _task(row: Row, *, fallback_id: str, store: ImageStore) -> Task:
             if key not in _USED and value is not None
         },
     )
+    return [task]
 
 
 def _images(row: Row, store: ImageStore) -> tuple[Image, ...]:
-    found = row.fields.get("images")
-    entries = [] if found is None else found
-    if not isinstance(entries, list):
-        raise row.wrong("images", "a list of {bytes, path}")
+    field, entries = picture_entries(row)
     images = []
     for number, entry in enumerate(entries):
-        where = f"{row.where}: images[{number}]"
+        where = f"{row.where}: {field}[{number}]"
         data = entry.get("bytes") if isinstance(entry, dict) else None
         if not isinstance(data, bytes):
             raise DataError(f"{where}: found {shown(entry)}; wanted embedded bytes")
@@ -91,12 +92,15 @@ def _images(row: Row, store: ImageStore) -> tuple[Image, ...]:
 
 
 def _answers(reward_model: Row) -> tuple[str, ...]:
-    truth = reward_model.text("ground_truth")
-    encoded = reward_model.optional_text("candidate_answers")
-    if not encoded:
-        return (truth,)
-    value = parse_json(encoded, where=f"{reward_model.where}: candidate_answers")
-    if value == []:
-        return (truth,)
-    candidates = Row(reward_model.where, {"candidate_answers": value}).texts("candidate_answers")
-    return tuple(dict.fromkeys((truth, *candidates)))
+    truth = reward_model.answers("ground_truth")
+    value = reward_model.fields.get("candidate_answers")
+    if isinstance(value, str) and value.strip():
+        value = parse_json(value, where=f"{reward_model.where}: candidate_answers")
+    if value in (None, []) or (isinstance(value, str) and not value.strip()):
+        return truth
+    candidates = Row(reward_model.where, {"candidate_answers": [truth[0], *_listed(value)]})
+    return tuple(dict.fromkeys((*truth, *candidates.answers("candidate_answers"))))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]

@@ -12,11 +12,13 @@ import hashlib
 import io
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image as Pillow
 
+from tapo_train.data.rows import shown
 from tapo_train.errors import DataError
 from tapo_train.types import Image, ImageRef
 
@@ -24,6 +26,8 @@ __all__ = ["FORMATS", "ImageLimits", "ImageStore", "extension", "read_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders Pillow may try; everything else is refused by name."""
+
+_NO_PATHS = ("data:", "http://", "https://")
 
 _BROKEN = (
     OSError,
@@ -112,6 +116,8 @@ class ImageStore:
     """Reads pictures so that equal files and equal bytes become one `Image` object."""
 
     limits: ImageLimits = field(default_factory=ImageLimits)
+    also: Sequence[Path] = ()
+    """Further folders that pictures may lie in, or links and absolute paths lead to."""
     _by_path: dict[Path, Image] = field(default_factory=dict)
     _by_digest: dict[str, Image] = field(default_factory=dict)
 
@@ -123,8 +129,8 @@ class ImageStore:
         return self._by_digest[digest]
 
     def from_file(self, root: Path, name: str, *, where: str) -> Image:
-        """The picture in `root / name`, which must lie inside `root`, links followed."""
-        path = resolve_inside(root, name, where=where)
+        """The picture `name` in `root` or one of `also`, links followed, but not out of them."""
+        path = resolve_inside((root, *self.also), name, where=where)
         if path not in self._by_path:
             self._by_path[path] = self.from_bytes(self._read(path, name, where), where=where)
         return self._by_path[path]
@@ -132,26 +138,38 @@ class ImageStore:
     def _read(self, path: Path, name: str, where: str) -> bytes:
         try:
             if not path.is_file():
-                raise DataError(f"{where}: picture {name!r} is not a file; looked at {path}")
+                raise DataError(
+                    f"{where}: picture {shown(name)} is not a file; looked at {shown(str(path))}"
+                )
             with path.open("rb") as stream:
                 return stream.read(self.limits.max_bytes + 1)
         except OSError as error:
-            raise DataError(f"{where}: picture {name!r} cannot be read: {error}") from error
+            raise DataError(
+                f"{where}: picture {shown(name)} cannot be read: {error.strerror}"
+            ) from error
 
 
-def resolve_inside(root: Path, name: str, *, where: str) -> Path:
-    """`root / name` without links and dots; DataError if that leaves `root`."""
+def resolve_inside(roots: Sequence[Path], name: str, *, where: str) -> Path:
+    """`name` in the first of `roots` that has it, without links and dots.
+
+    Raises:
+        DataError: it leads out of all of them, or is no path.
+    """
+    if name.startswith(_NO_PATHS):
+        raise DataError(f"{where}: found the picture {shown(name)}; wanted the path of a file")
     try:
-        base = root.resolve()
-        path = (base / name).resolve()
+        bases = [root.resolve() for root in roots]
+        found = [(base / name).resolve() for base in bases]
+        inside = [path for path in found if any(path.is_relative_to(base) for base in bases)]
+        if inside:
+            return next((path for path in inside if path.exists()), inside[0])
     except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{where}: impossible path {name!r}: {error}") from error
-    if not path.is_relative_to(base):
-        raise DataError(
-            f"{where}: path {name!r} leads out of the data folder; "
-            f"wanted a path relative to {base} that stays inside it"
-        )
-    return path
+        said = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"{where}: impossible path {shown(name)}: {said}") from error
+    raise DataError(
+        f"{where}: path {shown(name)} leads out of the data folder; wanted a path that stays "
+        f"inside {bases[0]}, or its folder in data.image_roots"
+    )
 
 
 def extension(data: bytes) -> str:

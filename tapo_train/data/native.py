@@ -8,49 +8,81 @@
 It is the format of SenseNova-MARS (arXiv 2512.24330). Picture paths are relative
 to the file's folder (or a given root) and never leave it. Keys that are not named
 above are kept in `Task.metadata`. Deviations: `id` may be called `index` as in some
-of their files, but one of the two is needed; `image` may be a single path or absent.
+of their files, but one of the two is needed; `image` may be a single path, absent, or have a
+name of `pictures.PICTURE_KEYS`; messages and answers may have the shapes that `prompt.py` and
+`Row.answers` read. A file whose name ends in .json holds one list of such objects.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tapo_train.data.images import ImageStore, extension
+from tapo_train.data.intake import Intake
+from tapo_train.data.pictures import PICTURE_KEYS, path_of, picture_entries
+from tapo_train.data.prompt import IMAGE_PLACEHOLDER, question_of
 from tapo_train.data.rows import (
-    IMAGE_PLACEHOLDER,
     Row,
-    question_of,
-    read_json_lines,
+    json_lines,
+    parse_json,
+    read_file,
     require_unique_ids,
+    row_of,
+    shown,
 )
 from tapo_train.errors import DataError
 from tapo_train.types import Image, Task
 
 __all__ = ["load_native", "write_tasks"]
 
-_RESERVED = ("id", "prompt", "image", "reward_model", "data_source")
+_RESERVED = ("id", "prompt", *PICTURE_KEYS, "reward_model", "data_source")
 
 
-def load_native(path: Path, *, root: Path, store: ImageStore) -> list[Task]:
+def load_native(path: Path, *, root: Path, store: ImageStore, intake: Intake) -> list[Task]:
     """All tasks of a native file, in file order."""
-    rows = list(read_json_lines(path))
-    tasks = [_task(row, root=root, store=store) for row in rows]
-    require_unique_ids([(task.id, row.where) for task, row in zip(tasks, rows, strict=True)])
+    tasks: list[Task] = []
+    for where, read in _rows(path):
+        tasks += intake.take(where, partial(_tasks, read, root=root, store=store, intake=intake))
     return tasks
 
 
-def _task(row: Row, *, root: Path, store: ImageStore) -> Task:
-    names = () if row.fields.get("image") in (None, []) else row.texts("image")
+def _rows(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """(place, how to read it) of every row."""
+    if path.suffix.lower() != ".json":
+        for where, line in json_lines(path):
+            yield where, partial(row_of, where, line)
+        return
+    items = parse_json(read_file(path), where=str(path))
+    if not isinstance(items, list):
+        raise DataError(f"{path}: found {shown(items)}; wanted a list of objects")
+    for number, item in enumerate(items):
+        where = f"{path}: item {number}"
+        yield where, partial(_row_of_item, where, item)
+
+
+def _row_of_item(where: str, item: Any) -> Row:
+    if not isinstance(item, dict):
+        raise DataError(f"{where}: found {shown(item)}; wanted an object")
+    return Row(where, item)
+
+
+def _tasks(
+    read: Callable[[], Row], *, root: Path, store: ImageStore, intake: Intake
+) -> Sequence[Task]:
+    row = read()
+    field, entries = picture_entries(row)
+    names = [path_of(row, field, entry) for entry in entries]
     images = tuple(store.from_file(root, name, where=row.where) for name in names)
     identifier_name = "id" if row.fields.get("id") is not None else "index"
-    return Task(
+    task = Task(
         id=row.identifier("id", "index"),
-        question=question_of(row, num_images=len(images)),
+        question=question_of(row, num_images=len(images), intake=intake),
         images=images,
-        answers=row.inner("reward_model").texts("ground_truth"),
+        answers=row.inner("reward_model").answers("ground_truth"),
         source=row.optional_text("data_source"),
         metadata={
             key: value
@@ -58,6 +90,7 @@ def _task(row: Row, *, root: Path, store: ImageStore) -> Task:
             if key not in _RESERVED and key != identifier_name
         },
     )
+    return [task]
 
 
 def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "images") -> None:
@@ -95,7 +128,7 @@ def _line(task: Task, images: list[str]) -> str:
         del fields["data_source"]
     row = Row(f"task {task.id}", fields)
     row.identifier("id")
-    row.inner("reward_model").texts("ground_truth")
+    row.inner("reward_model").answers("ground_truth")
     if question_of(row, num_images=len(images)) != task.question:
         raise DataError(
             f"task {task.id}: question {task.question!r} would not be read back as it is; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,7 @@ from typing import Any
 
 from tapo_train.errors import DataError
 
-__all__ = ["Row", "parse_json", "question_of", "read_json_lines", "require_unique_ids", "shown"]
-
-IMAGE_PLACEHOLDER = "<image>"
+__all__ = ["Row", "json_lines", "parse_json", "read_file", "require_unique_ids", "row_of", "shown"]
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -54,6 +53,21 @@ class Row:
             raise self.wrong(name, "a text or a non-empty list of texts")
         return tuple(values)
 
+    def answers(self, name: str) -> tuple[str, ...]:
+        """Accepted answers: a text, a number, or a list of them that holds more than blanks.
+
+        Numbers become texts (a whole one without a point, as a column with gaps makes 1931.0 of
+        1931); null, NaN and blank entries are left out. Search-R1 wraps the list as {"target": …}.
+        """
+        value = self.fields.get(name)
+        if isinstance(value, Mapping) and value.keys() == {"target"}:
+            value = value["target"]
+        texts = [_answer(item) for item in (value if isinstance(value, list) else [value])]
+        kept = tuple(text for text in texts if text)
+        if None in texts or not kept:
+            raise self.wrong(name, "a text, a number or a list of them, not all blank")
+        return kept
+
     def inner(self, name: str) -> Row:
         """The object in field `name`."""
         value = self.fields.get(name)
@@ -81,6 +95,21 @@ def _is_text(value: object) -> bool:
     )
 
 
+def _answer(value: object) -> str | None:
+    """An answer as text, "" if there is none, None if it cannot be one."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return ""
+    if isinstance(value, float):
+        if math.isnan(value):
+            return ""
+        if math.isinf(value):
+            return None
+        value = int(value) if value.is_integer() else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return value if isinstance(value, str) and _is_text(value) else None
+
+
 def parse_json(text: str | bytes, *, where: str) -> Any:
     """`json.loads`, every way to fail turned into a DataError with its place."""
     try:
@@ -89,16 +118,19 @@ def parse_json(text: str | bytes, *, where: str) -> Any:
         raise DataError(f"{where}: not valid JSON ({error}): {shown(text)}") from error
 
 
-def read_json_lines(path: Path) -> Iterator[Row]:
-    """Every non-blank line as an object, numbered from 1."""
+def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
+    """(place, line) of every non-blank line, numbered from 1."""
     for number, line in enumerate(read_file(path).split(b"\n"), start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            continue
-        value = parse_json(line, where=where)
-        if not isinstance(value, dict):
-            raise DataError(f"{where}: found {shown(value)}; wanted one JSON object per line")
-        yield Row(where, value)
+        if line.strip():
+            yield f"{path}:{number}", line
+
+
+def row_of(where: str, line: bytes) -> Row:
+    """A line as an object."""
+    value = parse_json(line, where=where)
+    if not isinstance(value, dict):
+        raise DataError(f"{where}: found {shown(value)}; wanted one JSON object per line")
+    return Row(where, value)
 
 
 def read_file(path: Path) -> bytes:
@@ -107,43 +139,6 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def question_of(row: Row, *, num_images: int) -> str:
-    """The one user message of `row["prompt"]`, without its picture placeholders.
-
-    Pictures are always shown before the question, in order, so placeholders at
-    either end are dropped; one inside the text would change its meaning and is
-    refused. No placeholder at all is fine (FVQA has none).
-    """
-    wanted = 'a list with one message {"role": "user", "content": text}'
-    messages = row.fields.get("prompt")
-    if not isinstance(messages, list) or len(messages) != 1 or not isinstance(messages[0], dict):
-        raise row.wrong("prompt", wanted)
-    message = Row(f"{row.where}: prompt[0]", messages[0])
-    if message.fields.get("role") != "user":
-        raise message.wrong("role", "'user' (the system prompt comes from the recipe)")
-    content = message.text("content")
-    num_placeholders = content.count(IMAGE_PLACEHOLDER)
-    if num_placeholders not in (0, num_images):
-        raise message.wrong(
-            "content", f"{num_images} {IMAGE_PLACEHOLDER} as there are pictures, or none"
-        )
-    question = _strip_placeholders(content)
-    if not question or IMAGE_PLACEHOLDER in question:
-        raise message.wrong(
-            "content", f"a question with {IMAGE_PLACEHOLDER} only before or after it"
-        )
-    return question
-
-
-def _strip_placeholders(content: str) -> str:
-    text = content.strip()
-    while text.startswith(IMAGE_PLACEHOLDER):
-        text = text.removeprefix(IMAGE_PLACEHOLDER).lstrip()
-    while text.endswith(IMAGE_PLACEHOLDER):
-        text = text.removesuffix(IMAGE_PLACEHOLDER).rstrip()
-    return text
 
 
 def require_unique_ids(ids: Sequence[tuple[str, str]]) -> None:
