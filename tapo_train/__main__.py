@@ -6,6 +6,7 @@ comes: `--help`, `world` and `analyze` start without torch.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -18,6 +19,11 @@ from tapo_train.errors import ConfigError, TapoError
 EXIT_REFUSED = 2
 """The input is wrong or the work cannot go on; one message says why."""
 EXIT_INTERRUPTED = 130
+
+_OF_THE_DISK = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG}
+)
+"""What no program can mend: a full disk, a missing right, a file system that is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +127,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_debug:
             traceback.print_exc()
         _report(error)
+        return EXIT_REFUSED
+    except OSError as error:
+        if is_debug or error.errno not in _OF_THE_DISK:
+            raise
+        _report(TapoError(f"{error.filename or 'a file'}: {error.strerror}"))
         return EXIT_REFUSED
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr)

@@ -11,7 +11,6 @@ from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.data.tasks import load_task_files
 from tapo_train.demo.warm_start import (
     Progress,
     WarmStart,
@@ -19,7 +18,6 @@ from tapo_train.demo.warm_start import (
     record_world,
     warm_start,
 )
-from tapo_train.errors import AlignmentError, DataError
 from tapo_train.learner import distributed
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.learner.convert import convert_weights
@@ -61,19 +59,22 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
     folder = RunFolder(recipe.run.dir)
     check_resumption(recipe, folder)
     watchdog = Watchdog(folder.path, stall_s=recipe.run.stall_s)
-    tasks, validation = read_tasks(recipe.data.train, recipe), validation_tasks(recipe)
+    tasks, validation = build.read_tasks(recipe.data.train, recipe), build.validation_tasks(recipe)
+    build.require_enough(recipe, tasks)
     parts = make_parts(recipe, folder, tasks, validation, watchdog, ending)
     manifest = {
         **describe_process(),
         "model": describe_model(recipe.model.path),
-        "data": describe_data({"train": tasks, "validation": validation}),
+        "data": describe_data({"train": parts.tasks, "validation": parts.validation}),
         "seed": recipe.run.seed,
     }
 
     def open_sinks(step: int) -> list[Sink]:
         if distributed.rank() != 0:
             return []
-        folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
+        changed = folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
+        if changed:
+            print(f"going on with other data: {changed}", flush=True)
         return make_sinks(recipe, folder, step)
 
     is_done = Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
@@ -87,23 +88,6 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
     parts.policy.close()
     parts.engine.close()
     return folder.export if is_done else None
-
-
-def require_playable(tasks: Sequence[Task], chat: ChatFormat) -> None:
-    """Check every task's pictures against the model's processor before anything is played.
-
-    Raises:
-        DataError: naming the tasks whose pictures it cannot take.
-    """
-    problems = []
-    for task in tasks:
-        try:
-            for image in task.images:
-                chat.image_tokens(image)
-        except AlignmentError as error:
-            problems.append(f"task {task.id}: {error}")
-    if problems:
-        raise DataError("\n  ".join(["tasks the model cannot take:", *problems]))
 
 
 def make_parts(
@@ -121,17 +105,19 @@ def make_parts(
     """
     chat = build.build_chat(recipe)
     build.require_memory(recipe)
-    require_playable([*tasks, *validation], chat)
+    toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
+    tasks = build.playable_tasks(recipe, tasks, chat, toolbox)
+    build.require_enough(recipe, tasks)
+    validation = build.playable_tasks(recipe, validation, chat, toolbox)
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = build.build_engine(recipe, chat)
-    toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
     watchdog.calls = toolbox.under_way
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
     watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
     score = build.build_scoring(recipe, toolbox.ledger, ending)
     play = build.build_play(recipe, engine, chat, toolbox, score, on_progress=watchdog.beat)
-    order = TaskSampler(len(tasks), seed=recipe.run.seed)
+    order = TaskSampler([task.id for task in tasks], seed=recipe.run.seed)
     return Parts(
         tasks=tasks,
         validation=validation,
@@ -226,12 +212,12 @@ def evaluate(
         OutageError: too many questions failed outside the policy.
     """
     build.require_custom_parts(recipe)
-    questions = read_tasks([str(tasks)], recipe)[: num_questions or None]
+    questions = build.read_tasks([str(tasks)], recipe)[: num_questions or None]
     chat = build.build_chat(recipe)
-    require_playable(questions, chat)
-    engine = build.build_engine(recipe, chat)
     with ExitStack() as ending:
         toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
+        questions = build.playable_tasks(recipe, questions, chat, toolbox)
+        engine = build.build_engine(recipe, chat)
         score = build.build_scoring(recipe, toolbox.ledger, ending)
         play = build.build_play(recipe, engine, chat, toolbox, score)
         groups = play(questions, rollouts=1, greedy=True, policy_version=0)
@@ -252,19 +238,6 @@ def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
     if distributed.rank() == 0:
         (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     distributed.barrier()
-
-
-def validation_tasks(recipe: Recipe) -> list[Task]:
-    """The questions a validation asks; none if the recipe has no validation files."""
-    if not recipe.data.validation:
-        return []
-    return read_tasks(recipe.data.validation, recipe)[: recipe.run.eval_questions or None]
-
-
-def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
-    """The tasks of several files, one after the other."""
-    load = build.custom_loader(recipe.data.loader) if recipe.data.loader else None
-    return load_task_files(paths, format=recipe.data.format, load=load)
 
 
 def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:

@@ -107,7 +107,7 @@ class Run:
 
         return Questions(
             tasks=TASKS,
-            order=TaskSampler(len(TASKS), seed=0),
+            order=TaskSampler([task.id for task in TASKS], seed=0),
             play=play,
             interruption=Interruption(),
             per_step=PER_STEP,

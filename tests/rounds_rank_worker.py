@@ -75,7 +75,7 @@ def refill(play: ScriptedPlay, *, most: int, num_tasks: int = 40, per_step: int 
     """Rounds over numbered questions, in an order of seed 0."""
     questions = Questions(
         tasks=numbered(num_tasks),
-        order=TaskSampler(num_tasks, seed=0),
+        order=TaskSampler([task.id for task in numbered(num_tasks)], seed=0),
         play=play,
         interruption=Interruption(),
         per_step=per_step,

@@ -10,7 +10,7 @@ from pathlib import Path
 import process_environment
 import pytest
 
-from tapo_train.__main__ import COMMANDS, main
+from tapo_train.__main__ import COMMANDS, Command, main
 from tapo_train.commands.evaluate import eval_overrides
 from tapo_train.recipe.compose import load_recipe
 
@@ -189,6 +189,31 @@ def test_eval_into_a_folder_is_refused_before_the_evaluation(
     arguments = ["--model", "m", "--tasks", DEMO, "--recipe", DEMO, "--out", str(tmp_path)]
     assert main(["eval", *arguments]) == 2
     assert f"--out {tmp_path} is a folder; wanted a file" in capsys.readouterr().err
+
+
+def test_eval_into_a_folder_that_cannot_be_written_is_refused_before_the_evaluation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--model", "m", "--tasks", DEMO, "--recipe", DEMO, "--out", "/proc/x/out.jsonl"]
+    assert main(["eval", *arguments]) == 2
+    assert "eval: --out: found /proc/x, where nothing can be written" in capsys.readouterr().err
+
+
+def test_a_full_disk_ends_in_one_message_that_names_the_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(COMMANDS, "fill", Command(module="full_disk", summary=""))
+    assert main(["fill"]) == 2
+    message = "error: runs/demo/metrics.jsonl: No space left on device"
+    assert capsys.readouterr().err.strip() == message
+    with pytest.raises(OSError, match="No space left"):
+        main(["fill", "--debug"])
+
+
+def test_a_run_wants_a_name_for_its_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("", "' '"):
+        assert main(["train", DEMO, "--dry-run", f"run.dir={name}"]) == 2
+        assert "run.dir: found" in capsys.readouterr().err
 
 
 def test_a_world_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,34 +4,42 @@ import json
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from tapo_train.data.sampler import TaskSampler, shard
 from tapo_train.errors import DataError
 
 
+def ids(num: int) -> list[str]:
+    return [f"q{number}" for number in range(num)]
+
+
 def test_an_epoch_visits_every_task_once_and_the_next_in_another_order() -> None:
-    sampler = TaskSampler(12, seed=3)
+    sampler = TaskSampler(ids(12), seed=3)
     first, second = (sampler.next_batch(4) + sampler.next_batch(8) for _ in range(2))
     assert sorted(first) == sorted(second) == list(range(12))
     assert first != second
 
 
 def test_the_order_depends_on_the_seed_alone() -> None:
-    assert TaskSampler(50, seed=1).next_batch(50) == TaskSampler(50, seed=1).next_batch(50)
-    assert TaskSampler(50, seed=1).next_batch(50) != TaskSampler(50, seed=2).next_batch(50)
+    assert TaskSampler(ids(50), seed=1).next_batch(50) == TaskSampler(ids(50), seed=1).next_batch(
+        50
+    )
+    assert TaskSampler(ids(50), seed=1).next_batch(50) != TaskSampler(ids(50), seed=2).next_batch(
+        50
+    )
 
 
 def test_without_shuffling_tasks_come_in_file_order_for_ever() -> None:
-    sampler = TaskSampler(5, seed=0, shuffle=False)
+    sampler = TaskSampler(ids(5), seed=0, shuffle=False)
     assert [sampler.next_batch(3) for _ in range(3)] == [[0, 1, 2], [3, 4, 0], [1, 2, 3]]
 
 
 def test_a_task_already_in_a_batch_that_crosses_an_epoch_waits_for_the_next() -> None:
-    sampler = TaskSampler(3, seed=0, shuffle=False)
+    sampler = TaskSampler(ids(3), seed=0, shuffle=False)
     assert [sampler.next_batch(2) for _ in range(3)] == [[0, 1], [2, 0], [1, 2]]
-    wide = TaskSampler(4, seed=0, shuffle=False)
+    wide = TaskSampler(ids(4), seed=0, shuffle=False)
     wide.next_batch(1)
     assert wide.next_batch(4) == [1, 2, 3, 0]
 
@@ -40,7 +48,7 @@ def test_a_task_already_in_a_batch_that_crosses_an_epoch_waits_for_the_next() ->
 def test_batches_hold_no_task_twice_and_epochs_stay_complete(
     num_tasks: int, seed: int, data: st.DataObject
 ) -> None:
-    sampler = TaskSampler(num_tasks, seed=seed)
+    sampler = TaskSampler(ids(num_tasks), seed=seed)
     drawn: list[int] = []
     for size in data.draw(st.lists(st.integers(1, num_tasks), min_size=1, max_size=8)):
         batch = sampler.next_batch(size)
@@ -51,7 +59,7 @@ def test_batches_hold_no_task_twice_and_epochs_stay_complete(
 
 
 def test_excluded_tasks_are_passed_over_and_keep_their_place() -> None:
-    sampler = TaskSampler(6, seed=0, shuffle=False)
+    sampler = TaskSampler(ids(6), seed=0, shuffle=False)
     assert sampler.next_batch(2, exclude=[0, 2]) == [1, 3]
     assert sampler.next_batch(3, exclude=[4, 3]) == [0, 2, 5]
     assert sampler.next_batch(2, exclude=[0, 4]) == [1, 2]
@@ -62,7 +70,7 @@ def test_excluded_tasks_are_passed_over_and_keep_their_place() -> None:
 def test_steps_of_several_draws_ask_nothing_twice_and_epochs_stay_complete(
     num_tasks: int, seed: int, data: st.DataObject
 ) -> None:
-    sampler = TaskSampler(num_tasks, seed=seed)
+    sampler = TaskSampler(ids(num_tasks), seed=seed)
     drawn: list[int] = []
     for _ in range(data.draw(st.integers(1, 6))):
         step: list[int] = []
@@ -77,7 +85,7 @@ def test_steps_of_several_draws_ask_nothing_twice_and_epochs_stay_complete(
 
 
 def test_more_tasks_than_are_not_excluded_cannot_be_drawn() -> None:
-    sampler = TaskSampler(5, seed=0)
+    sampler = TaskSampler(ids(5), seed=0)
     with pytest.raises(DataError, match="a batch of 3 different tasks was asked of 2"):
         sampler.next_batch(3, exclude=[0, 1, 2, 2])
     assert len(sampler.next_batch(2, exclude=[0, 1, 2, 2])) == 2
@@ -85,16 +93,16 @@ def test_more_tasks_than_are_not_excluded_cannot_be_drawn() -> None:
 
 @pytest.mark.parametrize("done", [0, 1, 4, 7])
 def test_a_sampler_restored_from_json_goes_on_as_if_never_stopped(done: int) -> None:
-    whole, stopped = (TaskSampler(7, seed=5) for _ in range(2))
+    whole, stopped = (TaskSampler(ids(7), seed=5) for _ in range(2))
     expected = [whole.next_batch(3) for _ in range(9)]
     begun = [stopped.next_batch(3) for _ in range(done)]
-    resumed = TaskSampler(7, seed=5)
+    resumed = TaskSampler(ids(7), seed=5)
     resumed.load_state_dict(json.loads(json.dumps(stopped.state_dict())))
     assert begun + [resumed.next_batch(3) for _ in range(9 - done)] == expected
 
 
 def test_epoch_counts_from_zero_and_turns_when_the_last_task_was_taken() -> None:
-    sampler = TaskSampler(4, seed=0)
+    sampler = TaskSampler(ids(4), seed=0)
     sampler.next_batch(3)
     assert sampler.epoch == 0
     sampler.next_batch(1)
@@ -105,28 +113,57 @@ def test_epoch_counts_from_zero_and_turns_when_the_last_task_was_taken() -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_tasks", 8), ("seed", 6), ("shuffle", False), ("epoch", -1), ("pending", [0, 0])],
+    [("seed", 6), ("shuffle", False), ("epoch", -1), ("drawn", ["q77"]), ("drawn", {})],
 )
 def test_a_state_of_another_run_is_refused(name: str, value: Any) -> None:
-    sampler = TaskSampler(7, seed=5)
+    sampler = TaskSampler(ids(7), seed=5)
     with pytest.raises(DataError, match=name):
         sampler.load_state_dict({**sampler.state_dict(), name: value})
 
 
 def test_a_state_without_a_key_is_refused() -> None:
-    with pytest.raises(DataError, match="pending"):
-        TaskSampler(7, seed=5).load_state_dict({"num_tasks": 7, "seed": 5})
+    with pytest.raises(DataError, match="drawn"):
+        TaskSampler(ids(7), seed=5).load_state_dict({"epoch": 7, "seed": 5})
+
+
+@given(seed=st.integers(0, 99), done=st.integers(0, 12), data=st.data())
+def test_tasks_that_are_added_or_taken_out_leave_the_order_of_the_others(
+    seed: int, done: int, data: st.DataObject
+) -> None:
+    tasks = ids(12)
+    first = TaskSampler(tasks, seed=seed)
+    drawn = [tasks[index] for index in (first.next_batch(done) if done else [])]
+    rest = [tasks[index] for index in first.next_batch(12 - done)] if done < 12 else []
+    gone = data.draw(st.sets(st.sampled_from(tasks), max_size=5))
+    assume(not drawn or not gone.issuperset(drawn))
+    now = data.draw(st.permutations([*(task for task in tasks if task not in gone), "new"]))
+    begun = TaskSampler(tasks, seed=seed)
+    if done:
+        begun.next_batch(done)
+    resumed = TaskSampler(now, seed=seed)
+    resumed.load_state_dict(json.loads(json.dumps(begun.state_dict())))
+    expected = [task for task in rest if task not in gone]
+    found = [now[index] for index in resumed.next_batch(len(expected) + 1)]
+    if done < 12:
+        assert [task for task in found if task != "new"] == expected
+    assert "new" in found
+    assert resumed.epoch == 1
+
+
+def test_tasks_that_share_an_id_are_refused() -> None:
+    with pytest.raises(DataError, match="share an id"):
+        TaskSampler(["a", "b", "a"], seed=0)
 
 
 @pytest.mark.parametrize("num", [0, 5])
 def test_a_batch_larger_than_the_data_or_empty_is_refused(num: int) -> None:
     with pytest.raises(DataError, match="between 1 and 4"):
-        TaskSampler(4, seed=0).next_batch(num)
+        TaskSampler(ids(4), seed=0).next_batch(num)
 
 
 def test_a_sampler_over_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="at least one"):
-        TaskSampler(0, seed=0)
+        TaskSampler(ids(0), seed=0)
 
 
 def test_shards_are_disjoint_cover_the_batch_and_are_balanced() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tapo_train.errors import ConfigError, DataError
-from tapo_train.report.files import write_atomically
+from tapo_train.report.files import naming, write_atomically
 from tapo_train.report.manifest import (
     describe_data,
     describe_model,
@@ -23,11 +23,18 @@ from tapo_train.report.wandb_sink import WandbSink, resolve_mode
 from tapo_train.types import Task
 
 
+def data(tasks: int, fingerprint: str, *, validation: int = 1) -> dict[str, Any]:
+    return {
+        "train": {"tasks": tasks, "fingerprint": fingerprint},
+        "validation": {"tasks": validation, "fingerprint": "aa"},
+    }
+
+
 def manifest(**changes: Any) -> dict[str, Any]:
     return {
         "command": ["python", "-m", "tapo_train"],
         "model": {"path": "tiny", "sha256": "00"},
-        "data": {"train": {"tasks": 2, "fingerprint": "11"}},
+        "data": data(2, "11"),
         "seed": 3,
         **changes,
     }
@@ -74,12 +81,12 @@ def test_resuming_keeps_the_first_description_and_adds_to_it(tmp_path: Path) -> 
         ({"seed": 4}, "seed 3 but is resumed with 4;"),
         ({"model": {"path": "tiny", "sha256": "01"}}, "model.sha256 00 but is resumed with 01;"),
         (
-            {"data": {"train": {"tasks": 3, "fingerprint": "12"}}},
-            "data.train.tasks 2 but is resumed with 3;",
+            {"data": data(2, "11", validation=3)},
+            "data.validation.tasks 1 but is resumed with 3;",
         ),
         (
-            {"data": manifest()["data"] | {"validation": {}}},
-            "data.validation None but is resumed with {};",
+            {"data": {}},
+            "data.validation {'tasks': 1, 'fingerprint': 'aa'} but is resumed with None",
         ),
     ],
 )
@@ -90,7 +97,49 @@ def test_a_refused_resumption_names_the_first_difference(
     folder.begin(recipe="", manifest=manifest(), step=0)
     with pytest.raises(DataError) as caught:
         folder.begin(recipe="", manifest=manifest(**changes), step=1)
-    assert f"the run was started with {difference} give the same" in str(caught.value)
+    assert f"the run was started with {difference}" in str(caught.value)
+    assert str(caught.value).endswith("; give the same, or another run.dir")
+
+
+def test_tasks_to_train_on_may_be_mended_and_that_is_said_and_kept(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    said = [
+        folder.begin(recipe="", manifest=manifest(data=held), step=step)
+        for step, held in enumerate([data(2, "11"), data(2, "11"), data(1, "12"), data(1, "12")])
+    ]
+    assert said == ["", "", "data.train.tasks is 1, was 2", ""]
+    held = json.loads(folder.manifest.read_text())
+    assert held["data"] == data(2, "11")
+    assert [resumed.get("data") for resumed in held["resumed"]] == [None, data(1, "12"), None]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "metrics.jsonl"])
+def test_files_that_are_of_no_run_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    folder = RunFolder(tmp_path)
+    message = rf"run\.dir: found .*, which holds {name} and is of no run"
+    with pytest.raises(ConfigError, match=message):
+        folder.begin(recipe="", manifest=manifest(), step=0)
+    assert (tmp_path / name).read_text() == "mine"
+    (tmp_path / name).rename(tmp_path / "notes.txt")
+    folder.begin(recipe="", manifest=manifest(), step=0)
+    folder.require_own()
+
+
+def test_a_folder_that_cannot_be_written_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"run\.dir: found /proc/runs/1, where nothing can be wr"):
+        RunFolder("/proc/runs/1").require_writable()
+    RunFolder(tmp_path / "a" / "b").require_writable()
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_a_full_disk_is_said_with_the_file_it_has_no_room_for(tmp_path: Path) -> None:
+    with (
+        pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"),
+        naming(tmp_path / "metrics.jsonl"),
+        Path("/dev/full").open("w") as file,
+    ):
+        file.write("a row")
 
 
 @pytest.mark.parametrize("below", ["", "run", "run/deeper"])
@@ -101,8 +150,8 @@ def test_a_file_in_the_place_of_the_run_folder_is_refused(tmp_path: Path, below:
         RunFolder(taken / below)
 
 
-@pytest.mark.parametrize("name", ["model", "data", "seed"])
-def test_resuming_with_another_model_data_or_seed_is_refused(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["model", "seed"])
+def test_resuming_with_another_model_or_seed_is_refused(tmp_path: Path, name: str) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(recipe="", manifest=manifest(), step=0)
     with pytest.raises(DataError, match=rf"manifest\.json: the run was started with {name}"):

@@ -237,7 +237,7 @@ class LatePlay:
 
 def carried(play: LatePlay, *, num_tasks: int = 9, per_step: int = 3) -> CarriedOver:
     tasks = [Task(id=str(n), question="?", images=(), answers=("a",)) for n in range(num_tasks)]
-    order = TaskSampler(num_tasks, seed=0, shuffle=False)
+    order = TaskSampler([task.id for task in tasks], seed=0, shuffle=False)
     return CarriedOver(
         Questions(
             tasks=tasks,
@@ -296,7 +296,7 @@ def test_a_resumed_run_asks_what_waited_first() -> None:
     stopped = carried(LatePlay({"1": 9}))
     stopped(0)
     state = json.loads(json.dumps(stopped.state_dict()))
-    assert state == {"waiting": [[1, 1]]}
+    assert state == {"waiting": [[1, "1"]]}
     play = LatePlay({})
     resumed = carried(play)
     resumed._questions.order.load_state_dict(stopped._questions.order.state_dict())
@@ -358,11 +358,19 @@ def test_a_carried_group_is_compared_and_trained_as_one_with_the_samplers_own_nu
     np.testing.assert_array_equal(micro_batch.sampler_logprobs.numpy(), expected)
 
 
-@pytest.mark.parametrize("waiting", [[[3, 0]], [[-1, 0]], [[0, 9]], [[0, -1]]])
-def test_waiting_questions_of_another_run_are_refused(waiting: list[list[int]]) -> None:
+@pytest.mark.parametrize("waiting", [[[3, "0"]], [[-1, "0"]], [[0, "1"], [0, "2"]]])
+def test_questions_that_wait_at_impossible_positions_are_refused(
+    waiting: list[tuple[int, str]],
+) -> None:
     with pytest.raises(DataError, match="rounds state: found questions"):
         carried(LatePlay({})).load_state_dict({"waiting": waiting})
-    carried(LatePlay({})).load_state_dict({"waiting": [[2, 8], [0, 0]]})
+
+
+def test_a_waiting_question_whose_task_is_gone_leaves_its_place_to_another() -> None:
+    play = LatePlay({})
+    resumed = carried(play)
+    resumed.load_state_dict({"waiting": [[2, "8"], [0, "gone"]]})
+    assert [group.task.id for group in resumed(1).groups] == ["0", "1", "8"]
 
 
 @pytest.mark.parametrize(

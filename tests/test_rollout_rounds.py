@@ -29,7 +29,7 @@ def chat(tiny_qwen3_vl: Path) -> ChatFormat:
 
 def data_order(num: int, num_tasks: int = 40) -> list[int]:
     """The first questions in the order of seed 0, within its first epoch."""
-    return TaskSampler(num_tasks, seed=0).next_batch(num)
+    return TaskSampler([task.id for task in numbered(num_tasks)], seed=0).next_batch(num)
 
 
 def ids(groups: list[Group]) -> list[str]:
@@ -129,7 +129,7 @@ def test_a_step_that_is_given_up_in_a_later_round_says_so(chat: ChatFormat) -> N
 
 def test_off_is_one_round_of_the_next_questions(chat: ChatFormat) -> None:
     play = ScriptedPlay(chat)
-    order = TaskSampler(40, seed=0)
+    order = TaskSampler([task.id for task in numbered(40)], seed=0)
     questions = Questions(
         tasks=numbered(40),
         order=order,

@@ -81,6 +81,6 @@ def test_an_evaluation_that_fails_closes_its_tools_and_says_its_own_error(
         timeout=120,
     )
     assert done.returncode == 2, done.stderr[-2000:]
-    assert "wanted fewer than limits.max_tokens = 100" in done.stderr
+    assert "wanted fewer than rollout.max_tokens = 100" in done.stderr
     assert "tool idle could not be closed: OSError: it is stuck" in done.stderr
     assert notes(tmp_path) == ["closed\n"]

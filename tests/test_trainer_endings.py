@@ -74,7 +74,7 @@ class Given(Trainer):
 def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
     watch = Watch(early_steps=1, recent_steps=1, stop_on=["calls_exploding"], stop_after=1)
     parts = SimpleNamespace(
-        order=TaskSampler(4, seed=0),
+        order=TaskSampler("abcd", seed=0),
         rounds=OneRound(cast(Questions, None)),
         stateful={"watch": watch},
         watch=watch,

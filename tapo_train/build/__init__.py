@@ -20,6 +20,12 @@ from tapo_train.build.learner import (
 )
 from tapo_train.build.memory import require_memory
 from tapo_train.build.reward import build_scoring
+from tapo_train.build.questions import (
+    playable_tasks,
+    read_tasks,
+    require_enough,
+    validation_tasks,
+)
 from tapo_train.build.rollout import (
     build_chat,
     build_engine,
@@ -58,4 +64,8 @@ __all__ = [
     "learner_settings",
     "require_custom_parts",
     "require_memory",
+    "playable_tasks",
+    "read_tasks",
+    "require_enough",
+    "validation_tasks",
 ]

@@ -9,6 +9,7 @@ from pathlib import Path
 from tapo_train.commands.recipe_arguments import OVERRIDES_HELP, quoted
 from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import load_recipe
+from tapo_train.report.files import require_writable
 
 DESCRIPTION = """\
 Ask a policy every question of a task file, greedily, and print its accuracy with a 95 %
@@ -41,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     out = Path(arguments.out) if arguments.out else None
     if out is not None and out.is_dir():
         raise ConfigError(f"eval: --out {out} is a folder; wanted a file to write")
+    if out is not None:
+        require_writable(out.parent, field="eval: --out")
     recipe = load_recipe(path, eval_overrides(model, tasks, arguments.overrides))
 
     from tapo_train import runs  # loads torch and vllm

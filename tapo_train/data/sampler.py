@@ -1,17 +1,17 @@
 """The order in which training visits the tasks: deterministic, resumable, the same on every rank.
 
-Each epoch is a fresh permutation that depends on (seed, epoch) alone. A batch may
-reach over the end of an epoch but never holds a task twice, because two groups of
-one question would share a group id and bias the step towards it: a task of the new
+Each epoch is a fresh permutation that depends on (seed, epoch) and the tasks' ids alone: a task
+that is added, mended or taken out between two parts of a run leaves the order of the others as
+it was. A batch may reach over the end of an epoch but never holds a task twice, because two
+groups of one question would share a group id and bias the step towards it: a task of the new
 epoch that is already in the batch waits for the next one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
-
-import numpy as np
 
 from tapo_train.errors import DataError
 from tapo_train.types import JsonObject
@@ -22,12 +22,19 @@ T = TypeVar("T")
 
 
 class TaskSampler:
-    """Hands out task indices for ever."""
+    """Hands out task indices for ever.
 
-    def __init__(self, num_tasks: int, *, seed: int, shuffle: bool = True) -> None:
-        if num_tasks < 1:
-            raise DataError(f"sampler over {num_tasks} tasks; wanted at least one")
-        self._num_tasks = num_tasks
+    Args:
+        ids: of the tasks, all different; an index is a position among them.
+        shuffle: False visits them in the order given.
+    """
+
+    def __init__(self, ids: Iterable[str], *, seed: int, shuffle: bool = True) -> None:
+        self._ids = tuple(ids)
+        if not self._ids:
+            raise DataError("sampler over 0 tasks; wanted at least one")
+        if len(set(self._ids)) < len(self._ids):
+            raise DataError("sampler over tasks that share an id; wanted a unique id for each")
         self._seed = seed
         self._shuffle = shuffle
         self._epoch = 0
@@ -36,7 +43,7 @@ class TaskSampler:
     @property
     def num_tasks(self) -> int:
         """How many tasks there are."""
-        return self._num_tasks
+        return len(self._ids)
 
     @property
     def epoch(self) -> int:
@@ -50,7 +57,7 @@ class TaskSampler:
             exclude: tasks that must not be among them. They are passed over and stay where
                 they are; those that have not come when the epoch ends are left out of it.
         """
-        available = self._num_tasks - len(set(exclude))
+        available = len(self._ids) - len(set(exclude))
         if not 1 <= num <= available:
             raise DataError(
                 f"a batch of {num} different tasks was asked of {available}; "
@@ -72,45 +79,54 @@ class TaskSampler:
 
     def _order(self, epoch: int) -> list[int]:
         if not self._shuffle:
-            return list(range(self._num_tasks))
-        order: list[int] = (
-            np.random.default_rng([self._seed, epoch]).permutation(self._num_tasks).tolist()
-        )
-        return order
+            return list(range(len(self._ids)))
+        return sorted(range(len(self._ids)), key=lambda index: self._rank(epoch, self._ids[index]))
+
+    def _rank(self, epoch: int, identifier: str) -> bytes:
+        text = f"{self._seed} {epoch} {identifier}"
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
     def state_dict(self) -> dict[str, Any]:
         """What `load_state_dict` needs; JSON."""
+        pending = set(self._pending)
         return {
-            "num_tasks": self._num_tasks,
             "seed": self._seed,
             "shuffle": self._shuffle,
             "epoch": self._epoch,
-            "pending": list(self._pending),
+            "drawn": [id for index, id in enumerate(self._ids) if index not in pending],
         }
 
     def load_state_dict(self, state: JsonObject) -> None:
-        """Go on where `state` was taken; DataError if it is of another sampler."""
+        """Go on where `state` was taken, with the tasks there are now.
+
+        Tasks that were not there then come in this epoch, those that are gone are forgotten.
+
+        Raises:
+            DataError: it is of another sampler, or of other tasks altogether.
+        """
         own = self.state_dict()
         if set(state) != set(own):
             raise DataError(f"sampler state has keys {sorted(state)}; wanted {sorted(own)}")
-        for name in ("num_tasks", "seed", "shuffle"):
+        for name in ("seed", "shuffle"):
             if state[name] != own[name]:
                 raise DataError(
                     f"sampler state: {name} is {state[name]!r} but this run has {own[name]!r}; "
-                    "resume with the data and seed the run was started with"
+                    "resume with the seed the run was started with"
                 )
         self._epoch, self._pending = self._position(state)
 
     def _position(self, state: Mapping[str, Any]) -> tuple[int, list[int]]:
-        epoch, pending = state["epoch"], state["pending"]
-        if not isinstance(epoch, int) or epoch < 0 or not isinstance(pending, list):
-            raise DataError(f"sampler state: epoch {epoch!r} with pending {type(pending).__name__}")
-        remaining = set(pending)
-        if [index for index in self._order(epoch) if index in remaining] != pending:
+        epoch, drawn = state["epoch"], state["drawn"]
+        if not isinstance(epoch, int) or epoch < 0 or not isinstance(drawn, list):
+            raise DataError(f"sampler state: epoch {epoch!r} with drawn {type(drawn).__name__}")
+        gone = set(drawn)
+        if gone and gone.isdisjoint(self._ids):
             raise DataError(
-                f"sampler state: pending tasks are not in the order of epoch {epoch} of this seed"
+                f"sampler state: none of the {len(gone)} tasks drawn in epoch {epoch} is among the "
+                f"{len(self._ids)} of this run; wanted the data the run was started with, of which "
+                "tasks may be mended, added or taken out"
             )
-        return epoch, list(pending)
+        return epoch, [index for index in self._order(epoch) if self._ids[index] not in gone]
 
 
 def shard(batch: Sequence[T], rank: int, world_size: int) -> list[T]:

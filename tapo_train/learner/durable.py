@@ -69,17 +69,21 @@ def sync_folder(path: Path) -> None:
 
 
 def _write(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
-    with path.open("wb") as file:
-        for part in parts:
-            view = memoryview(part)
-            for start in range(0, len(view), CHUNK_BYTES):
-                chunk = view[start : start + CHUNK_BYTES]
-                digest.update(chunk)
-                file.write(chunk)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            for part in parts:
+                view = memoryview(part)
+                for start in range(0, len(view), CHUNK_BYTES):
+                    chunk = view[start : start + CHUNK_BYTES]
+                    digest.update(chunk)
+                    file.write(chunk)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        # A full disk does not say by itself which file it has no room for.
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return digest.hexdigest()
 
 

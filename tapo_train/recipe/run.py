@@ -16,7 +16,7 @@ from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Po
 class Run:
     """Where the run lives, how long it is, what it saves."""
 
-    dir: str
+    dir: str = Field(pattern=r"\S")
     """Run folder: recipe, manifest, metrics, dumps, checkpoints, export. Its last part names
     the run in wandb."""
     seed: CountOrZero = 0
@@ -90,6 +90,13 @@ class Data:
     """auto: by the file's ending."""
     loader: CustomOrPath | None = None
     """Your own reader of the task files in place of format: (path) → tasks."""
+    image_roots: tuple[str, ...] = ()
+    """Folders that pictures may lie in besides the task file's own: relative paths are looked for
+    there too, links and absolute paths may lead there."""
+    bad_rows: Literal["refuse", "drop"] = "refuse"
+    """What becomes of rows that cannot be used (not readable, a damaged or missing picture, no room
+    for an answer within rollout.max_tokens): refuse names them and starts nothing; drop leaves them
+    out and says how many. All are looked for at the start."""
     system_prompt: str = ""
     """Text of the system turn, before the tool schemas; empty: only the schemas."""
     questions_per_step: Count = 16

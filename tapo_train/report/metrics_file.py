@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tapo_train.data.rows import parse_json, read_file, shown
 from tapo_train.errors import DataError, TapoError
-from tapo_train.report.files import write_atomically
+from tapo_train.report.files import naming, write_atomically
 
 __all__ = ["MetricsFile", "read_metrics"]
 
@@ -32,6 +32,7 @@ class MetricsFile:
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         kept = [row for row in read_metrics(path) if row["step"] < resume_step]
         write_atomically(path, "".join(_line(row) for row in kept))
+        self._path = path
         self._stream = path.open("a", encoding="utf-8")
         self._last_step = resume_step - 1
         self._names: set[str] = set()
@@ -50,8 +51,9 @@ class MetricsFile:
             )
         self._names = (self._names if step == self._last_step else set()) | set(metrics)
         self._last_step = step
-        self._stream.write(_line({"step": step, "time": round(time.time(), 3), **metrics}))
-        self._stream.flush()
+        with naming(self._path):
+            self._stream.write(_line({"step": step, "time": round(time.time(), 3), **metrics}))
+            self._stream.flush()
 
     def close(self) -> None:
         """Close the file."""

@@ -23,12 +23,16 @@ from typing import Any
 
 from tapo_train.data.rows import parse_json, read_file
 from tapo_train.errors import ConfigError, DataError
-from tapo_train.report.files import write_atomically
+from tapo_train.report.files import require_writable, write_atomically
 
 __all__ = ["RunFolder"]
 
 _SAME = ("model", "data", "seed")
-"""Entries of the manifest that a resumed run must share with the one it goes on with."""
+"""Entries of the manifest that a resumed run must share with the one it goes on with; of the data
+only the validation, whose accuracies would not compare. Tasks to train on may be mended."""
+
+_OWN = ("recipe.yaml", "metrics.jsonl", "rollouts", "tokens", "checkpoints", "wandb_id")
+"""Names that only a run may have made, after its manifest."""
 
 
 class RunFolder:
@@ -86,7 +90,20 @@ class RunFolder:
         """True if a run was started here."""
         return self.manifest.exists()
 
-    def begin(self, *, recipe: str, manifest: Mapping[str, Any], step: int) -> None:
+    def require_own(self) -> None:
+        """Raises `ConfigError` if the folder holds what a run would overwrite, but is of no run."""
+        foreign = [name for name in _OWN if (self.path / name).exists()]
+        if foreign and not self.holds_run:
+            raise ConfigError(
+                f"run.dir: found {self.path}, which holds {', '.join(foreign)} and is of no run "
+                f"(it has no {self.manifest.name}); wanted a new folder, or that of a run"
+            )
+
+    def require_writable(self) -> None:
+        """Make the folder. Raises `ConfigError` if nothing can be written there."""
+        require_writable(self.path, field="run.dir")
+
+    def begin(self, *, recipe: str, manifest: Mapping[str, Any], step: int) -> str:
         """Write recipe and manifest, or note that the run goes on from `step`.
 
         Args:
@@ -96,33 +113,56 @@ class RunFolder:
             step: First step this process will do; a run that holds no manifest yet is
                 new whatever the step.
 
+        Returns:
+            How the tasks to train on differ from those of before; "" if they do not.
+
         Raises:
-            DataError: the folder's run had another model, other data or another seed.
+            DataError: the folder's run had another model, another validation or another seed.
+            ConfigError: the folder is of no run, but holds files that this would overwrite.
         """
+        self.require_own()
+        changed = ""
         if not self.holds_run:
             self._write_manifest({**manifest, "resumed": []})
         else:
-            self._note_resumption(manifest, step)
+            changed = self._note_resumption(manifest, step)
             if self.recipe.exists() and self.recipe.read_text(encoding="utf-8") != recipe:
                 self.recipe.replace(self.path / f"recipe.before_step_{step}.yaml")
         write_atomically(self.recipe, recipe)
+        return changed
 
-    def _note_resumption(self, manifest: Mapping[str, Any], step: int) -> None:
+    def _note_resumption(self, manifest: Mapping[str, Any], step: int) -> str:
         first = parse_json(read_file(self.manifest), where=str(self.manifest))
         if not isinstance(first, dict) or not isinstance(first.get("resumed"), list):
             raise DataError(f"{self.manifest}: not a manifest of this program")
         for name in _SAME:
-            if first.get(name) != manifest.get(name):
-                where, old, new = _first_difference(name, first.get(name), manifest.get(name))
+            old, new = _without_training(first.get(name)), _without_training(manifest.get(name))
+            if old != new:
+                where, old, new = _first_difference(name, old, new)
                 raise DataError(
                     f"{self.manifest}: the run was started with {where} {old} but is resumed with "
                     f"{new}; give the same, or another run.dir"
                 )
         again = {key: value for key, value in manifest.items() if key not in _SAME}
+        versions = [first, *first["resumed"]]
+        old = next(held["data"] for held in reversed(versions) if "data" in held)
+        changed = old != manifest["data"]
+        if changed:
+            again["data"] = manifest["data"]
         self._write_manifest({**first, "resumed": [*first["resumed"], {"step": step, **again}]})
+        if not changed:
+            return ""
+        where, was, now = _first_difference("data", old, manifest["data"])
+        return f"{where} is {now}, was {was}"
 
     def _write_manifest(self, manifest: Mapping[str, Any]) -> None:
         write_atomically(self.manifest, json.dumps(manifest, indent=2) + "\n")
+
+
+def _without_training(entry: Any) -> Any:
+    """An entry of the manifest but for the tasks to train on."""
+    is_data = isinstance(entry, Mapping) and "train" in entry
+    return {key: entry[key] for key in entry if key != "train"} if is_data else entry
 
 
 def _first_difference(where: str, old: Any, new: Any) -> tuple[str, Any, Any]:

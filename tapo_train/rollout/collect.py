@@ -238,5 +238,5 @@ def _require_room(tasks: Sequence[Task], prompts: Sequence[Tokens], limits: Limi
         if len(prompt) >= limits.max_tokens:
             raise DataError(
                 f"task {task.id}: its prompt has {len(prompt)} tokens; wanted fewer than "
-                f"limits.max_tokens = {limits.max_tokens} (raise it, or use smaller pictures)"
+                f"rollout.max_tokens = {limits.max_tokens} (raise it, or use smaller pictures)"
             )

@@ -129,8 +129,10 @@ def check_resumption(recipe: Recipe, folder: RunFolder) -> None:
     """Hold `run.resume` against what the run folder holds.
 
     Raises:
-        ConfigError: a folder in use under `never`, an empty one under `must`.
+        ConfigError: a folder in use under `never`, an empty one under `must`; one of somebody
+            else, or that cannot be written.
     """
+    folder.require_own()
     if recipe.run.resume == "never" and folder.holds_run:
         raise ConfigError(
             f"run.resume: found never, but run.dir {folder.path} holds a run; "
@@ -138,3 +140,4 @@ def check_resumption(recipe: Recipe, folder: RunFolder) -> None:
         )
     if recipe.run.resume == "must" and not folder.holds_run:
         raise ConfigError(f"run.resume: found must, but run.dir {folder.path} holds no run")
+    folder.require_writable()

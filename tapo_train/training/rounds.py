@@ -180,18 +180,21 @@ class CarriedOver:
         return Rolled(groups=groups, questions=positions, metrics=metrics)
 
     def state_dict(self) -> dict[str, Any]:
-        """The questions that wait, on all ranks."""
-        return {"waiting": sorted(map(list, self._waiting.items()))}
+        """The questions that wait, on all ranks, by position and task id."""
+        tasks = self._questions.tasks
+        return {"waiting": [[p, tasks[index].id] for p, index in sorted(self._waiting.items())]}
 
     def load_state_dict(self, state: JsonObject) -> None:
-        """Ask them first. DataError if positions or tasks are not those of this run."""
-        places = dict(state["waiting"])
-        most, num_tasks = self._questions.per_step, self._questions.order.num_tasks
-        if not all(0 <= p < most and 0 <= index < num_tasks for p, index in places.items()):
+        """Ask them first, but for those whose tasks are gone. DataError at impossible positions."""
+        index_of = {task.id: index for index, task in enumerate(self._questions.tasks)}
+        waiting, most = state["waiting"], self._questions.per_step
+        positions = [position for position, _ in waiting]
+        if len(set(positions)) < len(positions) or not all(0 <= p < most for p in positions):
             raise DataError(
-                f"rounds state: found questions {sorted(places.values())} waiting at positions "
-                f"{sorted(places)}; wanted positions below {most} and questions below {num_tasks}"
+                f"rounds state: found questions waiting at positions {positions}; "
+                f"wanted different positions below {most}"
             )
+        places = {position: index_of[id] for position, id in waiting if id in index_of}
         self._waiting, self._mine = places, self._questions.share(places)
 
 

@@ -1,0 +1,85 @@
+"""From a recipe to its questions: read, checked against the model, the bad ones counted."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tapo_train.data.intake import Intake
+from tapo_train.data.sampler import shard
+from tapo_train.data.tasks import load_task_files
+from tapo_train.errors import ConfigError
+from tapo_train.learner import distributed
+from tapo_train.recipe.compose import Recipe
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.playable import Playable
+from tapo_train.tools.base import Toolbox
+from tapo_train.types import Task
+
+
+def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
+    """The tasks of several files, one after the other.
+
+    Raises:
+        DataError: rows cannot be used, unless `data.bad_rows` leaves them out.
+    """
+    intake = _intake(recipe)
+    roots = recipe.data.image_roots
+    tasks = load_task_files(paths, format=recipe.data.format, image_roots=roots, intake=intake)
+    _say(intake)
+    return tasks
+
+
+def validation_tasks(recipe: Recipe) -> list[Task]:
+    """The questions a validation asks; none if the recipe has no validation files."""
+    if not recipe.data.validation:
+        return []
+    return read_tasks(recipe.data.validation, recipe)[: recipe.run.eval_questions or None]
+
+
+def playable_tasks(
+    recipe: Recipe, tasks: Sequence[Task], chat: ChatFormat, toolbox: Toolbox
+) -> list[Task]:
+    """Those of `tasks` that the model can be asked; every rank looks at its share of them.
+
+    Raises:
+        DataError: a picture the processor does not take, or a prompt without room for an
+            answer, unless `data.bad_rows` leaves such tasks out.
+    """
+    playable = Playable(
+        chat,
+        system_prompt=recipe.data.system_prompt,
+        tool_schemas=toolbox.schemas(),
+        max_tokens=recipe.rollout.max_tokens,
+    )
+    ranks = distributed.world_size()
+    shares = distributed.all_gather_objects(
+        playable.problems(shard(tasks, distributed.rank(), ranks))
+    )
+    problems = [shares[index % ranks][index // ranks] for index in range(len(tasks))]
+    intake = _intake(recipe)
+    for problem in problems:
+        if problem is not None:
+            intake.leave_out(problem)
+    intake.settle()
+    _say(intake)
+    return [task for task, problem in zip(tasks, problems, strict=True) if problem is None]
+
+
+def require_enough(recipe: Recipe, tasks: Sequence[Task]) -> None:
+    """Raises `ConfigError` if a step asks for more different questions than there are."""
+    asked = recipe.data.questions_per_step
+    if asked > len(tasks):
+        raise ConfigError(
+            f"data.questions_per_step: found {asked}, wanted at most the {len(tasks)} tasks that "
+            "data.train holds: a step asks no question twice"
+        )
+
+
+def _intake(recipe: Recipe) -> Intake:
+    return Intake(drop=recipe.data.bad_rows == "drop")
+
+
+def _say(intake: Intake) -> None:
+    if distributed.rank() == 0:
+        for line in intake.report():
+            print(line, flush=True)
