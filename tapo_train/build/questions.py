@@ -12,7 +12,7 @@ from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.playable import Playable
-from tapo_train.tools.base import Toolbox
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Task
 
 
