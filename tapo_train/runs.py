@@ -58,6 +58,7 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
     )
     folder = RunFolder(recipe.run.dir)
     check_resumption(recipe, folder)
+    check_dashboard(recipe)
     watchdog = Watchdog(folder.path, stall_s=recipe.run.stall_s)
     tasks, validation = build.read_tasks(recipe.data.train, recipe), build.validation_tasks(recipe)
     build.require_enough(recipe, tasks)
@@ -238,6 +239,14 @@ def export(recipe: Recipe, policy: Policy, folder: Path) -> None:
     if distributed.rank() == 0:
         (folder / RECIPE).write_text(to_yaml(recipe), encoding="utf-8")
     distributed.barrier()
+
+
+def check_dashboard(recipe: Recipe) -> None:
+    """On the rank that logs; raises `ConfigError` if it could not."""
+    if recipe.run.wandb != "disabled" and distributed.rank() == 0:
+        from tapo_train.report.wandb_sink import require_login
+
+        require_login(recipe.run.wandb)
 
 
 def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:

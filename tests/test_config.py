@@ -150,6 +150,12 @@ def test_recipes_stay_small() -> None:
         ("algo/los=gspo", "unknown group algo/los; did you mean algo/loss?"),
         ("learner.lr=1,2", "found several values, wanted one"),
         ("learner.lr", "wanted dotted.path=value"),
+        ("run.dir=runs/实验", """stands in quotes, in a shell as "run.dir='runs/实验'\""""),
+        ("model.path=~/models/x", """in a shell as "model.path='~/models/x'\""""),
+        ("run.dir=runs/lr=1e-6", """in a shell as "run.dir='runs/lr=1e-6'\""""),
+        ("data.system_prompt=Say <answer>", "data.system_prompt='Say <answer>'"),
+        ("run.dir=it's $x", r"run.dir='it\'s \$x'"),
+        ("watch.stop_on=[kl_growing]", "'kl_growing' with algo.kl.coef=0, wanted a reference"),
         ("learner.lr=${learner.peak}", "learner.peak"),
         ("learner.lr=nan", "learner.lr"),
     ],
@@ -169,6 +175,14 @@ def test_a_wrong_override_is_refused_with_path_found_and_wanted(
         (
             ["watch.stop_on=[tool_use_dyin]"],
             "found 'tool_use_dyin', wanted names of signs; did",
+        ),
+        (
+            [
+                "watch.stop_on=[engine_drifting]",
+                "learner.old_logprobs=engine",
+                "algo/importance=none",
+            ],
+            "watch.stop_on: found 'engine_drifting' with learner.old_logprobs=engine",
         ),
         (["learner.old_logprobs=engine"], "algo.importance: found truncate, wanted none"),
         (["learner.old_logprobs=log_linear"], "learner.old_logprobs: found log_linear, wanted"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from process_environment import environment
 
 from tapo_train.errors import ConfigError, DataError
 from tapo_train.report.files import naming, write_atomically
@@ -19,7 +21,7 @@ from tapo_train.report.manifest import (
     git_state,
 )
 from tapo_train.report.run_folder import RunFolder
-from tapo_train.report.wandb_sink import WandbSink, resolve_mode
+from tapo_train.report.wandb_sink import WandbSink, require_login, resolve_mode
 from tapo_train.types import Task
 
 
@@ -250,6 +252,67 @@ def logged_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_is_offline_for_a_user_who_is_not_logged_in() -> None:
     assert resolve_mode("auto") == "offline"
     assert resolve_mode("online") == "online"
+
+
+@pytest.mark.usefixtures("logged_out")
+def test_online_without_a_login_is_refused_in_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message = "run.wandb: found online, but .*; wanted a login"
+    with pytest.raises(ConfigError, match=message):
+        require_login("online")
+    with pytest.raises(ConfigError, match=message):
+        WandbSink(tmp_path, name="x", mode="online", config={})
+    require_login("auto")
+    require_login("offline")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    with pytest.raises(ConfigError, match=message):
+        require_login("auto")
+    require_login("offline")
+
+
+WITHOUT_NETWORK = """
+import sys
+from pathlib import Path
+from tapo_train.errors import ConfigError
+from tapo_train.report.wandb_sink import WandbSink
+folder, mode = Path(sys.argv[1]), sys.argv[2]
+try:
+    sink = WandbSink(folder, name="x", mode=mode, config={})
+except ConfigError as error:
+    sys.exit(f"refused: {error}")
+sink.write(0, {"reward/mean": 1.0})
+print(sink.mode)
+sink.close()
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "said", "status"),
+    [
+        ("auto", r"wandb: .*; logging offline to .*wandb \(`wandb sync` sends it later\)", 0),
+        ("online", "refused: run.wandb: found online, but ", 1),
+    ],
+)
+def test_a_login_without_a_network_logs_offline_unless_online_is_wanted(
+    tmp_path: Path, mode: str, said: str, status: int
+) -> None:
+    unreachable = {
+        "WANDB_API_KEY": "0" * 40,
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_INIT_TIMEOUT": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NETWORK, str(tmp_path), mode],
+        env=environment() | unreachable,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert re.search(said, done.stderr), done.stderr
+    assert done.returncode == status, done.stderr
+    assert ("offline" in done.stdout.splitlines()) == (mode == "auto")
 
 
 @pytest.mark.usefixtures("logged_out")

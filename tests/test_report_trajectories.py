@@ -21,7 +21,7 @@ from tapo_train.errors import DataError, TapoError
 from tapo_train.report.catalogue import require_known
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
 from tapo_train.report.token_view import expanded_tokens, shortened_tokens, token_view
-from tapo_train.report.trajectory_metrics import combine, trajectory_sums
+from tapo_train.report.trajectory_metrics import MOST_SOURCES, combine, trajectory_sums
 from tapo_train.types import (
     Group,
     Image,
@@ -104,6 +104,44 @@ def group(*trajectories: Trajectory) -> Group:
     return Group(task=TASK, trajectories=trajectories)
 
 
+def test_entropy_is_estimated_by_what_was_sampled() -> None:
+    metrics = combine(
+        [trajectory_sums([group(searching())]), trajectory_sums([group(silent("b"))])]
+    )
+    assert metrics["rollout/entropy"] == pytest.approx((0.1 + 0.2 + 0.4 + 0.5) / 5)
+
+
+def of_source(source: str, accuracy: float) -> Trajectory:
+    drawn = searching(f"{source} {accuracy}", accuracy=accuracy)
+    return dataclasses.replace(drawn, task=dataclasses.replace(TASK, source=source))
+
+
+def test_several_data_sets_have_an_accuracy_each_over_all_ranks() -> None:
+    first = [group(of_source("mmsearch_r1/fvqa", 1.0), of_source("towers", 0.0))]
+    second = [group(of_source("mmsearch_r1/fvqa", 0.0), of_source("", 1.0))]
+    metrics = combine([trajectory_sums(first), trajectory_sums(second)])
+    require_known(metrics)
+    found = {name: value for name, value in metrics.items() if name.startswith("reward/accuracy/")}
+    assert found == {
+        "reward/accuracy/mmsearch_r1_fvqa": 0.5,
+        "reward/accuracy/towers": 0.0,
+        "reward/accuracy/unnamed": 1.0,
+    }
+    alone = combine([trajectory_sums([group(of_source("towers", 1.0))])])
+    assert not [name for name in alone if name.startswith("reward/accuracy/")]
+
+
+def test_only_the_largest_of_very_many_data_sets_have_metrics_of_their_own() -> None:
+    many = [of_source(f"page {number}", 1.0) for number in range(100)]
+    twice = [of_source("page 77", 0.0)] * 2
+    metrics = combine([trajectory_sums([group(*many, *twice)])])
+    found = [name for name in metrics if name.startswith("reward/accuracy/")]
+    assert len(found) == MOST_SOURCES == 20
+    assert metrics["reward/accuracy/page_77"] == pytest.approx(1 / 3)
+    alike = combine([trajectory_sums([group(of_source("a b", 1.0), of_source("a_b", 0.0))])])
+    assert (alike["reward/accuracy/a_b.0"], alike["reward/accuracy/a_b.1"]) == (1.0, 0.0)
+
+
 def test_metrics_of_a_batch_are_those_counted_by_hand() -> None:
     lost = silent("t3", stop=StopReason.INFRA)
     metrics = combine([trajectory_sums([group(searching(), silent("t2"), lost)])])
@@ -118,6 +156,7 @@ def test_metrics_of_a_batch_are_those_counted_by_hand() -> None:
         "rollout/turns": 4 / 3,
         "rollout/tokens": 22 / 3,
         "rollout/trained_tokens": 7 / 3,
+        "rollout/entropy": 1.2 / 6,
         "rollout/calls": 2 / 3,
         "rollout/call_rate": 1 / 3,
         "rollout/tool_latency_s": 0.25,

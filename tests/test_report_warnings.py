@@ -42,9 +42,9 @@ FIRST = (0.8, 0.6, 0.7, 0.7)
         ("calls_exploding", "rollout/calls", 2.0, 3.9, 4.1),
         ("calls_exploding", "rollout/calls", 0.5, 1.4, 1.6),
         ("repeating_calls", "rollout/repeated_calls", 0.1, 0.29, 0.31),
-        ("entropy_collapsing", "policy/entropy", 1.0, 0.31, 0.29),
-        ("entropy_exploding", "policy/entropy", 1.0, 1.9, 2.1),
-        ("entropy_exploding", "policy/entropy", 0.1, 0.35, 0.41),
+        ("entropy_collapsing", "rollout/entropy", 1.0, 0.31, 0.29),
+        ("entropy_exploding", "rollout/entropy", 1.0, 1.9, 2.1),
+        ("entropy_exploding", "rollout/entropy", 0.1, 0.35, 0.41),
         ("groups_uniform", "advantage/uniform_groups", 0.9, 0.8, 0.81),
         ("kl_growing", "policy/ref_kl", 0.0, 0.09, 0.11),
         ("kl_growing", "policy/ref_kl", 0.1, 0.29, 0.31),
@@ -94,7 +94,7 @@ def test_one_strange_batch_is_no_collapse_and_medians_are_over_windows() -> None
 
 def test_a_quantity_that_is_missing_or_not_finite_is_passed_over() -> None:
     values = [1.0, math.nan, 1.0, 1.0, math.inf, 1.0, 0.1, math.nan, 0.1, 0.1]
-    found = follow(watch(), rows("policy/entropy", values), "entropy_collapsing")
+    found = follow(watch(), rows("rollout/entropy", values), "entropy_collapsing")
     assert found == [None] * 9 + [1.0]
     assert watch().observe({}) == {}
     without_turns = {"rollout/trained_tokens": 1.0, "rollout/turns": 0.0}
@@ -110,7 +110,7 @@ def test_every_sign_looks_at_metrics_a_run_has_and_says_what_it_means() -> None:
 
 
 def test_the_run_stops_when_a_chosen_sign_has_held_long_enough() -> None:
-    series = rows("policy/entropy", [1.0] * EARLY + [0.1] * RECENT + [0.1] * 2)
+    series = rows("rollout/entropy", [1.0] * EARLY + [0.1] * RECENT + [0.1] * 2)
     chosen = watch(stop_on=("entropy_collapsing",), stop_after=3)
     for row in series[:-1]:
         chosen.observe(row)
@@ -128,7 +128,7 @@ def test_the_run_stops_when_a_chosen_sign_has_held_long_enough() -> None:
 def test_the_steps_must_be_in_a_row() -> None:
     ill, well = [0.1] * 3, [1.0] * 3
     chosen = watch(stop_on=("entropy_collapsing",), stop_after=4)
-    for row in rows("policy/entropy", [1.0] * EARLY + ill + well + ill + well):
+    for row in rows("rollout/entropy", [1.0] * EARLY + ill + well + ill + well):
         chosen.observe(row)
         assert chosen.collapse() is None
 
@@ -153,7 +153,7 @@ def test_a_resumed_watch_goes_on_as_if_it_had_never_stopped(cut: int) -> None:
 
 def test_a_shorter_window_keeps_the_latest_values_of_a_longer_ones_state() -> None:
     longer = Watch(early_steps=4, recent_steps=3)
-    follow(longer, rows("policy/entropy", [1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.1]), "")
+    follow(longer, rows("rollout/entropy", [1.0, 1.0, 1.0, 1.0, 1.0, 0.9, 0.1]), "")
     shorter = Watch(early_steps=2, recent_steps=1)
     shorter.load_state_dict(longer.state_dict())
     state = shorter.state_dict()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import io
 import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,28 @@ def test_an_index_entry_outside_its_folder_is_refused(tmp_path: Path) -> None:
     index.write_text('{"title": "x", "image": "../secret.png"}\n')
     with pytest.raises(DataError, match=r"image_index.jsonl:1: .*leads out"):
         ImageIndex.load(index)
+
+
+@pytest.mark.parametrize("load", [CorpusIndex.load, ImageIndex.load])
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ('\n{"title": "Café"}'.encode("latin-1"), ":2: found the byte 0xe9 at 14, which is not U"),
+        (gzip.compress(b'{"text": "x y"}'), ":1: found a compressed file; wanted jsonl, unpacked"),
+    ],
+)
+def test_an_index_that_is_no_utf_8_is_named_with_its_line(
+    tmp_path: Path, load: Callable[[Path], object], data: bytes, said: str
+) -> None:
+    (tmp_path / "index.jsonl").write_bytes(data)
+    with pytest.raises(DataError, match=r"index\.jsonl" + said):
+        load(tmp_path / "index.jsonl")
+
+
+def test_a_corpus_may_begin_with_a_byte_order_mark_and_have_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "harbour tower"}\n\n{"text": "old mill"}\n')
+    assert [p.id for p in CorpusIndex.load(path).search("mill", top_k=1)] == [f"{path}:3"]
 
 
 def test_a_malformed_corpus_line_is_named(tmp_path: Path) -> None:

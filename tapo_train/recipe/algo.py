@@ -160,5 +160,5 @@ class Algo:
     and `sapo` set seq-mean-token-mean."""
     kl: Kl = field(default_factory=Kl)
     entropy_coef: NonNegative = 0.0
-    """Weight of the entropy bonus; 0: entropy is not computed."""
+    """Weight of the entropy bonus; 0: entropy is only estimated (rollout/entropy)."""
     importance: ImportanceChoice = Field(default_factory=TruncatedImportance, discriminator="name")

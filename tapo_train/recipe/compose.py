@@ -221,6 +221,7 @@ def _as_hydra(text: str, path: Path) -> str:
     except HydraException as error:
         raise ConfigError(
             f"override {shown_text(repr(text))}: {_first_lines(error)}; wanted dotted.path=value"
+            f"{_in_quotes(text)}"
         ) from error
     if override.is_sweep_override():
         raise ConfigError(f"override {text!r}: found several values, wanted one or a [list]")
@@ -238,6 +239,20 @@ def _as_hydra(text: str, path: Path) -> str:
             f"so no group to choose; wanted the recipe it was made from"
         )
     return text
+
+
+def _in_quotes(text: str) -> str:
+    """How to write a value that hydra reads as more than a text; "" if that would not help."""
+    key, is_assignment, value = text.partition("=")
+    if not is_assignment or not value or value[0] in "'\"":
+        return ""
+    quoted = value.replace("'", "\\'")
+    escaped = f"{key}='{quoted}'".replace("$", "\\$").replace("`", "\\`").replace('"', '\\"')
+    try:
+        OverridesParser.create().parse_override(f"{key}='{quoted}'")
+    except HydraException:
+        return ""
+    return f'; a value with such characters stands in quotes, in a shell as "{shown_text(escaped)}"'
 
 
 def _choices(group: str, folder: Path) -> list[str]:

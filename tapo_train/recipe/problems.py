@@ -253,3 +253,14 @@ def _watch_problems(recipe: Recipe) -> Iterable[str]:
     for name in recipe.watch.stop_on:
         if name not in SIGNS:
             yield f"watch.stop_on: found {name!r}, wanted names of signs{nearest(name, SIGNS)}"
+    # A sign that is asked for but cannot hold would be a guard that never wakes.
+    if "kl_growing" in recipe.watch.stop_on and recipe.algo.kl.coef == 0:
+        yield (
+            "watch.stop_on: found 'kl_growing' with algo.kl.coef=0, wanted a reference to measure "
+            "from (algo.kl.coef > 0)"
+        )
+    if "engine_drifting" in recipe.watch.stop_on and recipe.learner.old_logprobs == "engine":
+        yield (
+            "watch.stop_on: found 'engine_drifting' with learner.old_logprobs=engine, wanted "
+            "log-probabilities of the learner's own to compare with (recompute)"
+        )

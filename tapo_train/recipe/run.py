@@ -44,7 +44,7 @@ class Run:
     a tool) after which all ranks dump their Python stacks into the run folder and the run ends with
     status 3; three times as long while models are loaded, before the first step; 0: never."""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online if logged in, else offline."""
+    """auto: online if logged in and the server is there, else offline; online: or not at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -19,7 +19,7 @@ class WatchSettings:
     stop_on: tuple[str, ...] = ()
     """Signs that end the run: tool_use_dying, calls_exploding, repeating_calls,
     entropy_collapsing, entropy_exploding, turns_shrinking, turns_growing, groups_uniform,
-    kl_growing, engine_drifting, gradient_growing; empty: only warn. Those whose quantity is
-    not measured (entropy, KL to a reference) never hold."""
+    kl_growing, engine_drifting, gradient_growing; empty: only warn. kl_growing
+    wants a reference (algo.kl.coef > 0), engine_drifting log-probabilities of the learner's own."""
     stop_after: Count = 3
     """[steps] in a row for which one of them must have held."""

@@ -46,6 +46,8 @@ METRICS: dict[str, str] = {
     "rollout/stop/<reason>": "share of trajectories that ended for this reason",
     "rollout/tokens": "tokens per trajectory, observations and image tokens included",
     "rollout/trained_tokens": "sampled tokens per trajectory",
+    "rollout/entropy": "[nat] entropy per sampled token, estimated without bias: mean of -log p of "
+    "what was sampled",
     "rollout/tool_latency_s": "[s] per tool call",
     # tools
     "tool/<tool>/calls": "calls of this tool that were run, on all ranks",
@@ -66,7 +68,7 @@ METRICS: dict[str, str] = {
     "advantage/abs": "mean of |advantage| over trajectories",
     "advantage/uniform_groups": "share of groups whose trajectories all earned the same",
     # policy and update
-    "policy/entropy": "[nat] entropy per trained token",
+    "policy/entropy": "[nat] exact entropy per trained token (algo.entropy_coef > 0)",
     "policy/ref_kl": "[nat] KL estimate to the reference policy per trained token",
     "kl/<estimator>": "[nat] that estimate of the same: k1 is unbiased, k2 and k3 are >= 0",
     "policy/kl": "[nat] k3 estimate between old and new policy per trained token",

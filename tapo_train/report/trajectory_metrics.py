@@ -8,6 +8,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from tapo_train.types import Group, Outcome, StopReason, Trajectory
 
 __all__ = ["combine", "most_frequent_sources", "trajectory_sums"]
@@ -122,8 +124,16 @@ def _shape_sums(held: Sequence[Trajectory]) -> Sums:
             float(sum(len(turn.span) for trajectory in held for turn in trajectory.turns)),
             num,
         ),
+        "rollout/entropy": _surprise(held),
         **{f"rollout/stop/{reason}": (float(stops[reason]), num) for reason in StopReason},
     }
+
+
+def _surprise(held: Sequence[Trajectory]) -> tuple[float, float]:
+    """Sum of -log p over the sampled tokens, and their number."""
+    drawn = [t.logprobs[np.isfinite(t.logprobs)] for t in held]
+    total = math.fsum(-float(own.sum(dtype=np.float64)) for own in drawn)
+    return total, float(sum(map(len, drawn)))
 
 
 def _call_sums(held: Sequence[Trajectory]) -> Sums:

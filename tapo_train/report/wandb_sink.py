@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -18,14 +19,19 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 import wandb
 
+from tapo_train.errors import ConfigError
 from tapo_train.report.files import write_atomically
 
-__all__ = ["WandbSink", "resolve_mode"]
+__all__ = ["WandbSink", "require_login", "resolve_mode"]
 
+Wanted = Literal["auto", "online", "offline"]
 Mode = Literal["online", "offline"]
 
+_REFUSED = (wandb.Error, ValueError)
+"""What wandb raises at a key it does not take and a server it does not reach."""
 
-def resolve_mode(mode: Literal["auto", "online", "offline"]) -> Mode | None:
+
+def resolve_mode(mode: Wanted) -> Mode | None:
     """`auto` is online if the user is logged in, else offline; asks nothing, needs no network.
 
     None leaves it to the environment variable WANDB_MODE, which `auto` obeys.
@@ -34,7 +40,37 @@ def resolve_mode(mode: Literal["auto", "online", "offline"]) -> Mode | None:
         return mode
     if os.environ.get("WANDB_MODE"):
         return None
-    return "online" if wandb.login(prompt=False, verify=False) else "offline"
+    return "offline" if _why_not_logged_in() else "online"
+
+
+def require_login(mode: Wanted) -> None:
+    """Find out before anything is loaded whether a run could log as the recipe says.
+
+    Raises:
+        ConfigError: online is wanted (also by WANDB_MODE), but nobody is logged in.
+    """
+    wanted = os.environ.get("WANDB_MODE") if mode == "auto" else mode
+    if wanted == "online" and (reason := _why_not_logged_in()):
+        raise ConfigError(_refusal(reason))
+
+
+def _why_not_logged_in() -> str:
+    """Empty if somebody is."""
+    try:
+        return "" if wandb.login(prompt=False, verify=False) else "nobody is logged in"
+    except _REFUSED as error:
+        return _first_line(error)
+
+
+def _refusal(reason: str) -> str:
+    return (
+        f"run.wandb: found online, but {reason}; wanted a login (`wandb login`, or WANDB_API_KEY), "
+        "or run.wandb=offline"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class WandbSink:
@@ -52,18 +88,37 @@ class WandbSink:
         folder: Path,
         *,
         name: str,
-        mode: Literal["auto", "online", "offline"],
+        mode: Wanted,
         config: Mapping[str, Any],
         project: str = "tapo_train",
     ) -> None:
-        self._run = wandb.init(
-            project=project,
-            dir=str(folder),
-            id=_run_id(folder / "wandb_id"),
-            name=name,
-            mode=resolve_mode(mode),
+        """Raises `ConfigError` where `online` cannot be had; `auto` goes on offline and says so."""
+        self._folder, self._name = folder, name
+        self._config, self._project = dict(config), project
+        chosen = resolve_mode(mode)
+        try:
+            self._run = self._init(chosen)
+        except _REFUSED as error:
+            if mode != "auto" or chosen is None:
+                raise ConfigError(_refusal(_first_line(error))) from error
+            print(
+                f"wandb: {_first_line(error)}; logging offline to {folder / 'wandb'} "
+                "(`wandb sync` sends it later)",
+                file=sys.stderr,
+            )
+            # Its service still holds the id of the run that did not begin.
+            wandb.teardown()
+            self._run = self._init("offline")
+
+    def _init(self, mode: Mode | None) -> wandb.Run:
+        return wandb.init(
+            project=self._project,
+            dir=str(self._folder),
+            id=_run_id(self._folder / "wandb_id"),
+            name=self._name,
+            mode=mode,
             resume="allow",
-            config=dict(config),
+            config=self._config,
             settings=wandb.Settings(
                 silent=True,
                 console="off",

@@ -72,14 +72,14 @@ SIGNS: Mapping[str, Sign] = {
         "the pressure on copies",
     ),
     "entropy_collapsing": Sign(
-        metric="policy/entropy",
+        metric="rollout/entropy",
         is_bad=_fell(0.3),
         text="entropy collapses: less than a third of the start's. Rollouts of a question become "
         "copies and nothing is left to compare; lower learner.lr, or use a wider upper clip "
         "or an entropy bonus",
     ),
     "entropy_exploding": Sign(
-        metric="policy/entropy",
+        metric="rollout/entropy",
         is_bad=_rose(2.0, by=0.3),
         text="entropy explodes: more than twice the start's. The policy dissolves into noise; "
         "lower learner.lr or algo.entropy_coef",

@@ -25,7 +25,7 @@ from tapo_train.tools.images import (
     number,
     on_white,
 )
-from tapo_train.tools.index_file import digest_of, open_index
+from tapo_train.tools.index_file import digest_of, index_lines
 from tapo_train.tools.picture_hash import index_hash, lookup_hashes
 from tapo_train.types import Image, Observation
 
@@ -55,12 +55,8 @@ class ImageIndex:
     @classmethod
     def load(cls, path: Path, *, thumbnail_side_px: int = 64) -> ImageIndex:
         """Read `image_index.jsonl`: one {"title", "image"} per line, paths beside the file."""
-        entries = []
-        root = path.parent.resolve()
-        with open_index(path, "image index") as lines:
-            for number, line in enumerate(lines, start=1):
-                entries.append(_entry(line, root, thumbnail_side_px, where=f"{path}:{number}"))
-        return cls(entries)
+        root, lines = path.parent.resolve(), index_lines(path, "image index")
+        return cls([_entry(line, root, thumbnail_side_px, where=where) for where, line in lines])
 
     def search(
         self, hashes: Sequence[int], *, top_k: int, max_distance: int

@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TextIO
 
 from tapo_train.errors import DataError
 
+_GZIP = b"\x1f\x8b"
 
-def open_index(path: Path, what: str) -> TextIO:
-    """A jsonl file for reading.
+
+def index_lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
+    """(place, line) of every line of a jsonl file that is not blank, numbered from 1.
 
     Raises:
-        DataError: it cannot be opened.
+        DataError: it cannot be opened, or is not UTF-8.
     """
     try:
-        return path.open(encoding="utf-8")
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", _decoded(line, f"{what} {path}:{number}")
     except OSError as error:
         raise DataError(
             f"{what} {path}: cannot be read ({error.strerror}); wanted jsonl"
+        ) from error
+
+
+def _decoded(line: bytes, where: str) -> str:
+    if line.startswith(_GZIP):
+        raise DataError(f"{where}: found a compressed file; wanted jsonl, unpacked")
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: found the byte {line[error.start]:#04x} at {error.start}, which is not "
+            "UTF-8; wanted jsonl in UTF-8"
         ) from error
 
 

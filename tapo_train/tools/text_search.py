@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from tapo_train.errors import DataError
 from tapo_train.tools.base import ToolContext
-from tapo_train.tools.index_file import digest_of, open_index
+from tapo_train.tools.index_file import digest_of, index_lines
 from tapo_train.tools.page_text import numbered
 from tapo_train.types import Observation
 
@@ -51,11 +51,8 @@ class CorpusIndex:
     @classmethod
     def load(cls, path: Path) -> CorpusIndex:
         """Read `corpus.jsonl`: one {"id", "title", "text"} per line."""
-        passages = []
-        with open_index(path, "text corpus") as lines:
-            for number, line in enumerate(lines, start=1):
-                passages.append(_passage(line, where=f"{path}:{number}"))
-        return cls(passages)
+        lines = index_lines(path, "text corpus")
+        return cls([_passage(line, where=where) for where, line in lines])
 
     def search(self, query: str, *, top_k: int) -> list[Passage]:
         """The best `top_k` passages with a positive score; ties go to the earlier passage."""
