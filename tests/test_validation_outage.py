@@ -1,0 +1,119 @@
+"""A run and an evaluation whose search dies: nothing false is said, and nothing is lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from process_environment import ROOT, environment
+
+from tapo_train.learner import checkpoint
+from tapo_train.tools.text_search import CorpusIndex
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+TIMEOUT_S = 600
+DOWN = "the index is being rebuilt"
+
+
+@contextmanager
+def searching(corpus: Path, *, is_down: Callable[[], bool]) -> Iterator[str]:
+    """Address of a text search over a corpus; it answers 503 while it is down."""
+    index = CorpusIndex.load(corpus)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            found = index.search(asked["query"], top_k=3)
+            results = [{"title": p.title, "text": p.text, "url": "http://a/b"} for p in found]
+            body = DOWN.encode() if is_down() else json.dumps({"results": results}).encode()
+            self.send_response(503 if is_down() else 200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/search"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def tapo_train(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "tapo_train", *arguments],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+
+
+def test_a_search_that_dies_before_the_validation_ends_the_run_without_a_best(
+    small_world: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    first_step = out / "tokens" / "step_000000.jsonl"  # written just before the validation
+    with searching(small_world / "corpus.jsonl", is_down=first_step.exists) as endpoint:
+        done = tapo_train(
+            "train",
+            "recipes/demo_cpu.yaml",
+            f"run.dir={out}",
+            "run.wandb=disabled",
+            "rollout/engine=hf",
+            "run.steps=2",
+            "run.eval_every=1",
+            "run.save_every=1",
+            "run.keep_best=1",
+            "run.eval_questions=0",
+            "data.questions_per_step=2",
+            "rollout.rollouts_per_question=4",
+            "rollout.max_failed_fraction=0.01",
+            f"data.train=[{small_world}/train.jsonl]",
+            f"data.validation=[{small_world}/train.jsonl]",
+            f"tools.image_index={small_world}/image_index.jsonl",
+            f"tools.text_endpoint={endpoint}",
+        )
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert "rollout.max_failed_fraction: " in error
+    assert " of the last 40 trajectories failed outside the policy" in error
+    assert "text_search_tool said" in error and "503" in error
+    (row,) = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    failed = round(row["eval/failed"] * 40)
+    assert failed > 0 and row["rollout/failed_outside_policy"] == 0
+    assert row["eval/questions"] == 40
+    assert ("eval/accuracy" in row) == (failed < 40)
+    assert "of the validation failed" in done.stdout
+    saved = out / "checkpoints" / "step-000001"
+    assert checkpoint.check(saved).score is None, "no best, but the step is kept"
+
+
+def test_an_evaluation_without_its_search_prints_no_accuracy(
+    small_world: Path, tmp_path: Path
+) -> None:
+    with searching(small_world / "corpus.jsonl", is_down=lambda: True) as endpoint:
+        done = tapo_train(
+            "eval",
+            *("--model", "assets/warm_start", "--recipe", "recipes/demo_cpu.yaml"),
+            *("--tasks", f"{small_world}/test.jsonl", "--out", f"{tmp_path}/played.jsonl"),
+            "rollout/engine=hf",
+            "rollout.max_failed_fraction=0.01",
+            f"tools.text_endpoint={endpoint}",
+        )
+    assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "accuracy" not in done.stdout
+    assert "of the last 10 trajectories failed outside the policy" in done.stderr
+    assert len((tmp_path / "played.jsonl").read_text().splitlines()) == 10, "what was played stays"
