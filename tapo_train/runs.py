@@ -107,9 +107,7 @@ def make_parts(
     chat = build.build_chat(recipe)
     build.require_memory(recipe)
     toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
-    tasks = build.playable_tasks(recipe, tasks, chat, toolbox)
-    build.require_enough(recipe, tasks)
-    validation = build.playable_tasks(recipe, validation, chat, toolbox)
+    tasks, validation = build.playable_splits(recipe, tasks, validation, chat, toolbox)
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = build.build_engine(recipe, chat)
     watchdog.calls = toolbox.under_way

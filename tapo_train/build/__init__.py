@@ -21,6 +21,7 @@ from tapo_train.build.learner import (
 from tapo_train.build.memory import require_memory
 from tapo_train.build.reward import build_scoring
 from tapo_train.build.questions import (
+    playable_splits,
     playable_tasks,
     read_tasks,
     require_enough,
@@ -64,6 +65,7 @@ __all__ = [
     "learner_settings",
     "require_custom_parts",
     "require_memory",
+    "playable_splits",
     "playable_tasks",
     "read_tasks",
     "require_enough",

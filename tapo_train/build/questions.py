@@ -65,6 +65,19 @@ def playable_tasks(
     return [task for task, problem in zip(tasks, problems, strict=True) if problem is None]
 
 
+def playable_splits(
+    recipe: Recipe,
+    train: Sequence[Task],
+    validation: Sequence[Task],
+    chat: ChatFormat,
+    toolbox: Toolbox,
+) -> tuple[list[Task], list[Task]]:
+    """`playable_tasks` of both splits; enough of the first are left for a step."""
+    usable = playable_tasks(recipe, train, chat, toolbox)
+    require_enough(recipe, usable)
+    return usable, playable_tasks(recipe, validation, chat, toolbox)
+
+
 def require_enough(recipe: Recipe, tasks: Sequence[Task]) -> None:
     """Raises `ConfigError` if a step asks for more different questions than there are."""
     asked = recipe.data.questions_per_step
