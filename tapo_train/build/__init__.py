@@ -9,7 +9,7 @@ from tapo_train.build.algo import (
     build_objective,
     is_recomputed_in_passing,
 )
-from tapo_train.build.custom import custom_loader, require_custom_parts
+from tapo_train.build.custom import require_custom_parts
 from tapo_train.build.device import DEVICE
 from tapo_train.build.learner import (
     build_exchange,
@@ -19,7 +19,6 @@ from tapo_train.build.learner import (
     learner_settings,
 )
 from tapo_train.build.memory import require_memory
-from tapo_train.build.reward import build_scoring
 from tapo_train.build.questions import (
     playable_splits,
     playable_tasks,
@@ -27,6 +26,7 @@ from tapo_train.build.questions import (
     require_enough,
     validation_tasks,
 )
+from tapo_train.build.reward import build_scoring
 from tapo_train.build.rollout import (
     build_chat,
     build_engine,
@@ -60,7 +60,6 @@ __all__ = [
     "build_toolbox",
     "build_sharing",
     "build_watch",
-    "custom_loader",
     "is_recomputed_in_passing",
     "learner_settings",
     "require_custom_parts",

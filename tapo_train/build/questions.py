@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tapo_train.build.custom import custom_loader
 from tapo_train.data.intake import Intake
 from tapo_train.data.sampler import shard
 from tapo_train.data.tasks import load_task_files
@@ -22,9 +23,14 @@ def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
     Raises:
         DataError: rows cannot be used, unless `data.bad_rows` leaves them out.
     """
-    intake = _intake(recipe)
-    roots = recipe.data.image_roots
-    tasks = load_task_files(paths, format=recipe.data.format, image_roots=roots, intake=intake)
+    intake, data = _intake(recipe), recipe.data
+    tasks = load_task_files(
+        paths,
+        format=data.format,
+        image_roots=data.image_roots,
+        intake=intake,
+        load=custom_loader(data.loader) if data.loader else None,
+    )
     _say(intake)
     return tasks
 
