@@ -135,8 +135,8 @@ def test_a_trajectory_whose_tool_is_late_keeps_the_turn_without_the_answer(
 
 
 def test_time_in_an_earlier_turn_does_not_count_for_the_next(chat: ChatFormat) -> None:
-    script = lambda request: call(0.12) if turn_of(request) < 3 else ANSWER  # noqa: E731
-    (trajectory,) = play(ScriptedEngine(chat, script), deadlines=Deadlines(turn_s=0.3)).trajectories
+    script = lambda request: call(0.5) if turn_of(request) < 3 else ANSWER  # noqa: E731
+    (trajectory,) = play(ScriptedEngine(chat, script), deadlines=Deadlines(turn_s=1.2)).trajectories
     assert (trajectory.stop, len(trajectory.turns)) == (StopReason.ANSWER, 4)
 
 
