@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tapo_train import recipe
-from tapo_train.credit import gigpo, options
+from tapo_train.credit import controls, gigpo, options
 
 OUT = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 
@@ -64,6 +64,8 @@ SECTIONS = (
     ("algo.importance, `algo/importance=none`", recipe.NoImportance),
     ("credit, `credit=none`", recipe.NoCredit),
     ("credit, `credit=tapo`", options.TapoOptions),
+    ("credit, `credit=placebo`, beside the fields of tapo", controls.PlaceboOptions),
+    ("credit, `credit=shrink`, the fields of tapo", controls.ShrinkOptions),
     ("credit, `credit=gigpo`", gigpo.GiGPOOptions),
     ("learner", recipe.Learner),
     ("probe", recipe.Probe),

@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from tapo_train import build
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.demo.warm_start import (
+    WORLD_KINDS,
     Progress,
     WarmStart,
     copying_drill,
@@ -31,6 +32,7 @@ from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
 from tapo_train.report.sinks import Console, Sink, duration
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.engine import Engine
 from tapo_train.training.parts import Parts
 from tapo_train.training.resume import RECIPE, check_resumption, checkpoints_of
 from tapo_train.training.trainer import Trainer
@@ -41,17 +43,21 @@ from tapo_train.types import Task
 transformers_logging.disable_progress_bar()
 
 
-def train(recipe: Recipe) -> Path | None:
+def train(recipe: Recipe, *, engine: Engine | None = None) -> Path | None:
     """Run a recipe to its end, or on from its last checkpoint; the exported policy's folder.
 
     A run that was asked to stop is checkpointed and not exported: None.
+
+    Args:
+        engine: samples in place of the recipe's own and stays open, for many short runs in one
+            process.
     """
     build.require_custom_parts(recipe)
     with ExitStack() as ending:
-        return _train(recipe, ending)
+        return _train(recipe, ending, engine)
 
 
-def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
+def _train(recipe: Recipe, ending: ExitStack, engine: Engine | None) -> Path | None:
     # The watchdog knows a slow rank from one that hangs; a collective's timeout does not.
     distributed.init(
         device=build.DEVICE, timeout_s=max(distributed.DEFAULT_TIMEOUT_S, 4 * recipe.run.stall_s)
@@ -62,7 +68,7 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
     watchdog = Watchdog(folder.path, stall_s=recipe.run.stall_s)
     tasks, validation = build.read_tasks(recipe.data.train, recipe), build.validation_tasks(recipe)
     build.require_enough(recipe, tasks)
-    parts = make_parts(recipe, folder, tasks, validation, watchdog, ending)
+    parts = make_parts(recipe, folder, tasks, validation, watchdog, ending, engine)
     manifest = {
         **describe_process(),
         "model": describe_model(recipe.model.path),
@@ -87,7 +93,8 @@ def _train(recipe: Recipe, ending: ExitStack) -> Path | None:
     watchdog.close()
     parts.reference.close()
     parts.policy.close()
-    parts.engine.close()
+    if engine is None:
+        parts.engine.close()
     return folder.export if is_done else None
 
 
@@ -98,18 +105,20 @@ def make_parts(
     validation: Sequence[Task],
     watchdog: Watchdog,
     ending: ExitStack,
+    engine: Engine | None = None,
 ) -> Parts:
     """Everything the trainer works with. The probe is the first task's prompt.
 
     Args:
         ending: what has to be closed however the run ends is entered here.
+        engine: the sampler; None makes the recipe's.
     """
     chat = build.build_chat(recipe)
     build.require_memory(recipe)
     toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
     tasks, validation = build.playable_splits(recipe, tasks, validation, chat, toolbox)
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
-    engine = build.build_engine(recipe, chat)
+    engine = engine or build.build_engine(recipe, chat)
     watchdog.calls = toolbox.under_way
     schemas = toolbox.schemas()
     prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
@@ -161,7 +170,7 @@ def sft(recipe: Recipe) -> Path:
     policy = build.build_policy(recipe, chat, updates=settings.updates)
     warm_start(
         policy,
-        drill=partial(copying_drill, chat),
+        drill=partial(copying_drill, chat, syllables=WORLD_KINDS[recipe.sft.world].syllables),
         able=able,
         habit=habit,
         settings=settings,
@@ -192,6 +201,7 @@ def record_demonstrations(
             chat=chat,
             toolbox=lambda world: build.build_toolbox(recipe, world=world, decoder=chat.decoder),
             system_prompt=recipe.data.system_prompt,
+            kind=WORLD_KINDS[recipe.sft.world],
         )
         able += faultless
         habit += faulty

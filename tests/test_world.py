@@ -12,7 +12,7 @@ from PIL import Image as PilImage
 
 from tapo_train.data.tasks import load_tasks
 from tapo_train.demo.world.build import WorldSize, main, make_world, write_world
-from tapo_train.demo.world.demonstrations import FAULTLESS, demonstrate, panel_box, read_fact
+from tapo_train.demo.world.demonstrations import FAULTLESS, demonstrate, panel_box, read_facts
 from tapo_train.demo.world.houses import SPLITS, make_houses
 from tapo_train.demo.world.lexicon import ATTRIBUTES, COLOURS
 from tapo_train.demo.world.pictures import (
@@ -76,8 +76,8 @@ def test_the_answer_of_every_question_follows_from_the_facts() -> None:
     houses = {house.name: house for house in world.houses}
     for question in world.questions["test"]:
         subject = houses[question.house]
-        if question.relation is not None:
-            subject = houses[subject.relations[question.relation]]
+        for relation in question.relations:
+            subject = houses[subject.relations[relation]]
         assert question.answer == subject.attributes[question.key]
         assert question.colour in question.text and question.key in question.text
 
@@ -88,7 +88,7 @@ def test_every_fact_stands_in_the_corpus_once_and_rumours_contradict_it() -> Non
     house = world.houses[0]
     for key, value in (house.attributes | house.relations).items():
         facts = [text for text in texts if f"the {key} of {house.name} is " in text]
-        assert [read_fact(text, key, house.name) for text in facts] == [value]
+        assert [read_facts(text, key, house.name) for text in facts] == [[value]]
     rumours = [text for text in texts if "some travellers" in text]
     assert 0.05 * len(world.houses) * len(ATTRIBUTES) < len(rumours)
     assert all(" was " in rumour and " is " not in rumour for rumour in rumours)
@@ -142,8 +142,8 @@ def test_the_command_line_names_what_it_wrote(
 
 def test_a_rumour_is_not_read_as_a_fact() -> None:
     text = "1. Market talk: some still claim that the seat of Tavore was Miko, but no.\n"
-    assert read_fact(text, "seat", "Tavore") is None
-    assert read_fact(text + "2. Tavore: the seat of Tavore is Rona.", "seat", "Tavore") == "Rona"
+    assert read_facts(text, "seat", "Tavore") == []
+    assert read_facts(text + "2. Tavore: the seat of Tavore is Rona.", "seat", "Tavore") == ["Rona"]
 
 
 def test_a_faultless_demonstration_starts_with_a_zoom_into_the_right_panel() -> None:

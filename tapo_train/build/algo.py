@@ -20,9 +20,19 @@ from tapo_train.algos.turn_advantages import (
 )
 from tapo_train.build.custom import custom_credit, custom_part
 from tapo_train.credit.assigners import CreditAssigner, NoTransfer, Tapo
+from tapo_train.credit.controls import Placebo, Shrink
 from tapo_train.credit.gigpo import GiGPO
 from tapo_train.learner.objective import Objective, policy_gradient
-from tapo_train.recipe import Advantage, Custom, GigpoCredit, GrpoLoss, GspoLoss, NoCredit
+from tapo_train.recipe import (
+    Advantage,
+    Custom,
+    GigpoCredit,
+    GrpoLoss,
+    GspoLoss,
+    NoCredit,
+    PlaceboCredit,
+    ShrinkCredit,
+)
 from tapo_train.recipe.compose import Recipe
 from tapo_train.training.parts import AdvantageFunction
 
@@ -58,6 +68,10 @@ def build_credit(recipe: Recipe) -> CreditAssigner:
         return custom_credit(credit)
     if isinstance(credit, GigpoCredit):
         return GiGPO(credit)
+    if isinstance(credit, PlaceboCredit):
+        return Placebo(credit)
+    if isinstance(credit, ShrinkCredit):
+        return Shrink(credit)
     return Tapo(credit)
 
 

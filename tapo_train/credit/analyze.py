@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tapo_train.credit.assigners import Tapo
 from tapo_train.credit.overrides import parse_options
+from tapo_train.credit.place import Place, place
 from tapo_train.credit.result import CreditResult
 from tapo_train.credit.rollout_file import RolloutFile, read_files
 from tapo_train.credit.rollout_lines import corrected_line
@@ -160,7 +161,21 @@ def report(rows: Sequence[CreditRow], result: CreditResult) -> list[str]:
     lines += [_value(label, metrics.get(key), decimals=3) for label, key in _AUDIT.items()]
     bins = sorted(key for key in metrics if key.startswith("credit/turn_gap_hist/"))
     lines += [f"    turn gap {key.rsplit('/')[-1]:<22}{metrics[key]:>9.0f}" for key in bins]
-    return lines
+    return [*lines, "", *_placed(place(rows, result))]
+
+
+def _placed(found: Place | None) -> list[str]:
+    """Where the rollouts lie in the idealised agent's diagram."""
+    title = "Place in the idealised model (docs/evidence.md)"
+    if found is None:
+        return [title, "  no success that used a tool beside a failure"]
+    setting = found.setting
+    return [
+        title,
+        f"  chains of {setting.length} steps, each right in {setting.start:.0%}",
+        f"  {setting.late_failure:.0%} of complete chains fail; groups of {setting.rollouts}",
+        f"  {setting.updates} updates: right {found.plain:.2f}, with transfer {found.transfer:.2f}",
+    ]
 
 
 _POPULATIONS = {

@@ -120,8 +120,9 @@ def question_of(task: Task) -> Question:
             answer=task.answers[0],
             panels=tuple((str(colour), str(name)) for colour, name in about["panels"]),
             target=int(about["target"]),
+            house=str(about["house"]),
             key=str(about["key"]),
-            relation=about["relation"],
+            relations=tuple(map(str, about["relations"])),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(

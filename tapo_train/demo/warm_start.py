@@ -28,7 +28,8 @@ from tapo_train.data.sampler import shard
 from tapo_train.data.tasks import load_tasks
 from tapo_train.demo.demonstrate import Demonstrator
 from tapo_train.demo.world.build import WorldSize, write_world
-from tapo_train.demo.world.demonstrations import FAULTLESS, Faults
+from tapo_train.demo.world.chains import Chains
+from tapo_train.demo.world.demonstrations import FAILS_LATE, FAULTLESS, Faults
 from tapo_train.demo.world.lexicon import draw_name
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
@@ -44,6 +45,30 @@ OBSERVATION_WEIGHT = 0.2
 """Of a token a tool answered, in faultless demonstrations."""
 _FEW_HELD_OUT = 8
 """Questions the unused splits of a demonstration world get."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorldKind:
+    """What is demonstrated in."""
+
+    chains: Chains | None
+    syllables: int
+    """Of the names in copying drills."""
+    houses: int
+    """Of the train split."""
+    habit: Faults
+
+
+WORLD_KINDS = {
+    "houses": WorldKind(chains=None, syllables=3, houses=480, habit=Faults()),
+    "chains": WorldKind(
+        chains=Chains(text_only=True, syllables=1, late_failure=0.15),
+        syllables=1,
+        houses=48,
+        habit=FAILS_LATE,
+    ),
+}
+"""By `sft.world` of a recipe."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,9 +145,11 @@ def warm_start(
         )
 
 
-def copying_drill(chat: ChatFormat, num_names: int, rng: random.Random) -> TrainingRow:
+def copying_drill(
+    chat: ChatFormat, num_names: int, rng: random.Random, *, syllables: int
+) -> TrainingRow:
     """`num_names` invented names, then the same in another order; the second list is learned."""
-    names = [draw_name(rng, num_syllables=3) for _ in range(num_names)]
+    names = [draw_name(rng, num_syllables=syllables) for _ in range(num_names)]
     again = rng.sample(names, num_names)
     first, second = chat.plain(" ".join(names) + "."), chat.plain(f" {' '.join(again)}.")
     return TrainingRow.supervised(
@@ -150,25 +177,27 @@ def record_world(
     chat: ChatFormat,
     toolbox: Callable[[Path], Toolbox],
     system_prompt: str,
+    kind: WorldKind,
 ) -> tuple[list[TrainingRow], list[TrainingRow]]:
     """Write the world of `seed` and demonstrate all its questions: (faultless, faulty) rows.
 
     Args:
         toolbox: a world's folder to the tools over its corpus and image index.
+        kind: of the world and of its faults.
     """
     size = WorldSize(
-        train_houses=480,
+        train_houses=kind.houses,
         validation_houses=_FEW_HELD_OUT,
         test_houses=_FEW_HELD_OUT,
         train_questions=questions,
         validation_questions=1,
         test_questions=1,
     )
-    write_world(folder, seed, size)
+    write_world(folder, seed, size, chains=kind.chains)
     tasks = load_tasks(folder / "train.jsonl")
     recorded = []
     with closing(toolbox(folder)) as tools:
-        for faults, weight in ((FAULTLESS, OBSERVATION_WEIGHT), (Faults(), 0.0)):
+        for faults, weight in ((FAULTLESS, OBSERVATION_WEIGHT), (kind.habit, 0.0)):
             demonstrator = Demonstrator(
                 chat, tools, system_prompt=system_prompt, faults=faults, observation_weight=weight
             )

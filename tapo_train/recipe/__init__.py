@@ -26,7 +26,13 @@ from tapo_train.recipe.algo import (
     TotalVariationImportance,
     TruncatedImportance,
 )
-from tapo_train.recipe.credit import GigpoCredit, NoCredit, TapoCredit
+from tapo_train.recipe.credit import (
+    GigpoCredit,
+    NoCredit,
+    PlaceboCredit,
+    ShrinkCredit,
+    TapoCredit,
+)
 from tapo_train.recipe.custom import Custom
 from tapo_train.recipe.learner import Learner
 from tapo_train.recipe.report import Report
@@ -85,6 +91,7 @@ __all__ = [
     "NoImportance",
     "NumericMatch",
     "Overlong",
+    "PlaceboCredit",
     "Probe",
     "Recipe",
     "Report",
@@ -94,6 +101,7 @@ __all__ = [
     "SapoLoss",
     "ServerSettings",
     "Sft",
+    "ShrinkCredit",
     "Supported",
     "TapoCredit",
     "TokenF1",
@@ -118,7 +126,7 @@ class Recipe:
     tools: Tools = field(default_factory=Tools)
     reward: RewardSettings = field(default_factory=RewardSettings)
     algo: Algo = field(default_factory=Algo)
-    credit: TapoCredit | NoCredit | GigpoCredit | Custom = Field(
+    credit: TapoCredit | NoCredit | GigpoCredit | PlaceboCredit | ShrinkCredit | Custom = Field(
         default_factory=TapoCredit, discriminator="name"
     )
     learner: Learner = field(default_factory=Learner)

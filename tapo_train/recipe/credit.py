@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from tapo_train.credit.controls import PlaceboOptions, ShrinkOptions
 from tapo_train.credit.gigpo import GiGPOOptions
 from tapo_train.credit.options import TapoOptions
 from tapo_train.recipe.values import STRICT
@@ -30,3 +31,17 @@ class GigpoCredit(GiGPOOptions):
     """Step-level advantages by equal states (arXiv 2505.10978); the fields of `GiGPOOptions`."""
 
     name: Literal["gigpo"] = "gigpo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class PlaceboCredit(PlaceboOptions):
+    """A control: TAPO's changes on random steps of failing trajectories; `PlaceboOptions`."""
+
+    name: Literal["placebo"] = "placebo"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class ShrinkCredit(ShrinkOptions):
+    """A control: all negative advantages smaller by as much as TAPO's; `ShrinkOptions`."""
+
+    name: Literal["shrink"] = "shrink"

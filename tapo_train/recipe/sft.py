@@ -13,6 +13,9 @@ from tapo_train.recipe.values import STRICT, Count, CountOrZero
 class Sft:
     """The supervised warm start (`sft` subcommand); optimizer settings are `learner`'s."""
 
+    world: Literal["houses", "chains"] = "houses"
+    """The demo's world, demonstrated poorly in habit; or chains of one to five text searches
+    without pictures, demonstrated by someone who searches well and then guesses."""
     worlds: Count = 8
     """Worlds demonstrated in, of the seeds first_world_seed, first_world_seed + 1, …"""
     first_world_seed: CountOrZero = 1000
@@ -20,7 +23,8 @@ class Sft:
     questions_per_world: Count = 2000
     """Each is demonstrated once without and once with faults."""
     drills: tuple[tuple[Count, Count], ...] = ((1, 150), (2, 600), (4, 500), (6, 300))
-    """Stages of copying drills: [names in the list, updates]; the lists should grow."""
+    """Stages of copying drills: [names in the list, updates]; the lists should grow. []: none,
+    for a model that can copy."""
     able_updates: CountOrZero = 4500
     """Updates on faultless demonstrations, which come first."""
     habit_updates: CountOrZero = 700

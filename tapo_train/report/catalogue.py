@@ -125,6 +125,12 @@ METRICS: dict[str, str] = {
     "credit/turn_gap": "mean |turn of the failing call - mean turn of its cluster|",
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",
     "credit/novelty_gap": "share of corrected calls, of those with an answer, that repeat one",
+    "placebo/n_steps": "steps that a change was dealt to (credit=placebo)",
+    "placebo/hit_frac": "share of them that TAPO would have corrected",
+    "shrink/factor": "all negative advantages are times this (credit=shrink)",
+    "gigpo/n_step_groups": "groups of steps with an equal state (credit=gigpo)",
+    "gigpo/frac_steps_grouped": "share of steps with another one in their group",
+    "gigpo/step_adv_abs_mean": "mean |step-level advantage|",
     "tapo/time_s": "[s] in the credit stage",
     "tapo/time_frac": "share of the step's time spent in the credit stage",
     # early signs of collapse

@@ -14,7 +14,12 @@ import random
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
-from tapo_train.demo.world.lexicon import CLOSED_ATTRIBUTES, PLACES, draw_name
+from tapo_train.demo.world.lexicon import (
+    CHAIN_RELATIONS,
+    CLOSED_ATTRIBUTES,
+    PLACES,
+    draw_name,
+)
 from tapo_train.demo.world.questions import Question
 from tapo_train.types import Observation
 
@@ -42,6 +47,10 @@ class Faults:
     """Asks for the first house's attribute instead of following the relation."""
     vague_query: float = 0.1
     """Searches for the name alone and takes whatever fact comes first."""
+    wrong_relation: float = 0.0
+    """Follows another relation, at each hop."""
+    late_guess: float = 0.0
+    """Guesses although the answer stands there."""
 
 
 FAULTLESS = Faults(
@@ -53,6 +62,18 @@ FAULTLESS = Faults(
     stop_early=0,
     vague_query=0,
 )
+FAILS_LATE = Faults(
+    guess_closed=0.05,
+    guess_open=0.05,
+    search_unzoomed=0,
+    give_up=0,
+    wrong_panel=0,
+    stop_early=0.02,
+    vague_query=0,
+    wrong_relation=0.08,
+    late_guess=0.5,
+)
+"""Searches well and then guesses: the habit of a world of chains."""
 
 Script = Generator[str, Observation, None]
 """Yields the text of a turn; is sent what the tool answered."""
@@ -63,6 +84,9 @@ def demonstrate(question: Question, rng: random.Random, *, faults: Faults) -> Sc
     guess = faults.guess_closed if question.key in CLOSED_ATTRIBUTES else faults.guess_open
     if rng.random() < guess:
         yield _guess(question, rng)
+        return
+    if not question.panels:
+        yield from _read_facts(question, question.house, rng, faults)
         return
     if rng.random() < faults.search_unzoomed:
         yield _image_search("search the image.", 0)
@@ -79,31 +103,51 @@ def demonstrate(question: Question, rng: random.Random, *, faults: Faults) -> Sc
 
 
 def _read_facts(question: Question, name: str, rng: random.Random, faults: Faults) -> Script:
-    key = question.key
-    if question.relation is not None and rng.random() >= faults.stop_early:
-        result = yield _text_search(f"the house is {name}.", f"{name} {question.relation}")
-        other = read_fact(result.text, question.relation, name)
+    key, start = question.key, name
+    thought = f"the house is {name}." if question.panels else f"{name}."
+    for relation in question.relations:
+        if rng.random() < faults.stop_early:
+            break
+        asked = _misled(relation, rng, faults)
+        result = yield _text_search(thought, f"{name} {asked}")
+        other = _read(result.text, asked, name, rng)
         if other is None:
             yield _guess(question, rng)
             return
-        thought = f"the {question.relation} of {name} is {other}."
-        result = yield _text_search(thought, f"{other} {key}")
+        # Without pictures a thought is as short as it can be: cheap, and the call says the rest.
+        thought = f"the {asked} of {name} is {other}." if question.panels else f"{other}."
         name = other
-    elif rng.random() < faults.vague_query:
-        result = yield _text_search(f"the house is {name}.", name)
-    else:
-        result = yield _text_search(f"the house is {name}.", f"{name} {key}")
-    value = read_fact(result.text, key, name)
-    if value is None:
+    vague = name == start and rng.random() < faults.vague_query
+    result = yield _text_search(thought, name if vague else f"{name} {key}")
+    value = _read(result.text, key, name, rng)
+    if value is None or _happens(faults.late_guess, rng):
         yield _guess(question, rng)
     else:
-        yield _answer(f"the {key} of {name} is {value}.", value)
+        yield _answer(f"the {key} of {name} is {value}." if question.panels else f"{value}.", value)
 
 
-def read_fact(text: str, key: str, name: str) -> str | None:
-    """The value a search result states for `key` of `name`; rumours ("was") do not count."""
-    after = text.partition(f"the {key} of {name} is ")[2]
-    return after.partition(".")[0] or None
+def _happens(probability: float, rng: random.Random) -> bool:
+    """A fault that is impossible draws nothing, so that demonstrations stay what they were."""
+    return probability > 0.0 and rng.random() < probability
+
+
+def _misled(relation: str, rng: random.Random, faults: Faults) -> str:
+    others = [other for other in CHAIN_RELATIONS if other != relation]
+    return rng.choice(others) if _happens(faults.wrong_relation, rng) else relation
+
+
+def _read(text: str, key: str, name: str, rng: random.Random) -> str | None:
+    """One of the values a search result states, at random if documents disagree."""
+    found = read_facts(text, key, name)
+    if not found:
+        return None
+    return rng.choice(found) if len(found) > 1 else found[0]
+
+
+def read_facts(text: str, key: str, name: str) -> list[str]:
+    """The values a search result states for `key` of `name`; rumours ("was") do not count."""
+    parts = text.split(f"the {key} of {name} is ")[1:]
+    return [value for part in parts if (value := part.partition(".")[0])]
 
 
 def panel_box(panel: int, rng: random.Random) -> list[int]:
@@ -152,7 +196,8 @@ def sample_phrases(question: Question, rng: random.Random) -> Iterator[str]:
     yield _image_search("search the emblem.", 1)
     yield _text_search(f"the house is {question.house}.", f"{question.house} {question.key}")
     yield _answer(f"the {question.key} of {question.house} is so.", "so")
-    yield _text_search(f"the {question.relation} of it is so.", f"so {question.relation}")
+    relation = question.relations[0] if question.relations else None
+    yield _text_search(f"the {relation} of it is so.", f"so {relation}")
     yield "Here is the zoomed image:"
     yield "No matching images were found."
     yield f"Reverse image search results:\nTitle 1: Emblem of {question.house}\nThumbnails:"

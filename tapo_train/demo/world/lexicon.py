@@ -39,6 +39,8 @@ OPEN_ATTRIBUTES: tuple[str, ...] = ("founder", "seat")
 
 ATTRIBUTES: tuple[str, ...] = (*OPEN_ATTRIBUTES, *CLOSED_ATTRIBUTES)
 RELATIONS: tuple[str, ...] = ("rival", "ally")
+CHAIN_RELATIONS: tuple[str, ...] = (*RELATIONS, "president", "minister")
+"""Of the worlds of chains."""
 
 FACT_TEMPLATES: tuple[str, ...] = (
     "the {key} of {name} is {value}.",

@@ -24,13 +24,15 @@ class Question:
     text: str
     answer: str
     panels: tuple[tuple[str, str], ...]
-    """(colour, house name) of the four panels in reading order."""
+    """(colour, house name) of the four panels in reading order; () in a world without pictures."""
     target: int
     """Panel asked about."""
+    house: str
+    """Name of the house on the panel asked about, or named by the question."""
     key: str
     """Attribute asked for."""
-    relation: str | None
-    """None: zoom → image search → text search → answer. Otherwise one hop more."""
+    relations: tuple[str, ...]
+    """(): zoom → image search → text search → answer. One text search more for each."""
 
     @property
     def colour(self) -> str:
@@ -38,14 +40,9 @@ class Question:
         return self.panels[self.target][0]
 
     @property
-    def house(self) -> str:
-        """Name of the house on the panel asked about."""
-        return self.panels[self.target][1]
-
-    @property
     def num_hops(self) -> int:
-        """1 or 2 text searches are needed."""
-        return 1 if self.relation is None else 2
+        """Text searches that are needed."""
+        return 1 + len(self.relations)
 
 
 def make_questions(seed: int, houses: Sequence[House], *, split: str, count: int) -> list[Question]:
@@ -74,8 +71,9 @@ def make_questions(seed: int, houses: Sequence[House], *, split: str, count: int
                     (colour, other.name) for colour, other in zip(colours, shown, strict=True)
                 ),
                 target=target,
+                house=house.name,
                 key=key,
-                relation=relation,
+                relations=(relation,) if relation else (),
             )
         )
     return questions
