@@ -46,11 +46,8 @@ transformers_logging.disable_progress_bar()
 def train(recipe: Recipe, *, engine: Engine | None = None) -> Path | None:
     """Run a recipe to its end, or on from its last checkpoint; the exported policy's folder.
 
-    A run that was asked to stop is checkpointed and not exported: None.
-
-    Args:
-        engine: samples in place of the recipe's own and stays open, for many short runs in one
-            process.
+    A run that was asked to stop is checkpointed and not exported: None. A lent `engine` samples in
+    place of the recipe's own and stays open.
     """
     build.require_custom_parts(recipe)
     with ExitStack() as ending:

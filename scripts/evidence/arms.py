@@ -30,7 +30,8 @@ WORLDS = {
     "long": Chains(hops=(5, 5), text_only=True, syllables=1, late_failure=0.15),
 }
 RATE = 3.0e-4
-"""Learning rate of the recipe: the one at which credit=none did best in a first look (seed 100)."""
+"""Of the recipe, from a first look with credit=none and seed 100: 1e-3 forgot how to search within
+six steps, 3e-4 went from 0.41 to 0.75 in sixteen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
