@@ -150,3 +150,20 @@ def test_controls_refuse_what_they_cannot_spend(
 ) -> None:
     with pytest.raises(ConfigError, match=rf"credit\.{field} is {value!r}; want"):
         kind(**{field: value})
+
+
+def test_turns_with_advantages_of_their_own_are_relieved_of_their_own_blame() -> None:
+    rows = spread_rows()
+    rows[2] = replace(rows[2], turn_advantages=(0.2, -0.1, -0.3))
+    wanted = flat(Tapo(TapoOptions())(rows)).sum()
+    before = flat(NoTransfer()(rows))
+    for seed in range(20):
+        found = flat(placebo(seed, rows))
+        assert found.sum() == pytest.approx(wanted)
+        assert (found[before >= 0.0] == before[before >= 0.0]).all()
+        assert (found[before < 0.0] <= 0.0).all() and (found >= before).all()
+    shrunk = flat(Shrink(ShrinkOptions())(rows))
+    assert shrunk.sum() == pytest.approx(wanted)
+    assert (shrunk[before >= 0.0] == before[before >= 0.0]).all()
+    ratio = shrunk[before < 0.0] / before[before < 0.0]
+    assert ratio == pytest.approx([ratio[0]] * len(ratio))

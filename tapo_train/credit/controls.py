@@ -24,7 +24,7 @@ from tapo_train.credit.assigners import paused_collector
 from tapo_train.credit.diagnostics import finish, tally
 from tapo_train.credit.matching import Floats
 from tapo_train.credit.options import TapoOptions
-from tapo_train.credit.result import CreditResult
+from tapo_train.credit.result import CreditResult, unchanged
 from tapo_train.credit.steps import CreditRow
 from tapo_train.credit.tapo import Judgement, judge, step_columns, step_records, turn_advantages
 from tapo_train.errors import ConfigError
@@ -81,9 +81,10 @@ class Placebo:
         judgement = judge(rows, self.options, self._reader)
         base = _base(rows, judgement)
         rng = random.Random(f"{self.options.seed}/{'/'.join(row.id for row in rows)}")
-        given = deal(judgement.advantage - base, -base, rng)
-        # Rounding must not make a step positive.
-        dealt = replace(judgement, advantage=np.minimum(base + given, 0.0))
+        given = deal(judgement.advantage - base, np.maximum(-base, 0.0), rng)
+        # Rounding must not make a blamed step positive.
+        moved = np.where(base < 0.0, np.minimum(base + given, 0.0), base)
+        dealt = replace(judgement, advantage=moved)
         sums = tally(rows, judgement, audit=self.options.audit) | {
             "placebo/steps": int((given > 0.0).sum()),
             "placebo/hits": int(((given > 0.0) & (judgement.transfer > 0.0)).sum()),
@@ -110,20 +111,17 @@ class Shrink:
     def _assign(self, rows: Sequence[CreditRow]) -> CreditResult:
         judgement = judge(rows, self.options, self._reader)
         base = _base(rows, judgement)
-        blamed = [row.advantage < 0.0 and not row.discarded for row in rows]
-        before = sum(r.advantage * r.num_turns for r, b in zip(rows, blamed, strict=True) if b)
+        plain = [unchanged(row) for row in rows]
+        negative = [(turns < 0.0) & (not r.discarded) for r, turns in zip(rows, plain, strict=True)]
+        before = sum(float(t[n].sum()) for t, n in zip(plain, negative, strict=True))
         after = before + float((judgement.advantage - base).sum())
         factor = after / before if before else 1.0
-        scale = np.where(blamed, factor, 1.0)
-        turns = [
-            np.full(row.num_turns, row.advantage * s)
-            for row, s in zip(rows, scale.tolist(), strict=True)
-        ]
+        turns = [np.where(n, t * factor, t) for t, n in zip(plain, negative, strict=True)]
         sums = tally(rows, judgement, audit=self.options.audit) | {
             "shrink/before": -before,
             "shrink/after": -after,
         }
-        shrunk = replace(judgement, advantage=base * scale[judgement.row])
+        shrunk = replace(judgement, advantage=np.where(base < 0.0, base * factor, base))
         return CreditResult(
             step_advantages=turns,
             call_advantages=[()] * len(rows),
@@ -160,7 +158,8 @@ def deal(changes: Floats, room: Floats, rng: random.Random) -> Floats:
 
 def _base(rows: Sequence[CreditRow], judgement: Judgement) -> Floats:
     """[S] the advantage each step of the judgement came with."""
-    return np.array([rows[i].advantage for i in judgement.row.tolist()], dtype=np.float64)
+    places = zip(judgement.row.tolist(), judgement.turn.tolist(), strict=True)
+    return np.array([rows[i].advantage_at(turn) for i, turn in places], dtype=np.float64)
 
 
 def _timed(
