@@ -134,7 +134,7 @@ TABLES = {
         _pair(world="misleading"),
         _pair(world="lucky"),
         _pair(world="long"),
-        _pair("tools.names=[]", "tools.extra=[moody_search.MoodySearch]", tag="moody"),
+        _pair("tools.names=[]", "tools.extra=[moody_search:MoodySearch]", tag="moody"),
         title="Where it helps and where it hurts",
     ),
 }

@@ -13,7 +13,7 @@ from tapo_train.tools.text_search import CorpusIndex, TextSearchArguments, TextS
 from tapo_train.types import Observation
 
 corpus = Path()
-"""Set before a recipe that names `moody_search.MoodySearch` is built."""
+"""Set before a recipe that names `moody_search:MoodySearch` is built."""
 
 
 class MoodySearch(TextSearchTool):

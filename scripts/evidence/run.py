@@ -2,6 +2,7 @@
 
     python scripts/evidence/run.py credit                    all seeds of a table
     python scripts/evidence/run.py credit rates --seeds 0 1  some of them
+    python scripts/evidence/run.py credit --arms none tapo   some of its arms
     python scripts/evidence/run.py all --list                what is there and what is missing
 
 One process and one engine for all runs of a call, one seed of all arms before the next seed. A
@@ -62,10 +63,12 @@ def record_of(arm: Arm, seed: int) -> Path:
     return RECORDS / arm.name / f"seed_{seed}.json"
 
 
-def wanted(tables: Sequence[str], seeds: Sequence[int]) -> list[tuple[Arm, int]]:
-    """Runs of the tables, each once, table by table and seed by seed."""
+def wanted(
+    tables: Sequence[str], seeds: Sequence[int], names: Sequence[str] = ()
+) -> list[tuple[Arm, int]]:
+    """Runs of the tables, each once, table by table and seed by seed; only arms of `names`."""
     runs = [(arm, s) for name in tables for s in seeds for arm in TABLES[name].arms]
-    return list(dict.fromkeys(runs))
+    return [run for run in dict.fromkeys(runs) if not names or run[0].name in names]
 
 
 def recipe_of(arm: Arm, seed: int, folder: Path) -> Recipe:
@@ -143,14 +146,16 @@ def main() -> None:
     )
     parser.add_argument("tables", nargs="+", choices=(*TABLES, "all"))
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+    parser.add_argument("--arms", nargs="+", default=(), metavar="ARM", help="only these")
     parser.add_argument("--list", action="store_true", help="say what is missing, run nothing")
     arguments = parser.parse_args()
     tables = list(TABLES) if "all" in arguments.tables else arguments.tables
-    missing = [run for run in wanted(tables, arguments.seeds) if not record_of(*run).is_file()]
+    runs = wanted(tables, arguments.seeds, arguments.arms)
+    missing = [run for run in runs if not record_of(*run).is_file()]
     if arguments.list:
         for arm, seed in missing:
             print(f"{arm.name} seed {seed}")
-    print(f"{len(missing)} of {len(wanted(tables, arguments.seeds))} runs are missing")
+    print(f"{len(missing)} of {len(runs)} runs are missing")
     if arguments.list or not missing:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
