@@ -56,6 +56,8 @@ SECTIONS = (
     ("algo.loss, `algo/loss=grpo` or `dapo`", recipe.GrpoLoss),
     ("algo.loss, `algo/loss=gspo`", recipe.GspoLoss),
     ("algo.loss, `algo/loss=sapo`", recipe.SapoLoss),
+    ("algo.loss, `algo/loss=cispo`", recipe.CispoLoss),
+    ("algo.loss, `algo/loss=gmpo`", recipe.GmpoLoss),
     ("algo.kl", recipe.Kl),
     ("algo.importance, `algo/importance=truncate`", recipe.TruncatedImportance),
     ("algo.importance, `algo/importance=mask`", recipe.MaskedImportance),

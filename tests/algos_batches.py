@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from tapo_train.algos.losses import PolicyLoss, TokenBatch, grpo, gspo, sapo
+from tapo_train.algos.weighted import cispo, gmpo
 
 LOSSES: dict[str, PolicyLoss] = {
     "grpo": functools.partial(grpo, clip_low=0.2, clip_high=0.28, dual_clip=3.0),
     "gspo": gspo,
     "sapo": sapo,
+    "cispo": functools.partial(cispo, clip_high=1.0),
+    "gmpo": gmpo,
 }
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")

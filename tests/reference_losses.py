@@ -57,6 +57,51 @@ def gspo_sequence(
     return losses
 
 
+def gmpo_sequence(
+    logp: list[float],
+    frozen: list[float],
+    old: list[float],
+    advantages: list[float],
+    mask: list[int],
+    low: float,
+    high: float,
+) -> list[float]:
+    """GMPO, eq. 4, in token form: the mean is a constant, a free token carries the gradient."""
+    kept = [t for t, m in enumerate(mask) if m]
+    if not kept:
+        return [0.0] * len(mask)
+    held = {}
+    for t in kept:
+        d = frozen[t] - old[t]
+        held[t] = min(d, high) if advantages[t] > 0 else max(d, -low)
+    mean = math.exp(math.fsum(held.values()) / len(kept))
+    losses = [0.0] * len(mask)
+    for t in kept:
+        is_free = held[t] == frozen[t] - old[t]
+        losses[t] = -advantages[t] * mean * (math.exp(logp[t] - frozen[t]) if is_free else 1.0)
+    return losses
+
+
+def cispo_token(
+    logp: float, frozen: float, old: float, advantage: float, low: float, high: float
+) -> float:
+    """CISPO, eq. 4: the clipped ratio is a weight under the stop-gradient."""
+    weight = clip(math.exp(clip(frozen - old, -20.0, 20.0)), 1 - low, 1 + high)
+    return -weight * advantage * logp
+
+
+def gmpo_plain(
+    logp: list[float], old: list[float], advantage: float, low: float, high: float
+) -> float:
+    """GMPO, eq. 4, of one sequence: (prod_t |min(r A, clip(r) A)|)^(1/T) sgn(A), as a loss."""
+    product = 1.0
+    for a, b in zip(logp, old, strict=True):
+        ratio = math.exp(a - b)
+        held = clip(ratio, math.exp(-low), math.exp(high))
+        product *= abs(min(ratio * advantage, held * advantage))
+    return -(product ** (1 / len(logp))) * math.copysign(1.0, advantage)
+
+
 def gspo_plain(
     logp: list[float], old: list[float], advantage: float, low: float, high: float
 ) -> float:
@@ -68,12 +113,15 @@ def gspo_plain(
 def token_losses(
     name: str, logp: Rows, old: Rows, advantages: Rows, mask: Mask, *, frozen: Rows | None = None
 ) -> Rows:
-    """Per-token losses with the settings of DAPO, GSPO and SAPO; 0 where masked."""
+    """Per-token losses with the settings of `algos_batches.LOSSES`; 0 where masked."""
     frozen = logp if frozen is None else frozen
     result = []
     for i, row in enumerate(mask):
         if name == "gspo":
             result.append(gspo_sequence(logp[i], frozen[i], old[i], advantages[i], row, 3e-4, 4e-4))
+            continue
+        if name == "gmpo":
+            result.append(gmpo_sequence(logp[i], frozen[i], old[i], advantages[i], row, 0.4, 0.4))
             continue
         losses = [0.0] * len(row)
         for t, kept in enumerate(row):
@@ -81,6 +129,9 @@ def token_losses(
                 losses[t] = grpo_token(logp[i][t], old[i][t], advantages[i][t], 0.2, 0.28, 3.0)
             elif kept and name == "sapo":
                 losses[t] = sapo_token(logp[i][t], old[i][t], advantages[i][t], 1.0, 1.05)
+            elif kept and name == "cispo":
+                numbers = (logp[i][t], frozen[i][t], old[i][t], advantages[i][t])
+                losses[t] = cispo_token(*numbers, 1.0, 1.0)
         result.append(losses)
     return result
 

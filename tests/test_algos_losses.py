@@ -12,8 +12,9 @@ from algos_batches import LOSSES, MODES, NORM_LENGTH, Padded, padded_batch
 
 from tapo_train.algos.advantages import batch_renorm, group_advantages
 from tapo_train.algos.aggregation import aggregate
-from tapo_train.algos.losses import TokenBatch, grpo, gspo, sapo
+from tapo_train.algos.losses import PolicyLoss, TokenBatch, grpo, gspo, sapo
 from tapo_train.algos.metrics import finalise
+from tapo_train.algos.weighted import cispo, gmpo
 from tapo_train.errors import ConfigError, LearnerError
 
 TOLERANCE = 1e-6
@@ -331,3 +332,33 @@ def test_a_batch_whose_vectors_differ_in_length_is_refused(field: str) -> None:
     batch = one_trajectory([0.1, 0.2], [1.0, 1.0])
     with pytest.raises(LearnerError, match=field):
         dataclasses.replace(batch, **{field: getattr(batch, field)[:1]})
+
+
+@pytest.mark.parametrize("advantage", [1.3, -0.7])
+def test_gmpo_in_token_form_is_the_papers_objective_in_value_and_gradient(advantage: float) -> None:
+    log_ratio = [0.1, -0.9, 0.6, 0.0, -0.2]
+    batch = one_trajectory(log_ratio, [advantage] * 5)
+    loss = gmpo(batch).per_token.mean()
+    (slope,) = torch.autograd.grad(loss, batch.logprobs)
+    plain = reference.gmpo_plain(log_ratio, [0.0] * 5, advantage, 0.4, 0.4)
+    assert loss.item() == pytest.approx(plain, abs=EXACT)
+    for t in range(5):
+        up, down = list(log_ratio), list(log_ratio)
+        up[t], down[t] = up[t] + 1e-6, down[t] - 1e-6
+        ends = [reference.gmpo_plain(x, [0.0] * 5, advantage, 0.4, 0.4) for x in (up, down)]
+        assert slope[t].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, abs=SLOPE_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("loss", "settings", "message"),
+    [
+        (cispo, {"clip_low": 1.5}, "cispo: clip_low, clip_high are 1.5, 0.28"),
+        (cispo, {"clip_high": 0.0}, "cispo: clip_low"),
+        (gmpo, {"clip_low": 0.0}, "gmpo: clip_low, clip_high are 0.0, 0.4; wanted > 0"),
+    ],
+)
+def test_bounds_of_the_two_further_losses_are_checked(
+    loss: PolicyLoss, settings: dict[str, float], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        loss(one_trajectory([0.1], [1.0]), **settings)  # type: ignore[call-arg]

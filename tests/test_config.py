@@ -114,6 +114,8 @@ def test_a_loss_comes_with_the_aggregation_of_its_paper_unless_another_is_said()
         "dapo": "token-mean",
         "gspo": "seq-mean-token-mean",
         "sapo": "seq-mean-token-mean",
+        "cispo": "token-mean",
+        "gmpo": "seq-mean-token-mean",
     }
     for name, aggregation in paper.items():
         assert load_recipe(DEMO, [f"algo/loss={name}"]).algo.aggregation == aggregation
@@ -146,7 +148,10 @@ def test_recipes_stay_small() -> None:
         ("credit.success_rule=bth", "found 'bth', wanted 'both', 'outcome' or 'advantage'"),
         ("model.path=null", "model.path: found None, wanted a string"),
         ("algo.loss=gspo", "algo.loss: found 'gspo', wanted a section; its choices are made by"),
-        ("algo/loss=gpso", "algo/loss: found 'gpso', wanted one of custom, dapo, grpo, gspo, sapo"),
+        (
+            "algo/loss=gpso",
+            "algo/loss: found 'gpso', wanted one of cispo, custom, dapo, gmpo, grpo, gspo, sapo",
+        ),
         ("algo/los=gspo", "unknown group algo/los; did you mean algo/loss?"),
         ("learner.lr=1,2", "found several values, wanted one"),
         ("learner.lr", "wanted dotted.path=value"),

@@ -37,6 +37,7 @@ DOORS = {
     "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},
     "mcp": {"tools/mcp.py", "tools/mcp_answer.py"},
+    "math_verify": {"rewards/maths.py"},
 }
 
 FILE_LINES = 300

@@ -120,8 +120,8 @@ def grpo(
     if dual_clip is not None and not dual_clip > 1:
         raise ConfigError(f"grpo: dual_clip is {dual_clip}; wanted > 1 or none")
     with torch.no_grad():
-        log_ratio, is_free = _log_ratio(batch)
-        metrics = _ratio_metrics(log_ratio)
+        log_ratio, is_free = log_ratio_of(batch)
+        metrics = ratio_metrics(log_ratio)
         ratio = log_ratio.exp_()
     bounds = (1 - clip_low, 1 + clip_high, dual_clip)
     return _clipped(batch, ratio, is_free, bounds=bounds, metrics=metrics)
@@ -166,8 +166,8 @@ def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> L
     if not (tau_pos > 0 and tau_neg > 0):
         raise ConfigError(f"sapo: tau_pos, tau_neg are {tau_pos}, {tau_neg}; wanted > 0")
     with torch.no_grad():
-        log_ratio, is_free = _log_ratio(batch)
-        metrics = _ratio_metrics(log_ratio)
+        log_ratio, is_free = log_ratio_of(batch)
+        metrics = ratio_metrics(log_ratio)
         ratio = log_ratio.exp_()
         tau = torch.full_like(ratio, tau_neg).masked_fill_(batch.advantages > 0, tau_pos)
         gate = ((ratio - 1) * tau).sigmoid_()
@@ -176,7 +176,7 @@ def sapo(batch: TokenBatch, *, tau_pos: float = 1.0, tau_neg: float = 1.05) -> L
         metrics |= by_index("policy/gate_weight/by_turn", weight, batch.turn, batch.num_turns)
         slope = weight.mul_(ratio).mul_(batch.advantages).neg_().mul_(is_free)
         value = gate.mul_(-4).div_(tau).mul_(batch.advantages)
-    return LossOutput(per_token=_attach(batch.logprobs, value, slope), metrics=metrics)
+    return LossOutput(per_token=attach(batch.logprobs, value, slope), metrics=metrics)
 
 
 class _KnownSlope(torch.autograd.Function):
@@ -194,13 +194,13 @@ class _KnownSlope(torch.autograd.Function):
         return grads[0] * slope, None, None
 
 
-def _attach(logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
+def attach(logprobs: Tensor, value: Tensor, slope: Tensor) -> Tensor:
     """`value` [K] whose derivative by `logprobs` [K] is `slope` [K]."""
     attached: Tensor = _KnownSlope.apply(logprobs, value, slope)
     return attached
 
 
-def _log_ratio(batch: TokenBatch) -> tuple[Tensor, Tensor]:
+def log_ratio_of(batch: TokenBatch) -> tuple[Tensor, Tensor]:
     """Bounded log(pi / pi_old) [K], and where the bound did not bite [K]."""
     free = batch.logprobs.detach() - batch.old_logprobs
     is_free = free.abs() <= LOG_RATIO_BOUND
@@ -227,7 +227,7 @@ def _clipped(
     is_free &= held == ratio
     metrics |= _clip_metrics(ratio, held, batch)
     value = held.mul_(batch.advantages).neg_()
-    return LossOutput(per_token=_attach(batch.logprobs, value, value * is_free), metrics=metrics)
+    return LossOutput(per_token=attach(batch.logprobs, value, value * is_free), metrics=metrics)
 
 
 def _sequence_log_ratio(batch: TokenBatch) -> tuple[Tensor, Metrics]:
@@ -235,20 +235,29 @@ def _sequence_log_ratio(batch: TokenBatch) -> tuple[Tensor, Metrics]:
 
     0 for a trajectory without trained tokens, which no token refers to.
     """
-    num_trajectories = batch.lengths.shape[0]
-    counts = torch.bincount(batch.trajectory, minlength=num_trajectories)
+    counts = check_whole(batch, name="gspo")
+    log_ratio = batch.logprobs.detach() - batch.old_logprobs
+    sums = log_ratio.new_zeros(counts.shape[0]).index_add_(0, batch.trajectory, log_ratio)
+    return sums / counts.clamp(min=1), ratio_metrics(log_ratio)
+
+
+def check_whole(batch: TokenBatch, *, name: str) -> Tensor:
+    """[n] trained tokens of each trajectory, which is here as a whole.
+
+    Raises:
+        LearnerError: a trajectory was cut.
+    """
+    counts = torch.bincount(batch.trajectory, minlength=batch.lengths.shape[0])
     if not torch.equal(counts, batch.lengths.to(counts.dtype)):
         raise LearnerError(
-            "gspo: the micro-batch holds other numbers of trained tokens per trajectory than "
+            f"{name}: the micro-batch holds other numbers of trained tokens per trajectory than "
             "`lengths` says; wanted whole trajectories, as the ratio is a mean over all of one's "
             "tokens"
         )
-    log_ratio = batch.logprobs.detach() - batch.old_logprobs
-    sums = log_ratio.new_zeros(num_trajectories).index_add_(0, batch.trajectory, log_ratio)
-    return sums / counts.clamp(min=1), _ratio_metrics(log_ratio)
+    return counts
 
 
-def _ratio_metrics(log_ratio: Tensor) -> Metrics:
+def ratio_metrics(log_ratio: Tensor) -> Metrics:
     """Distance between the policy and the one at the start of the step, per token.
 
     `policy/kl` is the k3 estimate of KL(pi_old || pi) = E_old[r - 1 - log r].

@@ -7,7 +7,7 @@ from functools import partial
 from typing import cast, get_args
 
 from tapo_train import recipe as recipes
-from tapo_train.algos import importance, losses
+from tapo_train.algos import importance, losses, weighted
 from tapo_train.algos.advantages import AdvantageKind
 from tapo_train.algos.turn_advantages import (
     Advantages,
@@ -25,8 +25,10 @@ from tapo_train.credit.gigpo import GiGPO
 from tapo_train.learner.objective import Objective, policy_gradient
 from tapo_train.recipe import (
     Advantage,
+    CispoLoss,
     Custom,
     GigpoCredit,
+    GmpoLoss,
     GrpoLoss,
     GspoLoss,
     NoCredit,
@@ -102,6 +104,10 @@ def build_loss(recipe: Recipe) -> losses.PolicyLoss:
         )
     if isinstance(loss, GspoLoss):
         return partial(losses.gspo, clip_low=loss.clip_low, clip_high=loss.clip_high)
+    if isinstance(loss, CispoLoss):
+        return partial(weighted.cispo, clip_low=loss.clip_low, clip_high=loss.clip_high)
+    if isinstance(loss, GmpoLoss):
+        return partial(weighted.gmpo, clip_low=loss.clip_low, clip_high=loss.clip_high)
     return partial(losses.sapo, tau_pos=loss.tau_pos, tau_neg=loss.tau_neg)
 
 

@@ -11,7 +11,14 @@ from pydantic.dataclasses import dataclass
 from tapo_train.algos.advantages import AdvantageKind, StdKind
 from tapo_train.algos.turn_advantages import TurnKind
 from tapo_train.recipe.custom import Custom, CustomOrPath
-from tapo_train.recipe.values import STRICT, Fraction, InnerFraction, NonNegative, Positive
+from tapo_train.recipe.values import (
+    STRICT,
+    Fraction,
+    InnerFraction,
+    NonNegative,
+    OpenFraction,
+    Positive,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -69,6 +76,28 @@ class SapoLoss:
     """Steepness of the gate where A > 0; larger forgets off-policy tokens sooner."""
     tau_neg: Positive = 1.05
     """The same where A ≤ 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class CispoLoss:
+    """REINFORCE with a bounded weight: no token loses its gradient (MiniMax-M1)."""
+
+    name: Literal["cispo"] = "cispo"
+    clip_low: OpenFraction = 1.0
+    """Weights are at least 1 − clip_low; 1: small ones stay as they are."""
+    clip_high: Positive = 0.28
+    """Weights are at most 1 + clip_high."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class GmpoLoss:
+    """Geometric mean of clipped token ratios, in token form."""
+
+    name: Literal["gmpo"] = "gmpo"
+    clip_low: Positive = 0.4
+    """Log-ratios below −clip_low are held there where A ≤ 0."""
+    clip_high: Positive = 0.4
+    """Log-ratios above clip_high are held there where A > 0."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -149,7 +178,7 @@ class Algo:
     """From advantages to a loss."""
 
     advantage: Advantage = field(default_factory=Advantage)
-    loss: GrpoLoss | GspoLoss | SapoLoss | Custom = Field(
+    loss: GrpoLoss | GspoLoss | SapoLoss | CispoLoss | GmpoLoss | Custom = Field(
         default_factory=GrpoLoss, discriminator="name"
     )
     aggregation: Literal[

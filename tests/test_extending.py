@@ -1,0 +1,291 @@
+"""Parts of one's own by import path: the examples of docs/examples, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import sys
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from algos_batches import padded_batch
+from test_rewards import trajectory
+
+from tapo_train.algos.losses import TokenBatch
+from tapo_train.algos.turn_advantages import RewardRow
+from tapo_train.algos.weighted import cispo
+from tapo_train.build.algo import build_advantage, build_credit, build_loss, is_over_groups
+from tapo_train.build.custom import custom_loader, custom_reward, require_custom_parts
+from tapo_train.credit.steps import CreditRow
+from tapo_train.errors import ConfigError, DataError
+from tapo_train.import_path import load, make
+from tapo_train.learner.batch import TrainingRow, join, pack
+from tapo_train.learner.dealing import deal_together
+from tapo_train.recipe import Custom, CustomPart
+from tapo_train.recipe.compose import Recipe, load_recipe
+from tapo_train.rewards.reward import RewardFunction, Weighted
+from tapo_train.rewards.scoring import Scoring
+from tapo_train.types import Span, Task
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "recipes" / "demo_cpu.yaml"
+
+
+@pytest.fixture(autouse=True)
+def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder of the examples is on the path, as the working directory would be."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
+    yield
+    for name in set(sys.modules) - before:
+        if name in {"cispo", "reg_grpo", "kind_judge"}:
+            del sys.modules[name]
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(DEMO, overrides)
+
+
+# Parts for the tests below, as a user's module would hold them.
+def flat(rows: list[RewardRow], *, scale: float) -> list[float]:
+    return [scale * row.total for row in rows]
+
+
+def halved(rows: list[CreditRow]) -> list[list[float]]:
+    return [[row.advantage / 2] * row.num_turns for row in rows]
+
+
+def two_tasks(path: Path, *, words: tuple[str, str]) -> list[Task]:
+    return [
+        Task(id=f"{path.name}.{word}", question=word, images=(), answers=(word,)) for word in words
+    ]
+
+
+def no_tasks(path: Path) -> list[str]:
+    return ["nothing"]
+
+
+def blocking(t: Any, *, worth: float) -> float:
+    return worth
+
+
+class Shifted:
+    """A class is made with the arguments, and its instance is called."""
+
+    def __init__(self, by: float = 0.0) -> None:
+        self.by = by
+
+    def __call__(self, rows: list[RewardRow]) -> list[float]:
+        return [row.total + self.by for row in rows]
+
+
+def test_the_loss_of_one_file_is_the_packages_own() -> None:
+    padded = padded_batch([1.2, -0.8, 0.3, -1.5], per_token=True)
+    chosen = recipe(
+        "algo/loss=custom", "algo.loss.path=cispo:cispo", "algo.loss.arguments={clip_high: 1.0}"
+    )
+    require_custom_parts(chosen)
+    ours, theirs = padded.logp.clone().requires_grad_(), padded.logp.clone().requires_grad_()
+    example = build_loss(chosen)(padded.flat(ours)).per_token
+    wanted = cispo(padded.flat(theirs), clip_high=1.0).per_token
+    torch.testing.assert_close(example, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(example.sum(), ours), torch.autograd.grad(wanted.sum(), theirs)
+    )
+    assert not is_over_groups(chosen)
+
+
+def regression(beta: float = 1.0) -> Any:
+    chosen = recipe(
+        "algo/loss=custom",
+        "algo.loss.path=reg_grpo:reg_grpo",
+        f"algo.loss.arguments={{beta: {beta}}}",
+    )
+    assert is_over_groups(chosen)
+    return build_loss(chosen)
+
+
+def token_batch(
+    logp: torch.Tensor, rows: list[int], group: list[int], advantage: list[float]
+) -> TokenBatch:
+    index = torch.tensor([i for i, n in enumerate(rows) for _ in range(n)])
+    return TokenBatch(
+        logprobs=logp,
+        old_logprobs=torch.zeros(len(index), dtype=torch.float64),
+        advantages=torch.tensor(advantage, dtype=torch.float64)[index],
+        trajectory=index,
+        lengths=torch.tensor(rows),
+        group=torch.tensor(group),
+    )
+
+
+def test_a_regression_couples_the_trajectories_of_a_question() -> None:
+    logp = torch.tensor([0.1, 0.2, -0.4, 0.3, 0.5, -0.6], dtype=torch.float64).requires_grad_()
+    batch = token_batch(logp, [2, 1, 3], [0, 1, 0], [1.0, 0.5, -1.0])
+    loss = regression(2.0)(batch).per_token
+    # Sums .3, -.4, .2 times 2; group 0 has mean (.6 + .4) / 2, group 1 is alone.
+    wanted = [(0.6 - 0.5 - 1.0) ** 2, (0.0 - 0.5) ** 2, (0.4 - 0.5 + 1.0) ** 2]
+    sums = torch.zeros(3, dtype=torch.float64).index_add(0, batch.trajectory, loss)
+    assert sums.tolist() == pytest.approx(wanted)
+    (slope,) = torch.autograd.grad(loss.sum(), logp)
+    # d/ds_0 of the first and the third term: the mean moves by a half of each.
+    own = 2 * 2.0 * (0.6 - 0.5 - 1.0) * 0.5 - 2 * 2.0 * (0.4 - 0.5 + 1.0) * 0.5
+    assert slope.tolist() == pytest.approx([own, own, 0.0, -own, -own, -own])
+
+
+def row(id: str, group: str, length: int) -> TrainingRow:
+    return TrainingRow(
+        id=id,
+        tokens=np.ones(length, dtype=np.int32),
+        images=(),
+        spans=(Span(start=1, end=3),),
+        advantages=np.zeros(2),
+        sampler_logprobs=np.zeros(2, dtype=np.float32),
+        group=group,
+    )
+
+
+def test_rows_of_a_group_share_a_micro_batch_where_the_loss_asks_for_it() -> None:
+    rows = [row(f"{g}{i}", g, 5 + i) for i, g in itertools.product(range(3), "abc")]
+    batches = pack(rows, budget_tokens=36, whole_groups=True)
+    homes = [{name[0] for name in batch.row_ids} for batch in batches]
+    assert sorted(itertools.chain(*homes)) == ["a", "b", "c"], "no group is in two micro-batches"
+    assert all(batch.num_tokens <= 36 for batch in batches)
+    for batch in batches:
+        numbers = dict(zip(batch.row_ids, batch.group.tolist(), strict=True))
+        assert len({n for name, n in numbers.items()}) == len({name[0] for name in numbers})
+        assert all((numbers[x] == numbers[y]) == (x[0] == y[0]) for x in numbers for y in numbers)
+    assert len(pack(rows, budget_tokens=10, whole_groups=True)) == 3, "a group is never cut"
+    scattered = [{name[0] for name in b.row_ids} for b in pack(rows, budget_tokens=12)]
+    assert len(scattered) > 3
+
+
+def test_a_row_without_a_group_is_a_group_of_its_own() -> None:
+    assert join(
+        [row("x", "", 4), row("y", "g", 4), row("z", "", 4), row("w", "g", 4)]
+    ).group.tolist() == [0, 1, 2, 1]
+
+
+def test_ranks_deal_out_whole_groups_and_every_row_once() -> None:
+    names = ["a", "b", "a", "", "b", "", "a"]
+    dealt = deal_together(
+        names,
+        [3.0, 1.0, 2.0, 4.0, 1.0, 2.0, 1.0],
+        [5] * 7,
+        budget_tokens=15,
+        num_ranks=2,
+        home=[0, 1, 0, 0, 1, 1, 1],
+    )
+    batches = [batch for rank in dealt for batch in rank]
+    assert sorted(i for batch in batches for i in batch) == list(range(7))
+    assert any({0, 2, 6} <= set(batch) for batch in batches)
+    assert any({1, 4} <= set(batch) for batch in batches)
+
+
+class _Grading(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = json.dumps({"grade": 0.75 if "please" in asked["answer"] else "rude"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_the_judge_of_one_file_judges_and_leaves_out_what_it_cannot_judge() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Grading)
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_address[1]}/judge"
+    part = custom_reward(CustomPart(path="kind_judge:KindJudge", arguments={"url": url}))
+    scoring = Scoring(RewardFunction(parts={"accuracy": Weighted(part=part)}), deadline_s=30.0)
+    polite = asyncio.run(scoring(trajectory("<answer>please</answer>")))
+    rude = asyncio.run(scoring(trajectory("<answer>no</answer>")))
+    server.shutdown()
+    server.server_close()
+    assert polite.scored().total == 0.75
+    assert rude.reward is None and "gave 'rude'" in (rude.unscored or "")
+
+
+def test_a_reward_that_blocks_runs_in_a_thread() -> None:
+    part = custom_reward(CustomPart(path=f"{__name__}:blocking", arguments={"worth": 0.5}))
+    assert asyncio.run(part(trajectory("x"))).value == 0.5
+
+
+def test_advantage_credit_and_loader_of_ones_own_are_called_with_their_arguments() -> None:
+    chosen = recipe(
+        f"algo.advantage.custom={{path: '{__name__}:flat', arguments: {{scale: 2.0}}}}",
+        "credit=custom",
+        f"credit.path={__name__}:halved",
+    )
+    require_custom_parts(chosen)
+    rows = [RewardRow(group="g", total=total, tokens=(1, 2)) for total in (1.0, -0.5)]
+    assert build_advantage(chosen.algo.advantage)(rows).rows.tolist() == [2.0, -1.0]
+    made = Custom(path=f"{__name__}:Shifted", arguments={"by": 1})
+    shifted = build_advantage(
+        recipe(
+            f"algo.advantage.custom={{path: '{made.path}', arguments: {{by: 1}}}}"
+        ).algo.advantage
+    )
+    assert shifted(rows).rows.tolist() == [2.0, 0.5]
+    row = CreditRow(id="r", group="g", correct=0.0, advantage=-3.0, num_turns=2)
+    assert build_credit(chosen)([row]).step_advantages[0].tolist() == [-1.5, -1.5]
+    load_tasks = custom_loader(
+        Custom(path=f"{__name__}:two_tasks", arguments={"words": ["up", "down"]})
+    )
+    assert [task.question for task in load_tasks(Path("f"))] == ["up", "down"]
+    with pytest.raises(DataError, match="gave a str; wanted at least one Task"):
+        custom_loader(Custom(path=f"{__name__}:no_tasks"))(Path("f"))
+
+
+@pytest.mark.parametrize(
+    ("path", "arguments", "message"),
+    [
+        ("nowhere:f", {}, r"nowhere:f cannot be imported \(ModuleNotFoundError"),
+        ("flat", {}, "found 'flat', wanted package.module:name"),
+        (f"{__name__}:missing", {}, "AttributeError"),
+        (f"{__name__}:ROOT", {}, "is no function and no class"),
+        (
+            f"{__name__}:flat",
+            {},
+            r"cannot be called as flat\(rows\): missing a required argument: 'scale'",
+        ),
+        (f"{__name__}:flat", {"scal": 1.0}, "'scal'|'scale'"),
+        (
+            f"{__name__}:flat",
+            {"scale": "2"},
+            r"arguments\.scale: found '2': Input should be a valid number",
+        ),
+        (f"{__name__}:Shifted", {"to": 1.0}, "unexpected keyword argument 'to'"),
+        (f"{__name__}:TASK_LIKE", {}, "AttributeError"),
+    ],
+)
+def test_what_cannot_be_called_as_the_run_will_call_it_is_refused_in_words(
+    path: str, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make(load(path, where="algo.x"), arguments, takes=("rows",), where="algo.x")
+
+
+def test_all_parts_that_do_not_fit_are_told_at_once() -> None:
+    chosen = recipe(
+        f"algo.advantage.custom={__name__}:flat",
+        "credit=custom",
+        "credit.path=nowhere:credit",
+        "tools.extra=[nowhere:tool]",
+        "reward.parts.mine={name: custom, path: 'nowhere:reward'}",
+    )
+    with pytest.raises(ConfigError) as caught:
+        require_custom_parts(chosen)
+    said = str(caught.value)
+    for where in ("algo.advantage.custom", "credit", "tools.extra", "reward.parts"):
+        assert where in said
