@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from tapo_train.credit.result import CreditResult, result_of
 from tapo_train.credit.steps import CreditRow
 from tapo_train.errors import ConfigError, DataError
 from tapo_train.import_path import is_async, load, make
-from tapo_train.recipe import Custom, CustomPart
+from tapo_train.recipe import Custom, CustomPart, JudgePart
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rewards.score import Part, Score, scored
 from tapo_train.tools.registry import load_tool
@@ -26,6 +27,7 @@ __all__ = [
     "custom_loader",
     "custom_part",
     "custom_reward",
+    "key_of",
     "require_custom_parts",
 ]
 
@@ -79,6 +81,8 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
         for reward in parts.values():
             if isinstance(reward, CustomPart):
                 yield partial(custom_reward, reward)
+            elif isinstance(reward, JudgePart):
+                yield partial(key_of, reward)
     for extra in recipe.tools.extra:
         yield partial(load_tool, extra.path, extra.arguments)
 
@@ -100,6 +104,22 @@ def custom_loader(part: Custom) -> Callable[[Path], list[Task]]:
         return found
 
     return tasks
+
+
+def key_of(part: JudgePart) -> str:
+    """The key of a judge's endpoint, from the environment; "" if it has none.
+
+    Raises:
+        ConfigError: the variable is empty or not set.
+    """
+    if part.key_variable is None:
+        return ""
+    key = os.environ.get(part.key_variable, "")
+    if not key:
+        raise ConfigError(
+            f"reward.parts: key_variable is {part.key_variable!r}, which is empty or not set here"
+        )
+    return key
 
 
 def custom_reward(part: CustomPart) -> Part:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 
 from tapo_train import recipe as recipes
-from tapo_train.build.custom import custom_reward
+from tapo_train.build.custom import custom_reward, key_of
 from tapo_train.build.remote_tools import build_judge_client
 from tapo_train.build.tools import replay_of, tool_limits
-from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import Recipe
 from tapo_train.recipe.reward import RewardPart
 from tapo_train.rewards import answers, penalties
@@ -106,7 +104,7 @@ def _judge(
 ) -> Judge:
     tool = JudgeTool(
         name,
-        build_judge_client(recipe, part, key=_key(part.key_variable)),
+        build_judge_client(recipe, part, key=key_of(part)),
         endpoint=part.endpoint,
         model=part.model,
         with_images=part.with_images,
@@ -126,12 +124,3 @@ def _judge(
         template=template_text(part.template),
         exact_first=part.exact_first and part.template != "support",
     )
-
-
-def _key(variable: str | None) -> str:
-    if variable is None:
-        return ""
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ConfigError(f"reward: key_variable is {variable!r}, which is empty or not set here")
-    return key

@@ -130,6 +130,10 @@ def recipe_to_show(recipe: Recipe) -> dict[str, Any]:
     tools = content["tools"]
     for name in ("text_endpoint", "image_endpoint"):
         tools[name] = tools[name] and shown(tools[name])
+    for parts in (content["reward"]["parts"], *content["reward"]["by_source"].values()):
+        for part in filter(None, parts.values()):
+            if "endpoint" in part:
+                part["endpoint"] = shown(part["endpoint"])
     for server in tools["mcp"]:
         server["env"] = dict.fromkeys(server["env"], HIDDEN)
     return content

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import Recipe
+from tapo_train.recipe.reward_problems import reward_problems
 from tapo_train.report.warnings import SIGNS
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 
@@ -134,7 +135,8 @@ def _section_of(hint: Any, content: Any) -> Any:
 def cross_field_problems(recipe: Recipe) -> list[str]:
     """Combinations that no single field's range can forbid."""
     checks = (_rollout_problems, _data_problems, _algo_problems, _tool_problems, _watch_problems)
-    return [line for check in checks for line in check(recipe)]
+    own = [line for check in checks for line in check(recipe)]
+    return [*own, *reward_problems(recipe.reward)]
 
 
 def _rollout_problems(recipe: Recipe) -> Iterable[str]:
