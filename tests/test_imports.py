@@ -29,9 +29,15 @@ LAYERS = (
 """From the bottom up; a module imports its own layer and those below."""
 
 DOORS = {
-    "vllm": {"rollout/vllm_engine.py", "rollout/vllm_inputs.py"},
+    "vllm": {
+        "rollout/vllm_engine.py",
+        "rollout/vllm_inputs.py",
+        "rollout/servers/transfer.py",
+    },
     "deepspeed": {"learner/engine.py"},
-    "httpx": {"tools/connections.py", "tools/net.py"},
+    # Whatever a policy or a page can name goes through `tools`, which judges each address. The
+    # last asks the servers of the recipe alone, most of them private, and sends them the secret.
+    "httpx": {"tools/connections.py", "tools/net.py", "rollout/servers/client.py"},
     "peft": {"learner/adapter.py"},
     "hydra": {"recipe/compose.py"},
     "omegaconf": {"recipe/compose.py"},

@@ -11,6 +11,7 @@ from tapo_train.build.algo import (
 )
 from tapo_train.build.custom import require_custom_parts
 from tapo_train.build.device import DEVICE
+from tapo_train.build.engine import build_engine, engine_server
 from tapo_train.build.learner import (
     build_exchange,
     build_policy,
@@ -29,8 +30,6 @@ from tapo_train.build.questions import (
 from tapo_train.build.reward import build_scoring
 from tapo_train.build.rollout import (
     build_chat,
-    build_engine,
-    build_engine_server,
     build_interruption,
     build_play,
     build_rounds,
@@ -47,7 +46,6 @@ __all__ = [
     "build_credit",
     "build_dump",
     "build_engine",
-    "build_engine_server",
     "build_exchange",
     "build_interruption",
     "build_objective",
@@ -60,6 +58,7 @@ __all__ = [
     "build_toolbox",
     "build_sharing",
     "build_watch",
+    "engine_server",
     "is_recomputed_in_passing",
     "learner_settings",
     "require_custom_parts",

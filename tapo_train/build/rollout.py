@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import socket
-import uuid
-import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +12,6 @@ from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
-from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
@@ -23,15 +19,6 @@ from tapo_train.rollout.collect import Score, collect
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.limits import Deadlines, Limits
 from tapo_train.rollout.model_folder import require_model_folder
-from tapo_train.rollout.remote.carriers import FolderWeights, StreamedWeights
-from tapo_train.rollout.remote.engine import RemoteEngine
-from tapo_train.rollout.remote.fleet import RemoteOptions
-from tapo_train.rollout.remote.identity import chat_identity, weights_fingerprint
-from tapo_train.rollout.remote.link import servers_of_rank
-from tapo_train.rollout.remote.listener import Served
-from tapo_train.rollout.remote.payload import Expected
-from tapo_train.rollout.remote.server import EngineServer
-from tapo_train.rollout.remote.wire import shared_secret
 from tapo_train.rollout.seats import MOST, Seats
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.tools.toolbox import Toolbox
@@ -39,9 +26,6 @@ from tapo_train.training.interruption import Interruption
 from tapo_train.training.parts import Play, Rounds
 from tapo_train.training.rounds import CarriedOver, OneRound, Questions, Refill
 from tapo_train.types import Group, Task
-
-SERVER_MEMORY = 0.9
-"""Share of a device's memory for an engine server, which has it to itself."""
 
 
 def build_chat(recipe: Recipe) -> ChatFormat:
@@ -55,17 +39,6 @@ def build_chat(recipe: Recipe) -> ChatFormat:
     return ChatFormat(folder, picture_cache_bytes=int(recipe.learner.picture_cache_gib * 2**30))
 
 
-def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
-    """The sampler of this rank."""
-    engine = recipe.rollout.engine
-    if engine.name == "server":
-        return _remote_engine(recipe, chat, engine)
-    ranks = engine.tensor_parallel if engine.name == "vllm" else 1
-    seed = recipe.run.seed * 1000 + distributed.rank() // ranks
-    local = build_local_engine(recipe, chat, engine, seed=seed)
-    return local if ranks == 1 else MirroredEngine(local, distributed.Subgroup(ranks))
-
-
 def build_local_engine(
     recipe: Recipe,
     chat: ChatFormat,
@@ -73,7 +46,7 @@ def build_local_engine(
     *,
     seed: int,
 ) -> Engine:
-    """A sampler in this process, in a training run or in an engine server."""
+    """A sampler in this process."""
     if engine.name == "hf":
         from tapo_train.rollout.hf_engine import HfEngine
 
@@ -90,9 +63,9 @@ def build_local_engine(
             memory_fraction=engine.gpu_memory_utilization,
             cache_gib=engine.kv_cache_gib,
             picture_cache_bytes=int(engine.picture_cache_gib * 2**30),
-            max_images=_most_images(recipe),
+            max_images=most_images(recipe),
             can_sleep=sleeps_in_update(recipe),
-            seeded=_samples_by_seed(recipe),
+            seeded=samples_by_seed(recipe),
             seed=seed,
             tensor_parallel=engine.tensor_parallel,
         ),
@@ -121,54 +94,6 @@ def sleeps_in_update(recipe: Recipe) -> bool:
     return True
 
 
-def _remote_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerSettings) -> Engine:
-    """The servers of this rank; their weights are named after this start of the run."""
-    urls, sends = servers_of_rank(engine.urls, distributed.rank(), distributed.world_size())
-    root = engine.weights_root
-    options = RemoteOptions(
-        identity=chat_identity(chat),
-        base=weights_fingerprint(chat.model),
-        expected=Expected(chat),
-        run=distributed.broadcast_object(uuid.uuid4().hex),
-        sends_weights=sends,
-        timeout_s=engine.timeout_s,
-        patience_s=engine.patience_s,
-        agreement=recipe.probe.tolerance,
-    )
-    carrier = StreamedWeights() if root is None else FolderWeights(Path(root))
-    return RemoteEngine(urls, secret=shared_secret(), options=options, carrier=carrier)
-
-
-def build_engine_server(
-    recipe: Recipe, chat: ChatFormat, *, host: str, port: int, weights_root: Path | None
-) -> EngineServer:
-    """An engine of the recipe behind a port. One that itself asks servers becomes vLLM's."""
-    engine = recipe.rollout.engine
-    if engine.name == "vllm" and engine.tensor_parallel > 1:
-        raise ConfigError(
-            f"rollout.engine.tensor_parallel: found {engine.tensor_parallel}, wanted 1: an engine "
-            "server is one process on one device"
-        )
-    if engine.name == "server":
-        engine = recipes.VllmSettings(gpu_memory_utilization=SERVER_MEMORY)
-    secret = shared_secret()
-    # Servers that share a run must not draw the same numbers.
-    seed = zlib.crc32(f"{recipe.run.seed} {socket.gethostname()} {host} {port}".encode())
-    served = Served(
-        identity=chat_identity(chat),
-        base=weights_fingerprint(chat.model),
-        max_tokens=recipe.rollout.max_tokens,
-    )
-    return EngineServer(
-        build_local_engine(recipe, chat, engine, seed=seed),
-        served,
-        secret=secret,
-        host=host,
-        port=port,
-        weights_root=weights_root,
-    )
-
-
 def build_play(
     recipe: Recipe,
     engine: Engine,
@@ -191,7 +116,7 @@ def build_play(
         max_tokens=rollout.max_tokens,
         max_parallel_calls=rollout.max_parallel_calls,
     )
-    seed = recipe.run.seed if _samples_by_seed(recipe) else None
+    seed = recipe.run.seed if samples_by_seed(recipe) else None
     seats = Seats(engine=engine)
     carry_over = CarryOver(most=rollout.carry_over) if rollout.carry_over else None
 
@@ -259,7 +184,7 @@ def _deadlines(wanted: recipes.DeadlineSettings, *, greedy: bool) -> Deadlines:
     )
 
 
-def _samples_by_seed(recipe: Recipe) -> bool:
+def samples_by_seed(recipe: Recipe) -> bool:
     """Whether each request draws from a stream of its own, derived from seed and request id.
 
     Then a run does not depend on the order of requests or the number of ranks, and a
@@ -269,7 +194,7 @@ def _samples_by_seed(recipe: Recipe) -> bool:
     return recipe.rollout.engine.name == "hf" or DEVICE == "cpu"
 
 
-def _most_images(recipe: Recipe) -> int:
+def most_images(recipe: Recipe) -> int:
     """Pictures one trajectory may hold: the question's and those of every call."""
     rollout = recipe.rollout
     calls = rollout.max_turns * rollout.max_parallel_calls

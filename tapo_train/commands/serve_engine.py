@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import signal
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,17 +13,18 @@ from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import load_recipe
 
 DESCRIPTION = """\
-Serve the engine of a recipe to training runs that have it in rollout.engine.urls
-(rollout/engine=server). docs/engines.md says when that pays and what happens if a server dies.
+Start vLLM's server with what a recipe implies, for training runs that have its address in
+rollout.engine.urls (rollout/engine=server). docs/engines.md says when that pays and what happens
+if a server dies.
 
-The environment variable TAPO_ENGINE_SECRET must hold the secret that servers and trainer share.
-Connections are authenticated, not encrypted: listen on another address than 127.0.0.1 only
-where nobody else reads the network.
+The environment variable TAPO_ENGINE_SECRET must hold the secret that servers and trainer share;
+every path of the server asks for it. It travels unencrypted: listen on another address than
+127.0.0.1 only where nobody else reads the network.
 """
 
 
 def main(argv: Sequence[str]) -> None:
-    """Serve until SIGTERM or SIGINT."""
+    """Become vLLM's server, which serves until SIGTERM or SIGINT."""
     arguments = _parser().parse_intermixed_args(argv)
     words = [word for word in (arguments.recipe, *arguments.overrides) if word is not None]
     # With --model the recipe may be left out, and the first word be an override.
@@ -32,19 +34,17 @@ def main(argv: Sequence[str]) -> None:
 
     from tapo_train import build  # loads torch and vllm
 
-    server = build.build_engine_server(
+    host, port = arguments.host, arguments.port or _free_port(arguments.host)
+    command, variables = build.engine_server(
         recipe,
         build.build_chat(recipe),
-        host=arguments.host,
-        port=arguments.port,
-        weights_root=Path(arguments.weights_root) if arguments.weights_root else None,
+        host=host,
+        port=port,
+        data_parallel=arguments.data_parallel,
+        tensor_parallel=arguments.tensor_parallel,
     )
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
-    host, port = server.address
-    print(f"serving {recipe.model.path} on tcp://{host}:{port}", flush=True)
-    server.serve()
-    print("stopped", flush=True)
+    print(f"loading {recipe.model.path} to serve it on http://{host}:{port}", flush=True)
+    os.execve(command[0], command, {**os.environ, **variables})
 
 
 def recipe_and_overrides(recipe: str | None, model: str | None) -> tuple[Path, list[str]]:
@@ -76,6 +76,38 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     parser.add_argument("--port", type=int, required=True, help="0 takes a free one and prints it")
     parser.add_argument(
-        "--weights-root", metavar="DIR", help="folder for weights, shared with the trainer"
+        "--data-parallel",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="engines behind the port, each with whole weights and devices of its own (1)",
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=_count,
+        default=1,
+        metavar="N",
+        help="devices over which the weights of an engine are split (1)",
     )
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, wanted a number from 1 on")
+    return int(text)
+
+
+def _free_port(host: str) -> int:
+    """A port that is free at the moment.
+
+    Raises:
+        ConfigError: this machine has no such address.
+    """
+    try:
+        with socket.create_server((host, 0)) as free:
+            return int(free.getsockname()[1])
+    except OSError as error:
+        raise ConfigError(
+            f"--host: cannot listen on {host}: {error}; wanted an address of this machine"
+        ) from error

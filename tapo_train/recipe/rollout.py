@@ -45,11 +45,14 @@ class ServerSettings:
     """
 
     name: Literal["server"] = "server"
-    urls: tuple[Annotated[str, Field(pattern=r"^tcp://[^/\s]+:[0-9]+$")], ...]
-    """One `tcp://host:port` per server. With as many servers as ranks each rank has its own."""
+    urls: tuple[Annotated[str, Field(pattern=r"^https?://[^/\s@]+$")], ...]
+    """One `http://host:port` per server. With as many servers as ranks each rank has its own."""
+    weights: Literal["folder", "nccl", "ipc"] = "folder"
+    """How new weights reach the servers: as files in weights_root, or between GPUs by vLLM's weight
+    transfer, to other devices (nccl) or engines on the learner's own (ipc; loopback only)."""
     weights_root: str | None = None
-    """A folder that trainer and servers share, through which new weights go; servers are told
-    theirs by `--weights-root`. null: over the connection, parameter by parameter."""
+    """The folder of weights=folder, which trainer and servers see under the same absolute path.
+    null: `weights` in run.dir, for servers on this machine."""
     timeout_s: Positive = 60.0
     """[s] of silence, or of a hanging engine, after which a server is given up."""
     patience_s: Positive = 120.0

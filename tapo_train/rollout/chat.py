@@ -84,7 +84,11 @@ class ChatFormat:
         self._is_control[list(self.control_token_ids)] = True
         pieces = self.template.pieces
         self._before, self._between = self._trusted(pieces.before), self._trusted(pieces.between)
-        self._after, self._picture = self._trusted(pieces.after), self._trusted(pieces.picture)
+        self._after, self.picture_tokens = (
+            self._trusted(pieces.after),
+            self._trusted(pieces.picture),
+        )
+        """[T] of the second: one picture, not expanded, with what stands around it."""
 
     def prompt(self, task: Task, *, system_prompt: str, tool_schemas: Sequence[Schema]) -> Tokens:
         """[T] system prompt with tools, the task's pictures and question; placeholders expanded.
@@ -107,7 +111,7 @@ class ChatFormat:
         for index, observation in enumerate(observations):
             parts += [self._between] if index else []
             parts.append(self.plain(observation.text))
-            parts += [self._picture] * len(observation.images)
+            parts += [self.picture_tokens] * len(observation.images)
         images = tuple(image for observation in observations for image in observation.images)
         return self.expand(np.concatenate([*parts, self._after]), images)
 

@@ -1,0 +1,111 @@
+"""HTTP to one engine server; the control plane's door of httpx.
+
+The servers are the ones a recipe names and prove nothing but that they answer: what they say is
+judged in `answers.py`. Nothing is taken from the environment, proxies least of all, as every
+request carries the secret.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+
+from tapo_train.errors import EngineError, EngineLostError
+from tapo_train.rollout.servers.gate import authorization
+
+ANSWER_BYTES = 256 * 2**20
+"""Longest answer that is read."""
+KEPT_S = 2.0
+"""[s] an unused connection is kept; less than servers keep theirs."""
+
+Body = Mapping[str, Any]
+
+
+class ServerFailedError(EngineLostError):
+    """HTTP 5xx."""
+
+
+class Client:
+    """Asks one server; on one event loop."""
+
+    def __init__(self, url: str, *, secret: str, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._http = httpx.AsyncClient(
+            base_url=url,
+            headers={"Authorization": authorization(secret), "Accept-Encoding": "identity"},
+            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT_S),
+            trust_env=False,
+        )
+
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Body | None = None,
+        *,
+        read_s: float | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> bytes:
+        """The body of an answer with HTTP 200.
+
+        Args:
+            read_s: [s] it may take; infinity: until `cut`. Default: as long as connecting.
+
+        Raises:
+            EngineLostError: nothing came back; as ServerFailedError for HTTP 5xx.
+            EngineError: HTTP 4xx.
+        """
+        wait_s = self._timeout_s if read_s is None else read_s
+        timeout = httpx.Timeout(
+            self._timeout_s, read=None if wait_s == float("inf") else wait_s, pool=None
+        )
+        cut, call = (
+            self._cut,
+            asyncio.create_task(self._exchange(method, path, body, timeout, headers)),
+        )
+        try:
+            either: set[asyncio.Future[Any]] = {call, cut}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not call.done():
+                raise EngineLostError(f"{path}: given up")
+            status, answer = call.result()
+        except httpx.HTTPError as error:
+            raise EngineLostError(f"{path}: {type(error).__name__}: {error}") from error
+        finally:
+            call.cancel()
+        if status == 200:
+            return answer
+        said = " ".join(answer[:500].decode("utf-8", "replace").split())
+        kind = ServerFailedError if status >= 500 else EngineError
+        raise kind(f"{path}: HTTP {status}: {said}")
+
+    def cut(self) -> None:
+        """Give up everything that is under way."""
+        self._cut.set_result(None)
+        self._cut = asyncio.get_running_loop().create_future()
+
+    async def close(self) -> None:
+        """Hang up; the server aborts what is under way there."""
+        self.cut()
+        await self._http.aclose()
+
+    async def _exchange(
+        self,
+        method: str,
+        path: str,
+        body: Body | None,
+        timeout: httpx.Timeout,
+        headers: Mapping[str, str] | None,
+    ) -> tuple[int, bytes]:
+        request = self._http.stream(method, path, json=body, timeout=timeout, headers=headers)
+        async with request as response:
+            answer = bytearray()
+            async for chunk in response.aiter_raw():
+                answer += chunk
+                if len(answer) > ANSWER_BYTES:
+                    raise httpx.ReadError(f"an answer of more than {ANSWER_BYTES} bytes")
+            return response.status_code, bytes(answer)

@@ -1,0 +1,263 @@
+"""One engine server as a trainer knows it: what vLLM's routes are used for.
+
+    nothing comes back, HTTP 5xx, aborted, others' weights    lost: greeted until it is there again
+    another model, HTTP 4xx, an answer that cannot be right   forsaken: not asked again
+
+Both are EngineLostError for the request, which is asked elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import ValidationError
+
+from tapo_train.errors import EngineError, EngineLostError
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.engine import Completion, GenerationRequest
+from tapo_train.rollout.servers.answers import Expected
+from tapo_train.rollout.servers.client import Body, Client, ServerFailedError
+from tapo_train.rollout.servers.gate import SERVED_PATH
+from tapo_train.rollout.servers.identity import TORN, Served
+from tapo_train.types import Image
+
+BAN_BIAS = -100.0
+"""vLLM's lowest logit bias: e^-100 of a competitor's probability is zero in float32."""
+LOADING_S = 1800.0
+"""[s] a server may take over new weights; one that dies meanwhile is noticed at once."""
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One of the engines behind a server's port."""
+
+    server: EngineServer
+    replica: int
+    load: int = 0
+    """Requests of this trainer under way there."""
+
+
+class EngineServer:
+    """A server, the weights it holds, and why it cannot be used if that is so."""
+
+    def __init__(self, url: str, client: Client, chat: ChatFormat, expected: Expected) -> None:
+        self.url = url
+        self.weights: str | None = None
+        """Name of the weights it holds; None: unknown, and not to be used."""
+        self.served: Served | None = None
+        self.seats: tuple[Seat, ...] = ()
+        self.problem = "no answer yet"
+        self.is_forsaken = False
+        self.is_changing = False
+        """Its weights are being replaced."""
+        self._client = client
+        self._chat = chat
+        self._expected = expected
+        self._bias = dict.fromkeys(map(str, chat.banned_token_ids), BAN_BIAS)
+        self._given: dict[str, asyncio.Task[None]] = {}
+        self._lives = 0
+
+    @property
+    def name(self) -> str:
+        """Another one after it went away."""
+        return f"{self.url}#{self._lives}"
+
+    @property
+    def devices(self) -> int:
+        """Of all its engines together; 0 before it introduced itself."""
+        return 0 if self.served is None else self.served.devices
+
+    async def greet(self) -> None:
+        """See that its engines live, what it serves and which weights it holds."""
+        with self._judged():
+            try:
+                served = Served(**json.loads(await self._client.ask("GET", SERVED_PATH)))
+                weights = json.loads(await self._client.ask("GET", "/weight_info"))[
+                    "weight_version"
+                ]
+            except (ValidationError, ValueError, TypeError, KeyError) as error:
+                raise EngineError(f"is no server of `serve-engine`: {error}") from error
+            self._expected.served(served)
+        if self.served is None or self.served.replicas != served.replicas:
+            self.seats = tuple(Seat(server=self, replica=k) for k in range(served.replicas))
+        self.served = served
+        if not (self.is_changing or self.is_forsaken):
+            self.weights = str(weights)
+
+    async def generate(self, request: GenerationRequest, replica: int) -> Completion:
+        """The completion of a request."""
+        sampling = request.sampling
+        parameters = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "seed": sampling.request_seed(request.id),
+            "max_tokens": request.max_tokens,
+            "stop_token_ids": [self._chat.end_token_id],
+            "ignore_eos": True,
+            "logit_bias": self._bias,
+            "logprobs": 0,
+        }
+        with self._judged():
+            body = await self._sample(
+                request.id, request.tokens, request.images, parameters, replica
+            )
+            return self._expected.completion(body, request)
+
+    async def score(
+        self, tokens: npt.NDArray[np.int32], images: Sequence[Image], replica: int
+    ) -> npt.NDArray[np.float32]:
+        """[T-1] log-probabilities of tokens[1:] under the raw model."""
+        parameters = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+        with self._judged():
+            body = await self._sample("score", tokens, images, parameters, replica)
+            return self._expected.scores(body, tokens)
+
+    async def pause(self) -> None:
+        """Stop in the middle of answers, so that the weights can be replaced.
+
+        Whoever asks before `resume` waits. Should this trainer die meanwhile, nobody takes what
+        the server holds for anybody's weights.
+        """
+        self.is_changing, self.weights = True, None
+        # Behind several engines pictures are kept in a way in which vLLM cannot read them again
+        # for an answer under way (see launch.py): such a server finishes its answers first.
+        mode, read_s = ("keep", None) if len(self.seats) == 1 else ("wait", LOADING_S)
+        with self._judged():
+            await self._client.ask("POST", f"/pause?mode={mode}", read_s=read_s)
+            await self._client.ask("POST", "/update_weight_version", {"new_version": TORN})
+
+    async def load(self, path: str, body: Body) -> None:
+        """A step of taking weights; EngineError if the server lives and does not want them."""
+        with self._judged():
+            try:
+                await self._client.ask("POST", path, body, read_s=LOADING_S)
+                return
+            except ServerFailedError as error:
+                await self._client.ask("GET", "/health")
+                said = str(error)
+        self.lose(said)
+        raise EngineError(f"{self.url}: did not take the weights: {said}")
+
+    async def resume(self, weights: str) -> None:
+        """Go on with new weights, and with nothing that was computed with the old ones.
+
+        The keys and values of answers under way are computed anew, so that each of their tokens
+        is sampled by the weights it names and by no others. Processed pictures stay, as no
+        weight took part in them.
+        """
+        with self._judged():
+            path = "/reset_prefix_cache?reset_running_requests=true"
+            if not json.loads(await self._client.ask("POST", path))["success"]:
+                raise EngineError("keeps keys and values of the old weights")
+            await self._client.ask("POST", "/reset_encoder_cache")
+            await self._client.ask("POST", "/update_weight_version", {"new_version": weights})
+            await self._client.ask("POST", "/resume")
+        self.is_changing, self.weights = False, weights
+
+    def lose(self, problem: str) -> None:
+        """Send it nothing before it has been greeted; what is under way there comes to nothing."""
+        if not self.is_forsaken:
+            self.problem = problem
+        self.weights, self.is_changing = None, False
+        self._lives += 1
+        self._given.clear()
+        self._client.cut()
+
+    def forsake(self, problem: str) -> None:
+        """Give it up for the rest of the run."""
+        self.lose(problem)
+        if not self.is_forsaken:
+            self.is_forsaken = True
+            print(f"engine server dropped: {self.url}: {problem}", file=sys.stderr, flush=True)
+
+    async def close(self) -> None:
+        """Hang up. The server goes on; it belongs to whoever started it."""
+        await self._client.close()
+
+    async def _sample(
+        self,
+        id: str,
+        tokens: npt.NDArray[np.int32],
+        images: Sequence[Image],
+        parameters: Body,
+        replica: int,
+    ) -> bytes:
+        """The answer to a request, whose pictures are sent in full where the server lacks them."""
+        await asyncio.gather(*(self._give(image, replica) for image in images))
+        body = {
+            # A request that was given up here may still be under way when it is asked again.
+            "request_id": f"{id}@{uuid4().hex[:8]}",
+            "token_ids": self._chat.collapse(tokens),
+            "sampling_params": {**parameters, "detokenize": False},
+            "return_token_ids": True,
+        }
+        try:
+            return await self._inference(body, images, replica)
+        except EngineError as error:
+            # An HTTP status, as it says that it forgot a picture, among other things.
+            if not images or type(error) is EngineLostError:
+                raise
+            return await self._inference(body, images, replica, whole=True)
+
+    async def _inference(
+        self, body: Body, images: Sequence[Image], replica: int, *, whole: bool = False
+    ) -> bytes:
+        """However long it takes: `greet` sees whether the server still lives."""
+        parts: Any = [_part(image, whole=whole) for image in images] or None
+        is_one_of_many = len(self.seats) > 1
+        return await self._client.ask(
+            "POST",
+            "/inference/v1/generate",
+            {**body, "content_parts": parts},
+            read_s=math.inf,
+            headers={"X-data-parallel-rank": str(replica)} if is_one_of_many else None,
+        )
+
+    async def _give(self, image: Image, replica: int) -> None:
+        """Have the server know a picture, which is sent once however many requests it is in."""
+        if image.sha256 not in self._given:
+            self._given[image.sha256] = asyncio.create_task(self._upload(image, replica))
+        # The request that came first may be aborted; the picture is still wanted.
+        await asyncio.shield(self._given[image.sha256])
+
+    async def _upload(self, image: Image, replica: int) -> None:
+        tokens = self._chat.picture_tokens
+        parameters = {"max_tokens": 1, "detokenize": False}
+        body = {
+            "request_id": f"picture@{image.sha256}",
+            "token_ids": tokens.tolist(),
+            "sampling_params": parameters,
+            "return_token_ids": True,
+        }
+        answer = await self._inference(body, [image], replica, whole=True)
+        self._expected.prompt(answer, self._chat.expand(tokens, [image]))
+
+    @contextmanager
+    def _judged(self) -> Iterator[None]:
+        """Around what is asked of the server; whoever sees first that it failed says so."""
+        life = self._lives
+        try:
+            yield
+        except EngineError as error:
+            if life == self._lives:
+                give_up = self.lose if isinstance(error, EngineLostError) else self.forsake
+                give_up(str(error))
+            raise EngineLostError(f"{self.url}: {self.problem}") from error
+
+
+def _part(image: Image, *, whole: bool) -> dict[str, str | None]:
+    """A picture by its name, or in full."""
+    data = f"data:image;base64,{base64.b64encode(image.data).decode()}" if whole else None
+    return {"type": "image_url", "url": data, "uuid": image.sha256}
