@@ -123,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
         match self.path:
             case "/inference/v1/generate":
                 self.generate(body)
-            case "/pause?mode=keep":
+            case "/pause?mode=keep&clear_cache=false":
                 server.goes_on.clear()
                 self.say(200, {})
             case "/resume":

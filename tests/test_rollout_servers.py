@@ -408,7 +408,7 @@ def test_weights_are_replaced_in_mid_answer_between_a_pause_and_a_resume(
         assert server.asked == ["t:0"], "what was under way was asked again"
         changes = [path for path in server.posts if "generate" not in path]
     assert changes == [
-        "/pause?mode=keep",
+        "/pause?mode=keep&clear_cache=false",
         "/update_weight_version",
         "/collective_rpc",
         "/reset_prefix_cache?reset_running_requests=true",

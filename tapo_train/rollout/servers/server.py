@@ -135,7 +135,9 @@ class EngineServer:
         # for an answer under way (see launch.py): such a server finishes its answers first.
         mode, read_s = ("keep", None) if len(self.seats) == 1 else ("wait", LOADING_S)
         with self._judged():
-            await self._client.ask("POST", f"/pause?mode={mode}", read_s=read_s)
+            # Or the server would forget every picture at each change of weights.
+            path = f"/pause?mode={mode}&clear_cache=false"
+            await self._client.ask("POST", path, read_s=read_s)
             await self._client.ask("POST", "/update_weight_version", {"new_version": TORN})
 
     async def load(self, path: str, body: Body) -> None:
