@@ -234,12 +234,10 @@ def test_killed_in_mid_answer_it_is_replaced_by_another_until_none_is_left(
     long = replace(request_for(chat, sampling=Sampling(seed=1)), max_tokens=500)
     with serving(chat, lambda _: "<answer>x</answer>") as other:
         other.answers.clear()
-        with trainer_of([served.url, other.url], chat, patience_s=2, carrier=None) as engine:
-            engine._fleet.names.present = served.engine._fleet.names.present
-            engine._fleet.names._run = "r"
-            other.label = engine._fleet.names.present
-            wait_until(lambda: len(engine._fleet.servers[1].seats) == 1)
-            requests = [replace(long, id=f"{k}:0") for k in range(6)]
+        other.label = served.engine._fleet.names.present
+        with trainer_of([served.url, other.url], chat, patience_s=2) as engine:
+            engine._fleet.names.advance(served.engine.version)
+            requests = [replace(long, id=f"{k}:0") for k in range(12)]
             for request in requests:
                 engine.submit(request)
             wait_until(lambda: engine._fleet.servers[0].seats[0].load > 0 and other.asked)
