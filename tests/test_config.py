@@ -57,6 +57,12 @@ def test_every_shipped_recipe_is_read(path: Path) -> None:
     assert batch_arithmetic(recipe, 1)
 
 
+@pytest.mark.parametrize("model", ["warm_start", "chain_warm_start"])
+def test_the_recipe_in_the_folder_of_a_shipped_model_is_read(model: str) -> None:
+    recipe = load_recipe(ROOT / "assets" / model / "recipe.yaml")
+    assert set(recipe.reward.parts) == {"accuracy", "format"}
+
+
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_group_choice_is_read_and_taken(choice: str) -> None:
     group, name = choice.split("=")
