@@ -20,8 +20,9 @@ import numpy as np
 from measures import RESULTS, Measure, append, cpu_s, load, versions
 
 from tapo_train.learner.balance import RowCost
-from tapo_train.learner.batch import TrainingRow, best_fit, pack
+from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.dealing import Dealt, deal, evenness, rank_of
+from tapo_train.learner.packing import best_fit
 from tapo_train.learner.shape import QWEN3_VL_8B
 from tapo_train.types import Span
 

@@ -104,7 +104,7 @@ def make_parts(
     ending: ExitStack,
     engine: Engine | None = None,
 ) -> Parts:
-    """Everything the trainer works with. The probe is the first task's prompt.
+    """Everything the trainer works with.
 
     Args:
         ending: what has to be closed however the run ends is entered here.
@@ -117,8 +117,6 @@ def make_parts(
     policy = build.build_policy(recipe, chat, on_progress=watchdog.beat)
     engine = engine or build.build_engine(recipe, chat)
     watchdog.calls = toolbox.under_way
-    schemas = toolbox.schemas()
-    prompt = chat.prompt(tasks[0], system_prompt=recipe.data.system_prompt, tool_schemas=schemas)
     watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
     score = build.build_scoring(recipe, toolbox.ledger, ending)
     play = build.build_play(recipe, engine, chat, toolbox, score, on_progress=watchdog.beat)
@@ -147,7 +145,7 @@ def make_parts(
         watchdog=watchdog,
         interruption=interruption,
         dump=build.build_dump(recipe, folder.path, chat),
-        probe=(prompt, tasks[0].images),
+        probe=build.build_probe(recipe, engine, chat, toolbox, tasks[0]),
     )
 
 

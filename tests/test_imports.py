@@ -38,7 +38,6 @@ DOORS = {
     # Whatever a policy or a page can name goes through `tools`, which judges each address. The
     # last asks the servers of the recipe alone, most of them private, and sends them the secret.
     "httpx": {"tools/connections.py", "tools/net.py", "rollout/servers/client.py"},
-    "peft": {"learner/adapter.py"},
     "hydra": {"recipe/compose.py"},
     "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},

@@ -105,7 +105,7 @@ def test_the_first_update_of_an_adapter_is_the_gradient_of_the_weight_through_it
     rate, scale = 0.5, ALPHA / RANK
     policy = adapted(tiny_qwen3_vl, learning_rate=rate)
     layer = "model.language_model.layers.0.self_attn.q_proj"
-    first = policy.model.get_submodule(layer).lora_A["default"].weight.detach().clone()
+    first = policy.model.get_submodule(layer).lora_A.detach().clone()
     before = weights_of(policy)[f"{layer}.weight"]
     train(policy, tiny_qwen3_vl, updates=1)
     change = weights_of(policy)[f"{layer}.weight"] - before
@@ -194,3 +194,28 @@ def test_a_target_in_the_tower_means_its_linear_layers_and_no_others_of_that_nam
         adapted(folder, adapter=settings)
     with pytest.raises(LearnerError, match="'oj', which names no linear layer; wanted of "):
         adapted(folder, adapter=replace(settings, targets=("oj",)), freeze_vision=False)
+
+
+def test_in_bf16_the_learner_computes_with_the_very_weights_it_hands_on(
+    tiny_qwen3_vl: Path, tmp_path: Path
+) -> None:
+    """After a small update, most of which bf16 rounds away: beside W it would all be there."""
+    change: dict[str, Any] = {"optimizer": "adamw", "learning_rate": 2e-5, "precision": "bf16"}
+    policy = adapted(tiny_qwen3_vl, zero_stage=1, **change)
+    rows = some_rows(ChatFormat(tiny_qwen3_vl), policy.layout)
+    name = "model.language_model.layers.0.mlp.down_proj"
+    before = weights_of(policy)[f"{name}.weight"].float()
+    train(policy, tiny_qwen3_vl)
+    made = weights_of(policy)[f"{name}.weight"].float() - before
+    wanted = policy.logprobs(join(rows))
+    policy.export(tmp_path / "export")
+    layer = policy.model.get_submodule(name)
+    asked = (layer.scale * layer.lora_B.float() @ layer.lora_A.float()).detach()
+    policy.close()
+    assert (made - asked).norm() > 0.3 * asked.norm() > 0, "nothing was rounded away"
+    plain = make_policy(
+        tmp_path / "export", ChatFormat(tiny_qwen3_vl), zero_stage=1, precision="bf16"
+    )
+    found = plain.logprobs(join(rows))
+    plain.close()
+    assert torch.equal(found, wanted)

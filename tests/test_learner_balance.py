@@ -25,10 +25,11 @@ from tapo_train.learner.balance import (
     RowCost,
     pack_parcels,
 )
-from tapo_train.learner.batch import TrainingRow, best_fit, pack
+from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.dealing import deal, evenness, imbalance, rank_of
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
+from tapo_train.learner.packing import best_fit
 from tapo_train.learner.shape import ModelShape, VisionShape
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.types import Span

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tapo_train.errors import AlignmentError, LearnerError
 from tapo_train.learner.batch import TrainingRow, join, pack, predicting_positions
+from tapo_train.learner.idle import apart, counting
 from tapo_train.learner.inputs import model_inputs
 from tapo_train.learner.layout import ModelLayout
 from tapo_train.types import Image, ImageRef, Span, StopReason, Task, Trajectory, Turn
@@ -196,3 +197,31 @@ def test_an_empty_batch_is_the_smallest_picture_alone():
 def test_image_tokens_that_disagree_with_the_pictures_are_refused(tokens, images, message):
     with pytest.raises(AlignmentError, match=f"row odd: .*{message}"):
         inputs_of(join([row("odd", tokens, [], images=images)]))
+
+
+def test_idle_rows_are_counted_and_left_out():
+    chat_free = [
+        TrainingRow(
+            id=name,
+            tokens=np.arange(length, dtype=np.int32),
+            images=(),
+            spans=(Span(start=1, end=1 + len(advantages)),),
+            advantages=np.array(advantages, dtype=np.float64),
+            sampler_logprobs=np.zeros(len(advantages), dtype=np.float32),
+        )
+        for name, length, advantages in (
+            ("active", 6, [0.0, -1.0]),
+            ("idle", 9, [0.0, 0.0, -0.0]),
+            ("empty", 4, []),
+            ("long", 30, [0.5]),
+        )
+    ]
+    active, idle = apart(chat_free)
+    assert [row.id for row in idle] == ["idle", "empty"]
+    skipped = counting(pack(active, budget_tokens=20), idle)
+    assert [batch.row_ids for batch in skipped] == [("long",), ("active",)]
+    assert [(b.idle_tokens, b.idle_sequences) for b in skipped] == [(3, 1), (0, 0)]
+    assert [(b.num_trained, b.num_sequences) for b in skipped] == [(1, 1), (2, 1)]
+    (alone,) = counting([], idle)
+    assert (alone.num_tokens, alone.idle_tokens, alone.idle_sequences) == (0, 3, 1)
+    assert counting(skipped[1:], []) == skipped[1:]

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from learner_rows import make_policy, make_row, weights_of
 from transformers import AutoModelForImageTextToText
 
-from tapo_train.learner.batch import TrainingRow, best_fit, pack
+from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
+from tapo_train.learner.packing import best_fit
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
 

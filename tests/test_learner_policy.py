@@ -11,14 +11,16 @@ import pytest
 import torch
 from learner_rows import make_policy, make_row, some_rows, weights_of
 from transformers import AutoModelForImageTextToText
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from tapo_train.algos.importance import truncate
 from tapo_train.algos.losses import LossOutput, grpo
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import AlignmentError, LearnerError
-from tapo_train.learner import engine
+from tapo_train.learner import attention, engine
 from tapo_train.learner.batch import join, pack
 from tapo_train.learner.engine import end_process_group
+from tapo_train.learner.idle import counting
 from tapo_train.learner.objective import policy_gradient, supervised
 from tapo_train.learner.settings import LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
@@ -349,3 +351,50 @@ def test_a_picture_that_cannot_be_made_ends_the_update_with_its_own_error(policy
     batches = [join([row]) for row in some_rows(chat, policy.layout) if row.images]
     with pytest.raises(AlignmentError, match="image 3"):
         list(replace(policy._score, pixels=broken).ahead(batches))
+
+
+@pytest.mark.parametrize("aggregation", ["token-mean", "seq-mean-token-mean"])
+def test_an_update_without_its_idle_rows_is_the_update_with_them(
+    folder, chat, policy, rows, aggregation
+):
+    """Rows without an advantage divide every mean and have no gradient; also where all are so."""
+    idle = [replace(row, advantages=np.zeros(row.num_trained)) for row in rows[:2]]
+    objective = policy_gradient(grpo, is_only_update=True)
+    tokens, changes = [], []
+    for skip in (False, True):
+        before = weights_of(policy)
+        batches = pack([*([] if skip else idle), *rows[2:]], budget_tokens=60)
+        batches = counting(batches, idle if skip else [])
+        tokens.append(sum(batch.num_tokens for batch in batches))
+        metrics = policy.update(batches, objective, aggregation=aggregation)
+        after = weights_of(policy)
+        changes.append({name: after[name] - before[name] for name in after})
+        with torch.no_grad():
+            for name, parameter in policy.model.named_parameters():
+                parameter.copy_(before[name])
+        loss = float(finalise(metrics)["update/loss"])
+        changes[-1]["loss"] = torch.tensor(loss)
+    assert tokens[0] - tokens[1] == sum(len(row.tokens) for row in idle)
+    for name, wanted in changes[0].items():
+        torch.testing.assert_close(changes[1][name], wanted, atol=1e-6, rtol=1e-4, msg=name)
+    updates = policy.updates
+    policy.update(counting([], idle), objective)
+    assert policy.updates == updates + 1, "a momentum moves the weights also without gradients"
+
+
+def test_the_boundaries_are_made_once_for_all_layers(folder, chat, policy, rows, monkeypatch):
+    seen = []
+    real = attention.packed_attention
+
+    def spy(*args, boundaries, **kwargs):
+        seen.append(boundaries)
+        return real(*args, boundaries=boundaries, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, attention.PACKED, spy)
+    policy.logprobs(join(rows))
+    assert len(seen) == policy.model.config.text_config.num_hidden_layers > 1
+    assert {id(boundaries) for boundaries in seen} == {id(seen[0])}
+    assert seen[0].on_device.tolist() == list(seen[0].ends)
+    lengths = [len(row.tokens) for row in rows]
+    assert list(seen[0].ends) == np.cumsum([0, *lengths]).tolist()
+    assert seen[0].longest == max(lengths)

@@ -20,6 +20,7 @@ from tapo_train.build.learner import (
     learner_settings,
 )
 from tapo_train.build.memory import require_memory
+from tapo_train.build.probe import build_probe
 from tapo_train.build.questions import (
     playable_splits,
     playable_tasks,
@@ -51,6 +52,7 @@ __all__ = [
     "build_objective",
     "build_play",
     "build_policy",
+    "build_probe",
     "build_reference",
     "build_rounds",
     "build_schedule",

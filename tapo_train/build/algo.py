@@ -33,6 +33,7 @@ from tapo_train.recipe import (
     GspoLoss,
     NoCredit,
     PlaceboCredit,
+    SapoLoss,
     ShrinkCredit,
 )
 from tapo_train.recipe.compose import Recipe
@@ -125,6 +126,15 @@ def is_recomputed_in_passing(recipe: Recipe) -> bool:
     learner = recipe.learner
     is_single = learner.updates_per_batch * learner.epochs == 1
     return is_single and learner.old_logprobs == "recompute"
+
+
+def skips_idle_rows(recipe: Recipe) -> bool:
+    """Whether a row whose advantages are all 0 has no gradient: every term scales with them.
+
+    Of a loss from elsewhere that is not known.
+    """
+    scales = isinstance(recipe.algo.loss, GrpoLoss | GspoLoss | SapoLoss)
+    return scales and recipe.algo.kl.coef == 0 and recipe.algo.entropy_coef == 0
 
 
 def build_correction(settings: recipes.ImportanceChoice) -> importance.Correction:

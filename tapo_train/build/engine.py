@@ -12,6 +12,7 @@ from pathlib import Path
 
 from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
+from tapo_train.build.limits import probe_tolerance
 from tapo_train.build.rollout import build_local_engine, most_images, samples_by_seed
 from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
@@ -27,6 +28,7 @@ from tapo_train.rollout.servers.launch import Launch
 from tapo_train.rollout.servers.placement import servers_of_rank
 from tapo_train.rollout.servers.weights import FolderWeights, ForeignWeights, WeightCarrier
 from tapo_train.rollout.tensor_parallel import MirroredEngine
+from tapo_train.training.probe import MAXIMUM_FACTOR
 
 
 def build_engine(recipe: Recipe, chat: ChatFormat) -> Engine:
@@ -50,7 +52,7 @@ def _server_engine(recipe: Recipe, chat: ChatFormat, engine: recipes.ServerSetti
         run=distributed.broadcast_object(uuid.uuid4().hex),
         timeout_s=engine.timeout_s,
         patience_s=engine.patience_s,
-        agreement=recipe.probe.tolerance,
+        agreement=probe_tolerance(recipe) * MAXIMUM_FACTOR,
     )
     return ServerEngine(urls, chat=chat, options=options, carrier=_carrier(recipe, engine, sends))
 

@@ -10,6 +10,7 @@ import torch
 
 from tapo_train import recipe as recipes
 from tapo_train.build.device import DEVICE
+from tapo_train.build.limits import limits_of
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import Recipe
@@ -101,21 +102,18 @@ def build_play(
     toolbox: Toolbox,
     score: Score,
     *,
+    limits: Limits | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Play:
     """Rollouts with the recipe's prompt, tools and limits; trajectories come scored.
 
     Args:
         score: gives a trajectory its reward.
+        limits: others than the recipe's.
         on_progress: called when the engine has computed or a turn has ended.
     """
     rollout = recipe.rollout
-    limits = Limits(
-        max_turns=rollout.max_turns,
-        max_turn_tokens=rollout.max_turn_tokens,
-        max_tokens=rollout.max_tokens,
-        max_parallel_calls=rollout.max_parallel_calls,
-    )
+    limits = limits or limits_of(recipe)
     seed = recipe.run.seed if samples_by_seed(recipe) else None
     seats = Seats(engine=engine)
     carry_over = CarryOver(most=rollout.carry_over) if rollout.carry_over else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tapo_train.build.algo import is_recomputed_in_passing
+from tapo_train.build.algo import is_recomputed_in_passing, skips_idle_rows
 from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
 from tapo_train.report.dumps import TrajectoryDump
@@ -21,6 +21,7 @@ def build_schedule(recipe: Recipe) -> Schedule:
         rollouts_per_question=recipe.rollout.rollouts_per_question,
         updates_per_batch=recipe.learner.updates_per_batch,
         epochs=recipe.learner.epochs,
+        skip_idle_rows=skips_idle_rows(recipe),
         recompute_old_logprobs=(
             recipe.learner.old_logprobs == "recompute" and not is_recomputed_in_passing(recipe)
         ),
@@ -29,7 +30,6 @@ def build_schedule(recipe: Recipe) -> Schedule:
         norm_length=float(recipe.rollout.max_tokens),
         save_every=recipe.run.save_every,
         eval_every=recipe.run.eval_every,
-        probe_tolerance=recipe.probe.tolerance,
     )
 
 

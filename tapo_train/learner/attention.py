@@ -8,6 +8,7 @@ linear layers work on all tokens at once, and no [S, S] mask is ever built.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,30 @@ PACKED = "packed"
 """Name of the attention implementation."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Boundaries:
+    """Row i of a packed sequence stands in [ends[i], ends[i + 1]); made once per forward pass.
+
+    A copy to the device in every layer would make the host wait for the layer before.
+    """
+
+    ends: tuple[int, ...]
+    """[n + 1] 0, ..., S; ascending, on the host."""
+    on_device: Tensor
+    """The same, int32."""
+    longest: int
+    """[tokens] of a row."""
+
+    @classmethod
+    def of(cls, ends: Sequence[int], device: torch.device) -> Boundaries:
+        """From `ends` on the host."""
+        return cls(
+            ends=tuple(ends),
+            on_device=torch.tensor(ends, dtype=torch.int32, device=device),
+            longest=max(end - start for start, end in pairwise(ends)),
+        )
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -30,18 +55,17 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    boundaries: Sequence[int],
+    boundaries: Boundaries,
     sequence: SequenceGroup = ALONE,
     scaling: float | None = None,
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within [boundaries[i], boundaries[i + 1]) for each i.
+    """Causal attention of each row of a packed sequence within itself.
 
     Args:
         query: [1, heads, S, d]; key and value [1, kv heads, S, d]; of S / P tokens in a
             sequence group of P ranks.
-        boundaries: 0, ..., S; ascending, on the host.
 
     Returns:
         [1, S, heads, d] of the same tokens, and None for the weights nobody asks for.
@@ -61,7 +85,7 @@ def packed_attention(
             scale=scaling,
             enable_gqa=grouped,
         )
-        for start, end in pairwise(boundaries)
+        for start, end in pairwise(boundaries.ends)
     ]
     joined = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
     return sequence.to_tokens(joined).transpose(1, 2), None
@@ -71,21 +95,19 @@ def _flash(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    boundaries: Sequence[int],
+    boundaries: Boundaries,
     scaling: float | None,
     grouped: bool,
 ) -> Tensor:
     """The same in one variable-length kernel (half precision on a GPU only)."""
-    limits = torch.tensor(boundaries, dtype=torch.int32, device=query.device)
-    longest = max(end - start for start, end in pairwise(boundaries))
     mixed = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        limits,
-        limits,
-        longest,
-        longest,
+        boundaries.on_device,
+        boundaries.on_device,
+        boundaries.longest,
+        boundaries.longest,
         scale=scaling,
         window_size=(-1, 0),
         enable_gqa=grouped,

@@ -186,6 +186,9 @@ class MicroBatch:
     """[K] int64 updates since the weights that sampled each token."""
     reference_logprobs: Tensor | None = None
     """[K] float32 of the frozen reference policy; None without a KL term."""
+    idle_tokens: int = 0
+    idle_sequences: int = 0
+    """Trained tokens of rows that take part in the step's means alone, and such rows with any."""
 
     def to(self, device: torch.device) -> MicroBatch:
         """A copy whose tensors are on `device`; itself if they are there already."""

@@ -4,6 +4,10 @@ Hidden states [K, h] come in, log-probabilities [K] go out; logits exist for one
 of rows at a time, in the forward pass and again, recomputed, in the backward pass.
 The derivative of a log-probability by its logits is known (one-hot minus softmax),
 so it is written down instead of traced.
+
+Logits are float32 whatever the weights are. A logit of 20 in bf16 is known to 1/16 only: the
+ratio of a sequence would leave GSPO's clip of 4e-4 by rounding alone. The sampler does the same
+(`vllm_engine.py`).
 """
 
 from __future__ import annotations
@@ -63,9 +67,30 @@ class LogprobHead(nn.Linear):
         return answer
 
 
+CAST_ROWS = 2048
+"""Rows of a half-precision weight that are float32 at a time where torch cannot mix types."""
+
+
+def float32_logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [rows, h] @ weight [V, h].T, summed and kept in float32.
+
+    Products of two bf16 numbers are exact in float32, so only the sum rounds. CUDA sums into
+    float32 by itself; elsewhere the weight is cast a piece at a time, never as a whole.
+    """
+    if weight.dtype == torch.float32:
+        return nn.functional.linear(hidden, weight)
+    if weight.is_cuda:
+        return torch.mm(hidden, weight.t(), out_dtype=torch.float32)
+    rows = hidden.float()
+    logits = torch.empty(len(rows), len(weight), dtype=torch.float32, device=weight.device)
+    for part, piece in zip(logits.split(CAST_ROWS, dim=1), weight.split(CAST_ROWS), strict=True):
+        part.copy_(nn.functional.linear(rows, piece.float()))
+    return logits
+
+
 def _logits(hidden: Tensor, weight: Tensor, banned: Tensor | None, scale: float) -> Tensor:
     """[rows, vocabulary] float32 logits over temperature, -inf where banned."""
-    logits = nn.functional.linear(hidden, weight).float()
+    logits = float32_logits(hidden, weight)
     if scale != 1.0:
         logits.mul_(scale)
     if banned is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tapo_train.errors import AlignmentError, LearnerError
+from tapo_train.rollout.model_folder import FAMILIES
 from tapo_train.types import Image
 
 PixelSource = Callable[[Sequence[Image]], Mapping[str, Tensor]]
@@ -48,12 +49,12 @@ class ModelLayout:
         """
         config = model.config
         body = model.model
-        vision = getattr(config, "vision_config", None)
-        if vision is None or not hasattr(body, "get_rope_index"):
+        if config.model_type not in FAMILIES:
             raise LearnerError(
-                f"model type is {config.model_type!r}; wanted a vision-language model with "
-                "M-RoPE positions (qwen2_5_vl, qwen3_vl)"
+                f"model type is {config.model_type!r}; wanted one of {', '.join(FAMILIES)}, whose "
+                "packed rows are known not to see each other"
             )
+        vision = config.vision_config
         channels = getattr(vision, "in_channels", None) or vision.in_chans
         return cls(
             image_token_id=config.image_token_id,

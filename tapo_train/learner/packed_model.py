@@ -13,7 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import LearnerError
 from tapo_train.learner import adapter, engine
-from tapo_train.learner.attention import PACKED
+from tapo_train.learner.attention import PACKED, Boundaries
 from tapo_train.learner.head import LogprobHead
 from tapo_train.learner.inputs import ModelInputs
 from tapo_train.learner.sequence import ALONE, SequenceGroup
@@ -43,7 +43,7 @@ class PackedModel(nn.Module):
             mm_token_type_ids=inputs.token_types[:, part],
             mm_encoder_outputs={"image": self._seen(inputs, part)},
             use_cache=False,
-            boundaries=inputs.boundaries,
+            boundaries=Boundaries.of(inputs.boundaries, inputs.input_ids.device),
             sequence=self.sequence,
         )[0]
         own = self.sequence.entries(trained_index, part)

@@ -127,12 +127,14 @@ class Policy:
             NonFiniteError: the loss or its gradient is not finite; weights and optimizer are
                 untouched, and the next update is as if this one had not been asked for.
         """
-        num_steps = distributed.all_reduce_max(len(batches))
-        # The ranks of a sequence group bring the same rows.
-        step_tokens, step_sequences = (
-            int(total) // self.sequence.size
-            for total in distributed.all_reduce_sum(_totals(batches))
+        # Where all rows are idle a step is taken all the same: the optimizer has a momentum.
+        num_steps = max(1, distributed.all_reduce_max(len(batches)))
+        tokens, sequences, idle_tokens, idle_sequences = map(
+            int, distributed.all_reduce_sum(_totals(batches))
         )
+        # The ranks of a sequence group bring the same micro-batches, and idle rows of their own.
+        step_tokens = tokens // self.sequence.size + idle_tokens
+        step_sequences = sequences // self.sequence.size + idle_sequences
         if not step_tokens:
             return {}
         padded = [*batches, *(join([]) for _ in range(num_steps - len(batches)))]
@@ -244,6 +246,11 @@ class Policy:
         del self._engine, self._guard, self._score, self.model
 
 
-def _totals(batches: Sequence[MicroBatch]) -> tuple[int, int]:
-    """Trained tokens and sequences with any, over the micro-batches."""
-    return sum(b.num_trained for b in batches), sum(b.num_sequences for b in batches)
+def _totals(batches: Sequence[MicroBatch]) -> tuple[int, int, int, int]:
+    """Trained tokens and sequences with any, over the micro-batches and over the idle rows."""
+    return (
+        sum(b.num_trained for b in batches),
+        sum(b.num_sequences for b in batches),
+        sum(b.idle_tokens for b in batches),
+        sum(b.idle_sequences for b in batches),
+    )

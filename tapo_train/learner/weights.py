@@ -41,9 +41,9 @@ def named_weights(model: Any, *, settings: LearnerSettings) -> Iterator[tuple[st
             for name, parameter in bucket:
                 if adapter.is_factor(name):
                     continue
-                name, weight = adapter.original_name(name), parameter.data
-                layer = layers.get(name.removesuffix(".weight"))
-                yield name, weight if layer is None else adapter.merged(weight, layer)
+                is_adapted = name.endswith(".weight") and name.removesuffix(".weight") in layers
+                weight = parameter.data
+                yield name, layers[name.removesuffix(".weight")].merged() if is_adapted else weight
                 if parameter is head and name != HEAD:
                     yield HEAD, weight
 
@@ -78,7 +78,7 @@ def model_files(model: Any, *, source: Path, settings: LearnerSettings) -> Model
 
     On all ranks together; only rank 0's has content.
     """
-    names = {adapter.original_name(name) for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_parameters() if not adapter.is_factor(name)}
     whole = {
         name: tensor.detach().to("cpu", copy=True)
         for name, tensor in named_weights(model, settings=settings)
@@ -116,7 +116,7 @@ def _buckets(model: nn.Module) -> Iterator[list[tuple[str, nn.Parameter]]]:
     """
     bucket: list[tuple[str, nn.Parameter]] = []
     held, last = 0, ""
-    for module, group in groupby(model.named_parameters(), key=lambda item: _module(item[0])):
+    for module, group in groupby(model.named_parameters(), key=lambda item: _owner(item[0])):
         parts = list(group)
         size = sum(engine.full_size(parameter) for _, parameter in parts)
         if bucket and (layer_of(module) != last or held + size > GATHER_ELEMENTS):
@@ -134,7 +134,6 @@ def layer_of(module: str) -> str:
     return found.group() if found else module
 
 
-def _module(name: str) -> str:
-    """The module a parameter belongs to; for parts of an adapted layer that layer."""
-    module = adapter.adapted_module(name)
-    return module if module is not None else name.rpartition(".")[0]
+def _owner(parameter: str) -> str:
+    """The module a parameter belongs to; an adapted layer owns its factors."""
+    return parameter.rpartition(".")[0]

@@ -95,7 +95,10 @@ METRICS: dict[str, str] = {
     "importance/weight": "mean importance weight after the correction",
     "importance/weight_squared": "mean of its square; 1/this is the relative sample size",
     "importance/changed": "share of weights that were truncated or masked",
-    "probe/max_abs_diff": "[nat] largest |engine - learner| log-probability of the probe",
+    "probe/mean_abs_diff": "[nat] mean |engine - learner| log-probability of the probe's tokens",
+    "probe/p90_abs_diff": "[nat] a tenth of them differ by more",
+    "probe/max_abs_diff": "[nat] the largest",
+    "probe/lag": "share of the learner's change that the engine lacks, once there is any",
     # credit
     "tapo/frac_fail_traj_corrected": "failing trajectories with a corrected step, of all failing",
     "tapo/frac_fail_traj_corrected_mixed": "the same in groups with a success",

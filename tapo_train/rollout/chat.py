@@ -20,10 +20,12 @@ import numpy.typing as npt
 import PIL.Image
 import tokenizers
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoProcessor
 
 from tapo_train.errors import AlignmentError, RolloutError
 from tapo_train.rollout.byte_text import ByteText, DecodedText
+from tapo_train.rollout.model_folder import require_known_family
 from tapo_train.rollout.pixels import Pixels
 from tapo_train.rollout.template import ChatTemplate, Message, Schema
 from tapo_train.tools.images import ImageDecoder
@@ -57,12 +59,14 @@ class ChatFormat:
         picture_cache_bytes: for the learner's processed pictures.
 
     Raises:
-        RolloutError: the chat template is not prefix-stable, or the tokenizer is not
-            byte-level or lacks the control tokens.
+        ConfigError: the model is of no known family.
+        RolloutError: the chat template fails, is not prefix-stable or asks for calls that are
+            not read, or the tokenizer is not byte-level or lacks the control tokens.
     """
 
     def __init__(self, model: Path, *, picture_cache_bytes: int = PICTURE_CACHE_BYTES) -> None:
         self.model = model
+        require_known_family(model)
         self._processor: Any = AutoProcessor.from_pretrained(model)
         self._tokenizer: Any = self._processor.tokenizer
         self._plain = _plain_tokenizer(self._tokenizer)
@@ -176,13 +180,20 @@ class ChatFormat:
         self._processor.save_pretrained(out)
 
     def _render(self, messages: list[Message], schemas: Sequence[Schema]) -> str:
-        text: str = self._tokenizer.apply_chat_template(
-            messages,
-            tools=list(schemas) or None,
-            chat_template=self._processor.chat_template or self._tokenizer.chat_template,
-            tokenize=False,
-            add_generation_prompt=True,
-        )
+        try:
+            text: str = self._tokenizer.apply_chat_template(
+                messages,
+                tools=list(schemas) or None,
+                chat_template=self._processor.chat_template or self._tokenizer.chat_template,
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise RolloutError(
+                f"{self.model}: the chat template fails on a conversation of {roles}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         return text
 
     def _trusted(self, text: str) -> Tokens:

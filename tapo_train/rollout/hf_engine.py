@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch.nn.functional import linear
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import EngineError
@@ -85,8 +86,7 @@ class HfEngine:
     @torch.inference_mode()
     def logits(self, tokens: npt.NDArray[np.int32], images: Sequence[Image]) -> torch.Tensor:
         """[T, V] raw logits in float32, from one pass without a cache."""
-        logits: torch.Tensor = self._forward(tokens, images, use_cache=False).logits[0].float()
-        return logits
+        return self._logits(self._prefilled(tokens, images, use_cache=False))
 
     def processed(self, logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
         """[..., V] log-probabilities of the distribution that is sampled from."""
@@ -116,17 +116,17 @@ class HfEngine:
     @torch.inference_mode()
     def _generate(self, request: GenerationRequest) -> Completion:
         generator = self._generator(request)
-        output = self._forward(request.tokens, request.images, use_cache=True)
+        output = self._prefilled(request.tokens, request.images, use_cache=True)
         tokens: list[int] = []
         logprobs: list[float] = []
         while True:
-            scores = self.processed(output.logits[0, -1].float(), request.sampling)
+            scores = self.processed(self._logits(output, last=1)[0], request.sampling)
             token = _draw(scores, request.sampling, generator)
             tokens.append(token)
             logprobs.append(float(scores[token]))
             if token == self._chat.end_token_id or len(tokens) == request.max_tokens:
                 break
-            output = self._model(
+            output = self._model.model(
                 input_ids=torch.tensor([[token]], device=self._device),
                 past_key_values=output.past_key_values,
                 use_cache=True,
@@ -142,15 +142,21 @@ class HfEngine:
         seed = request.sampling.request_seed(request.id)
         return self._shared if seed is None else torch.Generator(self._device).manual_seed(seed)
 
-    def _forward(
+    def _logits(self, output: Any, *, last: int = 0) -> torch.Tensor:
+        """[T, V] raw logits in float32 whatever the model's type; of the `last` tokens, 0: all."""
+        hidden = output.last_hidden_state[0, -last:]
+        return linear(hidden.float(), self._model.lm_head.weight.float())
+
+    def _prefilled(
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image], *, use_cache: bool
     ) -> Any:
+        """What the model without its head makes of a prompt, from one pass."""
         # The model keeps the position offset of its last pictures on itself and would
         # apply it to a sequence without pictures.
-        self._model.base_model.rope_deltas = None
+        self._model.model.rope_deltas = None
         ids = torch.from_numpy(tokens).long().to(self._device)[None]
         pixels = {key: value.to(self._device) for key, value in self._chat.pixels(images).items()}
-        return self._model(
+        return self._model.model(
             input_ids=ids,
             mm_token_type_ids=(ids == self._chat.image_token_id).int(),
             use_cache=use_cache,

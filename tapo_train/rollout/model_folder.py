@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 
 from tapo_train.errors import ConfigError
 
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+"""Model types whose packing, positions, pictures and chat are known and tested."""
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 
@@ -47,6 +49,24 @@ def require_model_folder(folder: Path) -> None:
             raise ConfigError(
                 f"model.path: {file} is damaged ({error}); wanted a whole safetensors file"
             ) from error
+
+
+def require_known_family(folder: Path) -> None:
+    """Refuse a model whose rows could leak into each other, or whose pictures are read otherwise.
+
+    Raises:
+        ConfigError: its configuration names no known model type, or cannot be read.
+    """
+    path = folder / _CONFIG
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"model.path: {path} names no model type ({error!r})") from error
+    if found not in FAMILIES:
+        raise ConfigError(
+            f"model.path: found a model of type {found!r} in {folder}; wanted one of "
+            f"{', '.join(FAMILIES)} (Qwen2.5-VL, Qwen3-VL)"
+        )
 
 
 def _indexed(folder: Path) -> set[str]:

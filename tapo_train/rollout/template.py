@@ -17,6 +17,7 @@ answers become a user message of `<tool_response>` blocks.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,9 @@ class ChatTemplate:
         function = {"name": TOOL, "description": TOOL, "parameters": parameters}
         probe = {"type": "function", "function": function}
         head = [_system(SYSTEM), _user(QUESTION, 0)]
-        self._renders_tools = TOOL in render(head, [probe])
+        shown = render(head, [probe])
+        self._renders_tools = TOOL in shown
+        _require_json_calls(shown)
         tool_role = render([*head, _reply(), _tool_message(TOOL, 0)], [])
         self._tool_role = OPEN in tool_role.partition(REPLY)[2]
         self.pieces = self._cut_pieces(end, placeholder)
@@ -146,6 +149,20 @@ class ChatTemplate:
         found = self._appended([(TOOL, 0)], [(TOOL, 0)])
         _require_prefix(observation + REPLY + observation, found)
         _require_prefix(found, observation + REPLY + observation)
+
+
+def _require_json_calls(shown: str) -> None:
+    """Raise unless every example of a call in a rendered prompt is a JSON object.
+
+    A policy that obeys another form, such as Qwen3.5's `<function=name>`, would never call a tool.
+    """
+    for example in re.findall(r"<tool_call>(.*?)</tool_call>", shown, flags=re.DOTALL):
+        written = example.strip()
+        if written and not written.startswith("{"):
+            raise RolloutError(
+                f"chat template: it asks for calls such as {written[:60]!r}; wanted a JSON object "
+                "with name and arguments inside <tool_call></tool_call>, the only form that is read"
+            )
 
 
 def _system(text: str) -> Message:

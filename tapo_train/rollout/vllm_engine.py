@@ -254,6 +254,8 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "enforce_eager": _is_eager(options),
         "limit_mm_per_prompt": {"image": options.max_images, "video": 0},
         "logprobs_mode": "processed_logprobs",
+        # As the learner's head: logits rounded to bf16 are off by hundredths of a nat.
+        "hf_overrides": {"head_dtype": "float32"},
         "enable_prefix_caching": True,
         # Processed pictures are kept by `InputBuilder`, and once is enough.
         "mm_processor_cache_gb": 0,

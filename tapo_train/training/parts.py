@@ -6,9 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from tapo_train.algos.aggregation import Aggregation
 from tapo_train.algos.turn_advantages import Advantages, RewardRow
 from tapo_train.credit.assigners import CreditAssigner
@@ -24,8 +21,9 @@ from tapo_train.rollout.engine import Engine
 from tapo_train.training.audit import RolloutAudit
 from tapo_train.training.colocation import DeviceSharing
 from tapo_train.training.interruption import Interruption
+from tapo_train.training.probe import Probe
 from tapo_train.training.watchdog import Watchdog
-from tapo_train.types import Group, Image, Task
+from tapo_train.types import Group, Task
 
 
 class Play(Protocol):
@@ -115,6 +113,8 @@ class Schedule:
     rollouts_per_question: int
     updates_per_batch: int
     epochs: int
+    skip_idle_rows: bool
+    """Rows with advantages of 0 have no gradient: count them, and spare their passes."""
     recompute_old_logprobs: bool
     drop_uniform_groups: bool
     aggregation: Aggregation
@@ -123,8 +123,6 @@ class Schedule:
     """[steps] 0: only at the end."""
     eval_every: int
     """[steps] 0: never."""
-    probe_tolerance: float
-    """[nat]"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,5 +151,4 @@ class Parts:
     watchdog: Watchdog
     interruption: Interruption
     dump: TrajectoryDump
-    probe: tuple[npt.NDArray[np.int32], tuple[Image, ...]]
-    """Token ids and pictures that engine and learner both score after each sync."""
+    probe: Probe

@@ -49,7 +49,7 @@ def step_metrics(
     advantages: npt.NDArray[np.float64],
     credit_sums: Mapping[str, float],
     learned: Metrics,
-    drift: float,
+    probe: Mapping[str, float],
     seconds: Mapping[str, float],
     memory: Mapping[str, float],
 ) -> dict[str, float]:
@@ -60,7 +60,8 @@ def step_metrics(
         advantages: [N] of this rank's trajectories that were not replaced, before the credit
             stage.
         learned: (sum, count) pairs of this rank's updates.
-        drift: the probe's largest disagreement [nat].
+        probe: how far this rank's engine and the learner are apart; the largest of the ranks
+            is logged.
         seconds: this rank's wall time by stage; rank 0's are logged.
         memory: [GiB] of this rank by stage and kind; the largest of the ranks is logged.
     """
@@ -69,7 +70,7 @@ def step_metrics(
         "credit": dict(credit_sums),
         "abs_advantage": float(np.abs(advantages).sum()),
         "advantages": len(advantages),
-        "drift": drift,
+        "probe": dict(probe),
         "seconds": dict(seconds),
         "memory": dict(memory),
     }
@@ -89,12 +90,12 @@ def step_metrics(
         | _time_of_tapo(credit, times["credit"], step_s)
         | {f"time/{stage}_s": duration for stage, duration in times.items()}
         | {f"memory/{name}_gib": max(r["memory"][name] for r in ranks) for name in memory}
+        | _largest([rank["probe"] for rank in ranks])
         | {
             "advantage/abs": (
                 sum(rank["abs_advantage"] for rank in ranks)
                 / sum(rank["advantages"] for rank in ranks)
             ),
-            "probe/max_abs_diff": max(rank["drift"] for rank in ranks),
             "time/step_s": step_s,
             "throughput/tokens_per_s": rolled["rollout/tokens"] * count / step_s,
             "throughput/sampled_tokens_per_s": (
@@ -117,6 +118,11 @@ def means_over_ranks(own: Metrics) -> dict[str, float]:
     for rank in ranks:
         total = merge(total, {n: torch.tensor(v, dtype=torch.float64) for n, v in rank.items()})
     return finalise(total)
+
+
+def _largest(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = {name: None for rank in ranks for name in rank}
+    return {name: max(rank[name] for rank in ranks if name in rank) for name in names}
 
 
 def _added(ranks: Sequence[Mapping[str, float]]) -> dict[str, float]:

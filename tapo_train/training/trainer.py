@@ -18,10 +18,11 @@ from tapo_train.data.sampler import shard
 from tapo_train.errors import CheckpointError, OutageError, ToolBudgetError
 from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, join
+from tapo_train.learner.idle import apart, counting
 from tapo_train.report.sinks import Sink, write_all
 from tapo_train.training.interruption import Ending, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule, Stateful
-from tapo_train.training.probe import require_agreement
+from tapo_train.training.probe import Agreement
 from tapo_train.training.step_batch import Batch, compared, credit_rows, rows_of_updates
 from tapo_train.training.step_metrics import Stopwatch, step_metrics
 from tapo_train.training.validation import Validation, validated
@@ -122,7 +123,7 @@ class Trainer:
         with watch("update"):
             learned = merge(self._update(step, updates), balance)
         with watch("sync"):
-            drift = self._sync(step + 1)
+            agreement = self._sync(step + 1)
         with watch("dump"):
             self._dump(step, batch, credit)
         return (
@@ -133,7 +134,7 @@ class Trainer:
                 advantages=batch.advantages.rows,
                 credit_sums=credit.sums,
                 learned=learned,
-                drift=drift,
+                probe=agreement.metrics(),
                 seconds=watch.seconds,
                 memory=watch.memory,
             )
@@ -229,9 +230,10 @@ class Trainer:
         balance: Metrics = {}
         packed = []
         for rows in cuts:
-            mine, evenness = self._parts.exchange(rows)
+            active, idle = apart(rows) if schedule.skip_idle_rows else (rows, [])
+            mine, evenness = self._parts.exchange(active)
             balance = merge(balance, evenness)
-            packed.append([join(together) for together in mine])
+            packed.append(counting([join(together) for together in mine], idle))
         if schedule.recompute_old_logprobs:
             packed = [self._parts.policy.with_old_logprobs(batches) for batches in packed]
         anchored = [self._parts.reference(batches) for batches in packed]
@@ -251,20 +253,12 @@ class Trainer:
             metrics = merge(metrics, self._parts.nonfinite(update, micro_batches, name=name))
         return metrics
 
-    def _sync(self, version: int) -> float:
-        """Hand the weights to the engine; the probe's largest disagreement [nat].
-
-        Raises:
-            ProbeError: engine and learner disagree by more than the tolerance.
-        """
+    def _sync(self, version: int) -> Agreement:
+        """Hand the weights to the engine, and see that it has become the learner's policy."""
         parts = self._parts
         parts.sharing.sampling()
         parts.engine.load_weights(parts.policy.named_weights(), version=version)
-        tokens, images = parts.probe
-        ours, theirs = parts.policy.score(tokens, images), parts.engine.score(tokens, images)
-        return require_agreement(
-            ours, theirs, version=version, tolerance=self._schedule.probe_tolerance
-        )
+        return parts.probe(parts.policy, parts.engine, version=version)
 
     def _dump(self, step: int, batch: Batch, credit: CreditResult) -> None:
         found = batch.advantages

@@ -1,0 +1,25 @@
+"""From a recipe to the parts of a run: how long a trajectory, how far engine and learner apart."""
+
+from __future__ import annotations
+
+from tapo_train.recipe.compose import Recipe
+from tapo_train.rollout.limits import Limits
+
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
+"""[nat] by number type: a hundred times what float32 shows, twice the most of a demo in bf16."""
+
+
+def limits_of(recipe: Recipe) -> Limits:
+    """How long a trajectory may become."""
+    rollout = recipe.rollout
+    return Limits(
+        max_turns=rollout.max_turns,
+        max_turn_tokens=rollout.max_turn_tokens,
+        max_tokens=rollout.max_tokens,
+        max_parallel_calls=rollout.max_parallel_calls,
+    )
+
+
+def probe_tolerance(recipe: Recipe) -> float:
+    """[nat] the recipe's, or that of its number type."""
+    return recipe.probe.tolerance or PROBE_TOLERANCE[recipe.model.dtype]
