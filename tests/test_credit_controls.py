@@ -136,6 +136,10 @@ def test_dealing_pours_over_only_what_does_not_fit() -> None:
     for seed in range(30):
         given = deal(np.array([0.2, 0.1, 0.0]), np.ones(3), random.Random(seed))
         assert sorted(given.tolist()) == [0.0, 0.1, 0.2]
+    # With no room to spare every step is filled, some by parts of several changes.
+    for seed in range(30):
+        given = deal(np.array([0.9, 0.4, 0.8]), np.array([0.9, 0.5, 0.4, 0.3]), random.Random(seed))
+        assert given.tolist() == pytest.approx([0.9, 0.5, 0.4, 0.3])
     full = deal(np.ones(3), np.ones(3), random.Random(0))
     assert full.tolist() == [1.0, 1.0, 1.0]
 
