@@ -122,13 +122,14 @@ def test_rollouts_are_placed_by_what_their_attempts_share() -> None:
         row("5", -1.0),  # guessed
         row("6", -1.0, text("c"), group="p"),  # of a question without a success
         row("7", -1.0, text("c"), group="p"),
+        row("8", 1.0, *chain, text("e three")),  # longer than it had to be
     ]
     found = setting_of(rows, Tapo(TapoOptions())(rows))
     assert found is not None
     assert (found.length, found.rollouts) == (2, 4)
-    assert found.late_failure == pytest.approx(1 / 3)
-    # 2 of 8 attempts are right: 0.25 = start ** 2 * 2 / 3.
-    assert found.start == pytest.approx(0.375**0.5)
+    assert found.late_failure == pytest.approx(1 / 4)
+    # 3 of 9 attempts are right: 1 / 3 = start ** 2 * 3 / 4.
+    assert found.start == pytest.approx((4 / 9) ** 0.5)
 
 
 def test_rollouts_without_a_success_by_tools_have_no_place() -> None:
