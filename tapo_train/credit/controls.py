@@ -132,7 +132,7 @@ class Shrink:
 
 
 def deal(changes: Floats, room: Floats, rng: random.Random) -> Floats:
-    """[S] the positive `changes` in random order on random steps, none above its `room` [S].
+    """[S] the positive `changes` on random steps, none above its `room` [S].
 
     What does not fit on a step goes on to the next; a step gets a second change only when all
     others have one. The sum is that of `changes`, as long as there is room for it.
@@ -140,7 +140,6 @@ def deal(changes: Floats, room: Floats, rng: random.Random) -> Floats:
     left = room.tolist()
     amounts = [change for change in changes.tolist() if change > 0.0]
     steps = list(range(len(left)))
-    rng.shuffle(amounts)
     rng.shuffle(steps)
     queue = deque(steps)
     given = np.zeros(len(left))
