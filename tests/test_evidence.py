@@ -71,7 +71,7 @@ def test_every_arm_has_one_meaning_and_every_baseline_is_an_arm(arms: Any) -> No
     meaning: dict[str, Any] = {}
     for table in arms.TABLES.values():
         names = [arm.name for arm in table.arms]
-        assert set(table.baseline) | set(table.baseline.values()) <= set(names)
+        assert {name for pair in table.compared for name in pair} <= set(names)
         for arm in table.arms:
             assert meaning.setdefault(arm.name, arm) == arm
 

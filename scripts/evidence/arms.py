@@ -5,7 +5,7 @@ An arm has a name of its own, so that a run that several tables need is made onc
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from tapo_train.demo.world.chains import Chains
@@ -45,16 +45,12 @@ class Arm:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Arms beside each other, each compared with its baseline."""
+    """Arms beside each other, and which are tested against which."""
 
     title: str
     arms: tuple[Arm, ...]
-    baseline: dict[str, str] = field(default_factory=dict)
-    """Arm name to the name of the arm it is tested against."""
-
-    def tested(self) -> list[str]:
-        """Arms with a baseline, in order."""
-        return [arm.name for arm in self.arms if arm.name in self.baseline]
+    compared: tuple[tuple[str, str], ...] = ()
+    """(arm, baseline) by name."""
 
 
 def _credit(name: str, *more: str, tag: str = "", world: str = "chain") -> Arm:
@@ -66,7 +62,9 @@ def _pairs(*pairs: tuple[Arm, Arm], title: str) -> Table:
     """Tables of (none, tapo) under several conditions."""
     arms = tuple(arm for pair in pairs for arm in pair)
     return Table(
-        title=title, arms=arms, baseline={treated.name: plain.name for plain, treated in pairs}
+        title=title,
+        arms=arms,
+        compared=tuple((treated.name, plain.name) for plain, treated in pairs),
     )
 
 
@@ -110,7 +108,10 @@ TABLES = {
     "credit": Table(
         title="Credit stages",
         arms=(NONE, TAPO, *_CONTROLS),
-        baseline={arm.name: NONE.name for arm in (TAPO, *_CONTROLS)},
+        compared=(
+            *((arm.name, NONE.name) for arm in (TAPO, *_CONTROLS)),
+            *((TAPO.name, control) for control in ("placebo", "shrink")),
+        ),
     ),
     "rates": _pairs(
         _pair(f"learner.lr={RATE / 2}", tag="half-rate"),
@@ -125,7 +126,7 @@ TABLES = {
     "ablations": Table(
         title="Ablations of TAPO",
         arms=(TAPO, *_ABLATIONS),
-        baseline={arm.name: TAPO.name for arm in _ABLATIONS},
+        compared=tuple((arm.name, TAPO.name) for arm in _ABLATIONS),
     ),
     "groups": _pairs(_group(4, 8), (NONE, TAPO), _group(16, 2), title="Group size"),
     "worlds": _pairs(

@@ -143,8 +143,7 @@ def tests(table: Table, records: dict[str, dict[int, Record]]) -> list[str]:
     missing = []
     for measure in MEASURES:
         made = []
-        for name in table.tested():
-            other = table.baseline[name]
+        for name, other in table.compared:
             found = compare(records.get(name, {}), records.get(other, {}), measure)
             if found is None:
                 missing.append(f"{name} − {other}")
