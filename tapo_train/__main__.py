@@ -56,6 +56,14 @@ COMMANDS = {
         module="tapo_train.demo.world.build",
         summary="write an offline search world: questions, pictures, corpus, image index",
     ),
+    "index": Command(
+        module="tapo_train.commands.index",
+        summary="write a text index from a corpus, or add to one",
+    ),
+    "serve-search": Command(
+        module="tapo_train.commands.serve_search",
+        summary="serve a text index to other programs (Search-R1's /retrieve)",
+    ),
     "analyze": Command(
         module="tapo_train.credit.analyze",
         summary="run the credit stage alone on dumped rollouts of any framework",

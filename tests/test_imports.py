@@ -39,6 +39,7 @@ DOORS = {
     # last asks the servers of the recipe alone, most of them private, and sends them the secret.
     "httpx": {"tools/connections.py", "tools/net.py", "rollout/servers/client.py"},
     "hydra": {"recipe/compose.py"},
+    "tantivy": {"tools/corpus_index.py"},
     "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},
     "mcp": {"tools/mcp.py", "tools/mcp_answer.py"},

@@ -10,7 +10,12 @@ from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 from tapo_train.tools.base import Tool
 from tapo_train.tools.contamination import Contamination
 from tapo_train.tools.net import FetchLimits, HttpClient
-from tapo_train.tools.remote_search import RemoteImageSearch, RemoteTextSearch
+from tapo_train.tools.remote_search import (
+    RemoteImageSearch,
+    RemoteTextSearch,
+    Results,
+    Retrieve,
+)
 from tapo_train.tools.sandbox import Sandbox, SandboxLimits
 
 
@@ -36,6 +41,7 @@ def build_remote_tools(recipe: Recipe, events: Counter[str]) -> dict[str, Tool]:
             client,
             sandbox,
             contamination,
+            form=Retrieve() if tools.text_endpoint_form == "retrieve" else Results(),
             top_k=tools.text_top_k,
             max_chars=tools.max_observation_chars,
         )

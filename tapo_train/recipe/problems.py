@@ -242,6 +242,11 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
     for tool, (name, value) in needs.items():
         if tool in tools.names and value is None:
             yield f"tools.{name}: found nothing, wanted a file because tools.names has {tool}"
+    if tools.text_endpoint_form != "results" and tools.text_endpoint is None:
+        yield (
+            f"tools.text_endpoint_form: found {tools.text_endpoint_form} without "
+            "tools.text_endpoint, wanted the address of a server that speaks it"
+        )
     try:
         AllowedHosts.parse(tools.allowed_hosts)
         for name in ("text_endpoint", "image_endpoint"):

@@ -78,6 +78,9 @@ class Tools:
     """Folder of the recording, on a local disk; none: `recording` in run.dir."""
     text_endpoint: str | None = None
     """http(s) address of a text search (POST query and top_k as JSON) in place of corpus."""
+    text_endpoint_form: Literal["results", "retrieve"] = "results"
+    """What text_endpoint speaks. results: query and top_k, answered by results; retrieve: that of
+    Search-R1 and its kin, queries, topk and return_scores, answered by result."""
     image_endpoint: str | None = None
     """http(s) address of a picture search (POST a picture) in place of image_index."""
     allowed_hosts: tuple[str, ...] = ()
@@ -88,7 +91,8 @@ class Tools:
     filter_answers: bool = False
     """Keep results of the endpoints from the policy that hold the question with its answer."""
     corpus: str | None = None
-    """Documents of the text search (jsonl); needed by text_search_tool."""
+    """Documents of the text search; needed by text_search_tool. The folder of an index (`index
+    build`), which all ranks open, or a jsonl or parquet file, which each reads into memory."""
     image_index: str | None = None
     """Titled pictures of the image search (jsonl); needed by image_search_tool."""
     text_top_k: Count = 3

@@ -282,7 +282,7 @@ def _is_eager(options: VllmOptions) -> bool:
 
 
 def _give_llvmlite_a_namespace() -> None:
-    """Keep vLLM 0.32's CPU start-up from dying when numba is loaded (bm25s loads it).
+    """Keep vLLM 0.32's CPU start-up from dying when a tool or library loads numba.
 
     It calls vars() on every object of every module. llvmlite's library object answers
     any unknown name, `__dict__` included, with a wrapped C function, which vLLM then

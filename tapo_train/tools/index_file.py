@@ -21,14 +21,19 @@ def index_lines(path: Path, what: str) -> Iterator[tuple[str, str]]:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield f"{path}:{number}", _decoded(line, f"{what} {path}:{number}")
+                    yield f"{path}:{number}", decoded(line, f"{what} {path}:{number}")
     except OSError as error:
         raise DataError(
             f"{what} {path}: cannot be read ({error.strerror}); wanted jsonl"
         ) from error
 
 
-def _decoded(line: bytes, where: str) -> str:
+def decoded(line: bytes, where: str) -> str:
+    """A line of a text file in UTF-8.
+
+    Raises:
+        DataError: it is compressed, or not UTF-8.
+    """
     if line.startswith(_GZIP):
         raise DataError(f"{where}: found a compressed file; wanted jsonl, unpacked")
     try:
@@ -40,11 +45,26 @@ def _decoded(line: bytes, where: str) -> str:
         ) from error
 
 
-def digest_of(texts: Iterable[str]) -> str:
-    """16 hex digits that differ when the list of texts does, wherever its borders lie."""
-    digest = hashlib.sha256()
-    for text in texts:
+class TextDigest:
+    """Of a list of texts that comes text by text; differs when they do, wherever borders lie."""
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def add(self, text: str) -> None:
+        """The next text."""
         encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "big"))
-        digest.update(encoded)
-    return digest.hexdigest()[:16]
+        self._digest.update(len(encoded).to_bytes(8, "big"))
+        self._digest.update(encoded)
+
+    def hex(self) -> str:
+        """16 hex digits."""
+        return self._digest.hexdigest()[:16]
+
+
+def digest_of(texts: Iterable[str]) -> str:
+    """The `TextDigest` of a whole list."""
+    digest = TextDigest()
+    for text in texts:
+        digest.add(text)
+    return digest.hex()

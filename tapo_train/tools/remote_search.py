@@ -2,6 +2,9 @@
 
     text     POST {"query": "…", "top_k": 3}
              → {"results": [{"title": "…", "text": "…" or "html": "…", "url": "…"}]}
+             or, as Search-R1's `/retrieve` (`Retrieve`)
+             POST {"queries": ["…"], "topk": 3, "return_scores": true}
+             → {"result": [[{"document": {"id": "…", "contents": "\"Title\"\ntext"}, "score": 1}]]}
     picture  POST the encoded picture to endpoint?top_k=3
              → {"results": [{"title": "…", "thumbnail": base64 or "thumbnail_url": "…", "url": …}]}
 
@@ -35,11 +38,12 @@ from tapo_train.tools.search_answer import (
     bytes_of_base64,
     found_pictures,
     found_texts,
+    retrieved_texts,
 )
 from tapo_train.tools.text_search import TextSearchArguments
 from tapo_train.types import Image, Observation
 
-__all__ = ["RemoteImageSearch", "RemoteTextSearch"]
+__all__ = ["RemoteImageSearch", "RemoteTextSearch", "Results", "Retrieve"]
 
 MAX_TITLE_CHARS = 200
 _CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
@@ -49,6 +53,34 @@ _ABOUT_THE_ACCOUNT = re.compile(
     r"credit|quota|billing|payment|subscription|balance|api.?key|unauthori[sz]ed|expired", re.I
 )
 """What services say with status 400 where they mean 401 or 402."""
+
+
+class Results:
+    """Our own form of a text search."""
+
+    label = "endpoint"
+
+    def request(self, query: str, *, top_k: int) -> dict[str, object]:
+        """What is posted, as JSON."""
+        return {"query": query, "top_k": top_k}
+
+    def read(self, data: bytes) -> list[FoundText]:
+        """What came back."""
+        return found_texts(data)
+
+
+class Retrieve:
+    """Search-R1's form, which most retrieval servers for agents speak."""
+
+    label = "retrieve"
+
+    def request(self, query: str, *, top_k: int) -> dict[str, object]:
+        """What is posted, as JSON; scores asked for, since some servers know no other answer."""
+        return {"queries": [query], "topk": top_k, "return_scores": True}
+
+    def read(self, data: bytes) -> list[FoundText]:
+        """What came back."""
+        return retrieved_texts(data)
 
 
 class RemoteTextSearch:
@@ -65,27 +97,30 @@ class RemoteTextSearch:
         sandbox: Sandbox,
         contamination: Contamination,
         *,
+        form: Results | Retrieve | None = None,
         top_k: int = 3,
         max_chars: int = 8192,
     ) -> None:
         self._endpoint = endpoint
+        self._form = form or Results()
         self._client = client
         self._sandbox = sandbox
         self._contamination = contamination
         self._top_k = top_k
         self._max_chars = max_chars
         kept = f"top_k={top_k} max_chars={max_chars} {contamination.version}"
-        self.version = f"2 endpoint={shown(endpoint)} {kept}"
+        self.version = f"2 {self._form.label}={shown(endpoint)} {kept}"
         self.reads = contamination.reads
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
-        request = json.dumps({"query": arguments.query, "top_k": self._top_k}).encode()
+        asked = self._form.request(arguments.query, top_k=self._top_k)
+        request = json.dumps(asked).encode()
         data = await _asked(
             self._client, self._endpoint, request, "application/json", query=arguments.query
         )
         passages = []
-        for found in found_texts(data)[: self._top_k]:
+        for found in self._form.read(data)[: self._top_k]:
             title, text = readable(found.title, max_chars=MAX_TITLE_CHARS), await self._text(found)
             if self._contamination.admits(context.task, url=found.url, text=f"{title}\n{text}"):
                 passages.append(f"{title}: {text}" if title else text)

@@ -2,6 +2,10 @@
 
     {"results": [{"title": "…", "text": "…" or "html": "…", "url": "…"}]}
     {"results": [{"title": "…", "thumbnail": base64 or data: or an address, "url": "…"}]}
+    {"result": [[{"document": {"id": "…", "contents": "\"Title\"\ntext"}, "score": 1.5}]]}
+
+The last is Search-R1's `/retrieve`: a list of results for each query; without scores the documents
+themselves stand in it.
 
 Services differ in names (`content`, `snippet`), leave fields out or null, cut texts within a
 character and put a byte order mark in front. None of that makes an answer wrong; an answer without
@@ -16,11 +20,19 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tapo_train.errors import ToolDownError, ToolRefusedError
+from tapo_train.tools.corpus import title_and_text
 
-__all__ = ["FoundPicture", "FoundText", "bytes_of_base64", "found_pictures", "found_texts"]
+__all__ = [
+    "FoundPicture",
+    "FoundText",
+    "bytes_of_base64",
+    "found_pictures",
+    "found_texts",
+    "retrieved_texts",
+]
 
 TITLES = ("title", "name")
 TEXTS = ("text", "content", "snippet", "description", "contents", "passage", "body")
@@ -59,15 +71,39 @@ def found_texts(data: bytes) -> list[FoundText]:
     Raises:
         ToolDownError: another form, or results without anything to read.
     """
-    found = [
-        FoundText(
-            title=_said(result, TITLES),
-            text=_said(result, TEXTS),
-            html=_said(result, PAGES),
-            url=_said(result, ADDRESSES),
-        )
-        for result in _results(data)
-    ]
+    return _readable(data, [_found_text(result) for result in _results(data, "results")])
+
+
+def retrieved_texts(data: bytes) -> list[FoundText]:
+    """The documents that Search-R1's `/retrieve` found for one query, in order.
+
+    Raises:
+        ToolDownError: another form, or documents without anything to read.
+    """
+    return _readable(data, [_found_text(_document(hit)) for hit in _results(data, "result")])
+
+
+def _document(hit: Mapping[str, Any]) -> Mapping[str, Any]:
+    document = hit.get("document", hit)
+    if not isinstance(document, dict):
+        return {"contents": document}
+    contents = document.get("contents")
+    if isinstance(contents, str) and not (_said(document, TITLES) or document.get("text")):
+        title, text = title_and_text(contents)
+        return document | {"title": title, "text": text}
+    return document
+
+
+def _found_text(result: Mapping[str, Any]) -> FoundText:
+    return FoundText(
+        title=_said(result, TITLES),
+        text=_said(result, TEXTS),
+        html=_said(result, PAGES),
+        url=_said(result, ADDRESSES),
+    )
+
+
+def _readable(data: bytes, found: list[FoundText]) -> list[FoundText]:
     if found and not any(result.text or result.html for result in found):
         raise _another_form(data, f"its {len(found)} results hold neither text nor html")
     return found
@@ -80,7 +116,7 @@ def found_pictures(data: bytes) -> list[FoundPicture]:
         ToolDownError: another form, or results without anything to see.
     """
     found = []
-    for result in _results(data):
+    for result in _results(data, "results"):
         said = [text for name in THUMBNAILS if (text := _text(result.get(name)))]
         inside = next((text for text in said if not _WEB.match(text)), "")
         there = next((text for text in said if _WEB.match(text)), "")
@@ -111,21 +147,25 @@ def bytes_of_base64(text: str) -> bytes:
         raise ToolRefusedError(f"a picture that is no base64: {error}") from error
 
 
-def _results(data: bytes) -> list[Mapping[str, Any]]:
+def _results(data: bytes, name: Literal["results", "result"]) -> list[Mapping[str, Any]]:
     try:
         answer = json.loads(data.decode(json.detect_encoding(data), "replace"))
     except (ValueError, RecursionError) as error:
         raise _another_form(data, f"it is not JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(answer, dict) or "results" not in answer:
-        raise _another_form(data, "wanted an object with results")
-    results = answer["results"]
+    if not isinstance(answer, dict) or name not in answer:
+        raise _another_form(data, f"wanted an object with {name}")
+    results = answer[name]
+    if name == "result" and isinstance(results, list) and results:
+        if len(results) > 1:
+            raise _another_form(data, f"result: found {len(results)} lists for one query")
+        results = results[0]
     if results is None:  # how some languages write an empty list
         return []
     if not isinstance(results, list):
-        raise _another_form(data, f"results: found {type(results).__name__}, wanted a list")
+        raise _another_form(data, f"{name}: found {type(results).__name__}, wanted a list")
     objects: list[Mapping[str, Any]] = [result for result in results if isinstance(result, dict)]
     if any(result is not None for result in results) and not objects:
-        raise _another_form(data, "results: wanted objects")
+        raise _another_form(data, f"{name}: wanted objects")
     return objects
 
 

@@ -1,0 +1,221 @@
+"""The text index beside bm25s in memory: building, opening, asking, and what is found.
+
+    python scripts/bench_search.py --passages 100000 --folder /tmp/bench_search
+
+An invented corpus: words by Zipf-Mandelbrot, topics, 62 words a passage on average. Queries are
+4 to 8 words of one passage, every second one with three stop words in front. recall@3 is against
+exhaustive BM25 over the same words with the same k1 and b and exact lengths, which is what bm25s
+computes here; a passage counts as found when its exact score reaches the third best. Each figure is
+of a process of its own; seconds are CPU time where it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+VOCABULARY = 100_000
+TOPICS = 5_000
+SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "aeiou"]
+STOP_WORDS = ["the", "of", "is", "in", "and", "to", "was", "a"]
+RANKS = 4
+CALLERS = 8
+
+
+def words_of(count: int) -> list[str]:
+    base = len(SYLLABLES)
+    return [
+        "".join(SYLLABLES[number // base**place % base] for place in range(4))
+        for number in np.random.default_rng(1).permutation(base**4)[:count]
+    ]
+
+
+def write_corpus(path: Path, passages: int, queries: int) -> list[str]:
+    """The corpus, and queries for it."""
+    rng, words = np.random.default_rng(2), words_of(VOCABULARY)
+    weights = 1 / (np.arange(VOCABULARY) + 2.7) ** 1.07
+    cumulated = np.cumsum(weights / weights.sum())
+    topics = np.searchsorted(cumulated, rng.random((TOPICS, 40)))
+    asked_of = set(rng.choice(passages, queries, replace=False).tolist())
+    asked: list[str] = []
+    with path.open("w") as file:
+        for number in range(passages):
+            length = int(rng.integers(25, 100))
+            common = np.searchsorted(cumulated, rng.random(length))
+            about = rng.choice(topics[rng.integers(TOPICS)], length)
+            chosen = np.where(rng.random(length) < 0.4, about, common)
+            text = [words[place] for place in chosen]
+            for place in range(0, length, 4):
+                text[place] = STOP_WORDS[int(rng.integers(len(STOP_WORDS)))]
+            file.write(json.dumps({"id": str(number), "title": "", "text": " ".join(text)}) + "\n")
+            if number in asked_of:
+                content = [word for word in text if word not in STOP_WORDS]
+                drawn = rng.choice(content, int(rng.integers(4, 9))).tolist()
+                asked.append(" ".join(STOP_WORDS[:3] * (len(asked) % 2) + drawn))
+    return asked
+
+
+def build(corpus: Path, folder: Path) -> dict[str, float]:
+    """`index build` in a process of its own."""
+    shutil.rmtree(folder, ignore_errors=True)
+    command = [sys.executable, "-m", "tapo_train", "index", "build", str(corpus)]
+    started = time.monotonic()
+    process = subprocess.Popen([*command, "--out", str(folder)])
+    peak, ended = 0.0, 0
+    while not ended:
+        peak = max(peak, peak_mb(process.pid))
+        time.sleep(0.05)
+        ended, status, used = os.wait4(process.pid, os.WNOHANG)
+    if status:
+        raise SystemExit(f"index build ended with {status}")
+    return {
+        "build_s": time.monotonic() - started,
+        "build_cpu_s": used.ru_utime + used.ru_stime,
+        "build_peak_mb": peak,
+        "disk_mb": sum(file.stat().st_size for file in folder.iterdir()) / 1e6,
+    }
+
+
+def peak_mb(process: int | str) -> float:
+    """Of a living process; ru_maxrss would hold its parent's, too."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((int(line.split()[1]) / 1e3 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def asked_ms(search: Callable[[str], Any], queries: list[str], callers: int) -> dict[str, float]:
+    def one(query: str) -> float:
+        started = time.perf_counter()
+        search(query)
+        return 1e3 * (time.perf_counter() - started)
+
+    for query in queries[:50]:
+        search(query)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(callers) as pool:
+        took = list(pool.map(one, queries))
+    seconds = time.perf_counter() - started
+    p50, p95 = np.quantile(took, [0.5, 0.95])
+    found = {"p50_ms": float(p50), "p95_ms": float(p95), "per_s": len(queries) / seconds}
+    return {f"{name}_{callers}": value for name, value in found.items()}
+
+
+def memory_mb() -> dict[str, float]:
+    """What only this process holds, and its share of what several map."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    kb = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    own = kb["Private_Clean"] + kb["Private_Dirty"]
+    return {"anonymous_mb": kb["Anonymous"] / 1e3, "own_mb": own / 1e3, "pss_mb": kb["Pss"] / 1e3}
+
+
+def ours(folder: Path, queries: list[str]) -> dict[str, Any]:
+    from tapo_train.tools.corpus_index import CorpusIndex
+
+    before = memory_mb()["anonymous_mb"]
+    started = time.perf_counter()
+    index = CorpusIndex.load(folder)
+    opened_s = time.perf_counter() - started
+    alone = asked_ms(lambda query: index.search(query, top_k=3), queries, 1)
+    together = asked_ms(lambda query: index.search(query, top_k=3), queries, CALLERS)
+    grown = memory_mb()["anonymous_mb"] - before
+    found = [[int(p.id) for p in index.search(query, top_k=3)] for query in queries]
+    return {"open_s": opened_s, **alone, **together, "anonymous_mb": grown, "found": found}
+
+
+def one_rank(folder: Path, queries: list[str]) -> dict[str, float]:
+    """One of several processes that open the index at the same time."""
+    from tapo_train.tools.corpus_index import CorpusIndex
+
+    before = memory_mb()
+    started = time.perf_counter()
+    index = CorpusIndex.load(folder)
+    opened_s = time.perf_counter() - started
+    for query in queries:
+        index.search(query, top_k=3)
+    return {"open_s": opened_s, "grown_mb": memory_mb()["anonymous_mb"] - before["anonymous_mb"]}
+
+
+def exhaustive(corpus: Path, queries: list[str]) -> dict[str, Any]:
+    """bm25s over the same words: its cost, and every passage's exact score."""
+    import bm25s
+
+    from tapo_train.tools.corpus import Passage
+    from tapo_train.tools.corpus_index import CorpusIndex, analyser
+
+    analysed, started = analyser(), time.process_time()
+    tokens = [analysed.analyze(json.loads(line)["text"]) for line in corpus.open()]
+    bm25 = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
+    bm25.index(tokens, show_progress=False)
+    built = {"build_cpu_s": time.process_time() - started}
+    del tokens
+    any_index = CorpusIndex([Passage(id="0", title="", text="one")])
+    words = {query: any_index.words(query) for query in queries}
+
+    def search(query: str) -> np.ndarray:
+        return np.argsort(-bm25.get_scores(words[query]), kind="stable")[:3]
+
+    exact = []
+    for query in queries:
+        scores = bm25.get_scores(words[query])
+        best = np.argsort(-scores, kind="stable")[:100]
+        exact.append({int(place): float(scores[place]) for place in best if scores[place] > 0})
+    peak = peak_mb("self")
+    costs = built | asked_ms(search, queries, 1) | asked_ms(search, queries, CALLERS)
+    return {**costs, "peak_mb": peak, "anonymous_mb": memory_mb()["anonymous_mb"], "exact": exact}
+
+
+def recall(found: list[list[int]], exact: list[dict[int, float]]) -> dict[str, float]:
+    hits = wanted = first = 0
+    for ids, scores in zip(found, exact, strict=True):
+        best = sorted(scores.values(), reverse=True)[:3]
+        wanted += len(best)
+        hits += sum(scores.get(name, 0.0) >= best[-1] - 1e-5 for name in ids)
+        first += scores.get(ids[0], 0.0) >= best[0] - 1e-5
+    return {"recall_at_3": hits / wanted, "best_first": first / len(found)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--passages", type=int, default=100_000)
+    parser.add_argument("--queries", type=int, default=500)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument(
+        "--alone", action="store_true", help="without bm25s, which takes 8 GB at a million"
+    )
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    corpus, index = arguments.folder / "corpus.jsonl", arguments.folder / "index"
+    queries = write_corpus(corpus, arguments.passages, arguments.queries)
+    result: dict[str, Any] = {"passages": arguments.passages, "index": build(corpus, index)}
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        result["index"] |= pool.apply(ours, (index, queries))
+    with context.Pool(RANKS) as pool:
+        ranks = pool.starmap(one_rank, [(index, queries)] * RANKS, chunksize=1)
+    result["ranks"] = {
+        "open_s": max(rank["open_s"] for rank in ranks),
+        "grown_mb": max(rank["grown_mb"] for rank in ranks),
+    }
+    found = result["index"].pop("found")
+    if arguments.alone:
+        print(json.dumps(result, indent=1))
+        return
+    with context.Pool(1) as pool:
+        result["bm25s"] = pool.apply(exhaustive, (corpus, queries))
+    result["index"] |= recall(found, result["bm25s"].pop("exact"))
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()
