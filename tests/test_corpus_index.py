@@ -60,6 +60,7 @@ TOWERS = CorpusIndex(
         ("หอไอเฟลอยู่ที่ไหน", "th"),
         ("ប្រាសាទអង្គរ", "km"),
         ("harbour tower built", "en"),
+        ("harbour", "en"),
         ("ＢＵＩＬＤ １９３１", "en"),  # full width
         ("societe cafe", "fr"),
         ("मीनार", "hi"),
@@ -74,6 +75,7 @@ def test_one_han_character_is_a_word_and_digits_beside_letters_are_their_own() -
     assert ids(TOWERS, "高330米") == ["zh", "zh2"]
     assert ids(TOWERS, "330") == ["zh"]
     assert spread("高330米 and 铁塔们") == " 高 330 米  and  铁塔 塔们 铁 塔 们 "
+    assert spread("铁塔") == " 铁塔 铁 塔 " and spread("塔") == " 塔 "
     assert spread("がもも x") == " がも もも  x", "pairs alone, composed"
     assert spread("The x1!") == "The x1!" and spread("é\ud83d") == "é?"
 
@@ -159,6 +161,9 @@ def test_an_index_on_disk_grows_in_place_and_who_has_it_open_keeps_what_it_sees(
     assert ids(CorpusIndex.load(folder), "rudo") == [], "all of an addition or nothing"
     written(tmp_path / "c.jsonl", "rudo")
     assert add_to_index(folder, [tmp_path / "c.jsonl"]).passages == 1
+    for number in range(6):
+        add_to_index(folder, [written(tmp_path / "d.jsonl", f"rudo {number}")])
+        assert ids(CorpusIndex.load(folder), "rudo", top_k=2) == ["rudo", "rudo 0"]
 
 
 def test_a_build_that_fails_leaves_nothing_and_nothing_is_overwritten(

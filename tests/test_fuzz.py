@@ -34,7 +34,7 @@ from tapo_train.tools.images import ImageDecoder
 from tapo_train.tools.net import FetchLimits, HttpClient
 from tapo_train.tools.page_text import CUT, html_to_text, readable
 from tapo_train.tools.sandbox_worker import DONE, PICTURE, REFUSED, REPLY, answer
-from tapo_train.tools.search_answer import found_pictures, found_texts
+from tapo_train.tools.search_answer import found_pictures, found_texts, retrieved_texts
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, Outcome, Task
 
@@ -261,11 +261,12 @@ def test_every_packed_body_is_unpacked_within_its_limits_or_refused(
 @given(
     st.binary()
     | anything.map(json.dumps).map(str.encode)
+    | st.lists(anything).map(lambda hits: json.dumps({"result": [hits]}).encode())
     | turns.map(lambda text: text.encode("utf-8", "replace"))
 )
 @many
 def test_every_answer_of_a_back_end_is_read_or_it_is_down(data: bytes) -> None:
-    for read in (found_texts, found_pictures):
+    for read in (found_texts, found_pictures, retrieved_texts):
         with suppress(ToolDownError):
             read(data)
 

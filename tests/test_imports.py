@@ -156,6 +156,8 @@ def test_no_module_is_called_utils() -> None:
         ["world", "--help"],
         ["analyze", "--help"],
         ["doctor", "--help"],
+        ["index", "--help"],
+        ["serve-search", "--help"],
         ["train", "recipes/demo_cpu.yaml", "--dry-run"],
     ],
     ids=" ".join,
