@@ -12,6 +12,7 @@ from learner_rows import kept_bytes, peak_allocated
 from tapo_train.learner import packed_model
 from tapo_train.learner.batch import TrainingRow, join
 from tapo_train.learner.engine import end_process_group
+from tapo_train.learner.head import LogprobHead
 from tapo_train.learner.memory import (
     Plan,
     activation_bytes,
@@ -24,6 +25,7 @@ from tapo_train.learner.memory import (
     longest_trajectory,
     peak_bytes,
     pixel_bytes,
+    scored_head_bytes,
     state_bytes,
     working_bytes_per_token,
 )
@@ -150,3 +152,27 @@ def test_an_update_takes_what_was_planned(tiny_qwen3_vl, zero_stage):
     if zero_stage == 2:
         resting -= gradient_bytes(shape, plan)
     assert found + resting == pytest.approx(wanted + resting, rel=0.1)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_the_logits_of_the_head_take_what_was_planned(precision, with_entropy):
+    vocabulary, hidden, chunk = 50_000, 16, 64
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    head = LogprobHead.around(torch.nn.Linear(hidden, vocabulary, bias=False, dtype=kind))
+    rows = torch.randn(3 * chunk, hidden, dtype=kind, requires_grad=True)
+    targets = torch.randint(5, vocabulary, (len(rows),))
+    held: list[torch.Tensor] = []
+
+    def forward() -> None:
+        asked = {"temperature": 0.9, "banned": torch.tensor([3]), "chunk": chunk}
+        held.append(head(rows, targets, with_entropy=with_entropy, **asked))
+
+    shape = replace(QWEN3_VL_8B, vocabulary=vocabulary, hidden=hidden)
+    plan = Plan(precision=precision, with_entropy=with_entropy, head_chunk_tokens=chunk)
+    forward_bytes = vocabulary * chunk * 20 if with_entropy else scored_head_bytes(shape, plan)
+    assert peak_allocated(forward) == pytest.approx(forward_bytes, rel=0.1)
+    backward = peak_allocated(lambda: held[0].sum().backward())
+    # The head's gradient is next to nothing here: 16 hidden numbers for each entry.
+    highest = max(forward_bytes, backward)
+    assert highest == pytest.approx(head_bytes(shape, plan), rel=0.1)

@@ -37,6 +37,7 @@ from tapo_train.recipe import (
     ShrinkCredit,
 )
 from tapo_train.recipe.compose import Recipe
+from tapo_train.training.credit_over_ranks import OverRanks
 from tapo_train.training.parts import AdvantageFunction
 
 
@@ -63,7 +64,7 @@ def build_advantage(settings: Advantage) -> AdvantageFunction:
 
 
 def build_credit(recipe: Recipe) -> CreditAssigner:
-    """The credit stage."""
+    """The credit stage, over the rows of all ranks where it looks beyond single questions."""
     credit = recipe.credit
     if isinstance(credit, NoCredit):
         return NoTransfer()
@@ -72,10 +73,10 @@ def build_credit(recipe: Recipe) -> CreditAssigner:
     if isinstance(credit, GigpoCredit):
         return GiGPO(credit)
     if isinstance(credit, PlaceboCredit):
-        return Placebo(credit)
+        return OverRanks(Placebo(credit))
     if isinstance(credit, ShrinkCredit):
-        return Shrink(credit)
-    return Tapo(credit)
+        return OverRanks(Shrink(credit))
+    return OverRanks(Tapo(credit)) if credit.scope == "batch" else Tapo(credit)
 
 
 def build_objective(recipe: Recipe) -> Objective:

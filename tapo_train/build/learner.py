@@ -9,6 +9,7 @@ from tapo_train.build.algo import is_over_groups
 from tapo_train.build.device import DEVICE
 from tapo_train.build.rollout import sleeps_in_update
 from tapo_train.learner.balance import Balanced, Kept, RowCost, RowExchange
+from tapo_train.learner.isolation import require_isolation
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.reference import AdapterFree, FrozenReference, NoReference, Reference
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
@@ -18,6 +19,13 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine, Sleeper
 from tapo_train.training.colocation import DeviceSharing
 
+PACKED_TEXTS = (
+    "The Eiffel Tower was built from 1887 to 1889.",
+    "One, two, three, four, five.",
+    "Water boils at 100 degrees at the level of the sea, and earlier on a mountain.",
+)
+"""What a model is asked with whether its rows mix; some tokens are probable, some are not."""
+
 
 def build_policy(
     recipe: Recipe,
@@ -26,15 +34,18 @@ def build_policy(
     updates: int | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Policy:
-    """The learner, scoring the distribution the sampler draws from.
+    """The learner, scoring the distribution the sampler draws from; its rows do not mix.
 
     Args:
         updates: optimizer updates of the run; default those of a training run.
         on_progress: called after each micro-batch.
+
+    Raises:
+        ConfigError: rows of this model see each other when they are packed.
     """
     if updates is None:
         updates = training_updates(recipe)
-    return Policy(
+    policy = Policy(
         Path(recipe.model.path),
         settings=learner_settings(recipe, updates),
         pixels=chat.pixels,
@@ -44,6 +55,8 @@ def build_policy(
         measure_entropy=recipe.algo.entropy_coef > 0,
         on_progress=on_progress,
     )
+    require_isolation(policy, [chat.plain(text) for text in PACKED_TEXTS])
+    return policy
 
 
 def build_reference(

@@ -27,8 +27,9 @@ class CreditAssigner(Protocol):
     """Advantages of every turn of every row, from the rows of whole groups.
 
     Called once per rollout batch on the rank that holds the groups, before mini-batches are
-    cut. Deterministic, in float64, without gradients. It takes rows and gives a result of
-    another type, so that it cannot be applied twice by accident.
+    cut; a stage that looks beyond a question is given the rows of all ranks
+    (`training/credit_over_ranks.py`). Deterministic, in float64, without gradients. It takes
+    rows and gives a result of another type, so that it cannot be applied twice by accident.
     """
 
     def __call__(self, rows: Sequence[CreditRow]) -> CreditResult:

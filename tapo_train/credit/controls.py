@@ -66,8 +66,8 @@ class Placebo:
     """TAPO's changes, dealt out at random among the tool steps of failing trajectories.
 
     The steps are those TAPO could have corrected (valid, executed calls), of all rows given: of
-    this rank's part of the training step. Stateless: the draw depends on `seed` and the rows, so
-    that a resumed run deals as an uninterrupted one.
+    the whole training step. Stateless: the draw depends on `seed` and the rows, so that a resumed
+    run deals as an uninterrupted one, and two ranks as one.
     """
 
     def __init__(self, options: PlaceboOptions) -> None:

@@ -101,9 +101,15 @@ class Policy:
             for batch, logprobs in zip(batches, self.logprobs_of_all(batches), strict=True)
         ]
 
-    def logprobs_of_all(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
-        """[K] log-probabilities of each micro-batch, on all ranks together."""
-        return self._score.of_all(batches)
+    def logprobs_of_all(
+        self, batches: Sequence[MicroBatch], *, distribution: Distribution | None = None
+    ) -> list[Tensor]:
+        """[K] log-probabilities of each micro-batch, on all ranks together.
+
+        Args:
+            distribution: another than the sampler's.
+        """
+        return self._score.of_all(batches, distribution=distribution)
 
     def update(
         self,

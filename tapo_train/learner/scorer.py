@@ -95,14 +95,19 @@ class Scorer:
         return made_ahead(self.inputs, batches)
 
     @torch.no_grad()
-    def of_all(self, batches: Sequence[MicroBatch]) -> list[Tensor]:
+    def of_all(
+        self, batches: Sequence[MicroBatch], *, distribution: Distribution | None = None
+    ) -> list[Tensor]:
         """[K] log-probabilities of each micro-batch, on the CPU.
 
         On all ranks together. Ranks with fewer micro-batches take part with empty ones.
         """
         extra = distributed.all_reduce_max(len(batches)) - len(batches)
         padded = [*batches, *[join([])] * extra]
-        answers = [self(batch, inputs)[0].cpu() for batch, inputs in self.ahead(padded)]
+        answers = [
+            self(batch, inputs, distribution=distribution)[0].cpu()
+            for batch, inputs in self.ahead(padded)
+        ]
         return answers[: len(batches)]
 
 

@@ -209,7 +209,7 @@ class Trainer:
         )
 
     def _credit(self, batch: Batch) -> CreditResult:
-        """Per-turn advantages; groups are whole on a rank, so nothing is communicated."""
+        """Per-turn advantages of this rank's rows, whole groups; all ranks call it."""
         return self._parts.credit(credit_rows(batch))
 
     def _cut(
