@@ -100,7 +100,8 @@ def make(arm: Arm, seed: int, lent: Any) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     recipe = recipe_of(arm, seed, folder)
     started, before = time.perf_counter(), _cpu_s()
-    runs.train(recipe, engine=lent(recipe))
+    if runs.train(recipe, engine=lent(recipe)) is None:
+        raise SystemExit(f"stopped in {arm.name} seed {seed}, which is not recorded")
     rows = read_metrics(folder / "metrics.jsonl")
     record = {
         "arm": arm.name,
