@@ -84,6 +84,7 @@ def test_english_words_are_found_by_their_stems_and_stop_words_only_when_alone()
     index = CorpusIndex(passages("the founding of towns", "to be or not to be", "a town's founder"))
     assert ids(index, "Towns") == ["0", "2"] and ids(index, "FOUNDED") == ["0"]
     assert index.words("what is the town of the founders") == ["what", "town", "founder"]
+    assert index.words("मीनार don't") == ["मीनार", "don", "t"], "marks belong to their letters"
     assert ids(index, "not to be") == ["1"] and ids(index, "of the") == ["0"]
 
 
