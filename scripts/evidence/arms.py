@@ -12,7 +12,7 @@ from tapo_train.demo.world.chains import Chains
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECIPE = ROOT / "recipes" / "chain_cpu.yaml"
-RECORDS = ROOT / "docs" / "evidence" / "runs"
+RECORDS = ROOT / "docs" / "evidence" / "records"
 """RECORDS/ARM/seed_N.json, a few KB each, committed."""
 PAGES = ROOT / "docs" / "evidence"
 SCRATCH = ROOT / "runs" / "evidence"

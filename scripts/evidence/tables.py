@@ -261,7 +261,7 @@ def main() -> None:
     lines = [
         "# Tables of the study",
         "",
-        "Made by `scripts/evidence/tables.py` from the records in `runs/`; do not edit. Mean and",
+        "Made by `scripts/evidence/tables.py` from those in `records/`; do not edit. Mean and",
         "half of its 95 % interval over seeds; paired t tests, Holm-adjusted by table and measure.",
         "",
         f"{len(runs)} runs, {cpu:.1f} hours of CPU time ({wall:.1f} h of wall time).",
