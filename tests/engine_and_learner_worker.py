@@ -12,7 +12,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
+from rollout_world import (
+    SYSTEM_PROMPT,
+    draw_toolbox,
+    picture_task,
+    requests_of,
+    teach_calls,
+    written_trajectory,
+)
 
 from tapo_train.learner.batch import TrainingRow, join, pack
 from tapo_train.learner.objective import supervised
@@ -20,10 +27,10 @@ from tapo_train.learner.policy import Policy
 from tapo_train.learner.settings import AdapterSettings, LearnerSettings
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
-from tapo_train.rollout.engine import Sampling
+from tapo_train.rollout.engine import Completion, Sampling
 from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
-from tapo_train.types import Trajectory
+from tapo_train.types import Span, Trajectory
 
 AGREEMENT = 1e-4
 """[nat] largest difference in float32."""
@@ -38,12 +45,39 @@ def play(engine: VllmEngine, chat: ChatFormat, *, version: int) -> list[Trajecto
         chat=chat,
         toolbox=draw_toolbox(),
         system_prompt=SYSTEM_PROMPT,
-        rollouts_per_task=32,
+        rollouts_per_task=8,
         limits=Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000),
         sampling=Sampling(temperature=TEMPERATURE),
         policy_version=version,
     )
     return list(group.trajectories)
+
+
+def row_of(trajectory: Trajectory) -> TrainingRow:
+    """All its turns, to be raised."""
+    return TrainingRow.from_turns(trajectory, np.ones(len(trajectory.turns)))
+
+
+def continuations(engine: VllmEngine, written: Trajectory) -> list[TrainingRow]:
+    """Sampled in place of each turn of a written trajectory, one after the other."""
+    rows = []
+    for request in requests_of(written, sampling=Sampling(temperature=TEMPERATURE)):
+        engine.submit(request)
+        done: list[Completion] = []
+        while engine.has_unfinished():
+            done += engine.step()
+        tokens = np.concatenate([request.tokens, done[0].tokens])
+        rows.append(
+            TrainingRow(
+                id=request.id,
+                tokens=tokens,
+                images=request.images,
+                spans=(Span(start=len(request.tokens), end=len(tokens)),),
+                advantages=np.ones(len(done[0].tokens)),
+                sampler_logprobs=done[0].logprobs,
+            )
+        )
+    return rows
 
 
 SETTINGS = {
@@ -68,23 +102,21 @@ def main(source: Path, work: Path, trained: str) -> None:
         temperature=TEMPERATURE,
         banned_token_ids=chat.banned_token_ids,
     )
-    probe: Trajectory | None = None
+    # What the policy plays depends on the machine: this has three turns and two drawn pictures.
+    written = written_trajectory(chat)
     for version in range(4):
-        trajectories = play(engine, chat, version=version)
-        rich = [t for t in trajectories if len(t.images) >= 2 and len(t.turns) >= 3]
-        assert len(rich) >= 2, f"version {version}: {len(rich)} of {len(trajectories)} to compare"
-        rows = [TrainingRow.from_turns(t, np.ones(len(t.turns))) for t in rich]
-        for trajectory, row in zip(rich, rows, strict=True):
+        sampled = [row_of(t) for t in play(engine, chat, version=version)]
+        sampled += continuations(engine, written)
+        for row in sampled:
             ours = policy.logprobs(join([row])).numpy()
-            np.testing.assert_allclose(ours, trajectory.logprobs, atol=AGREEMENT, rtol=0)
-        probe = probe or rich[0]
-        before = engine.score(probe.tokens, probe.images)
+            np.testing.assert_allclose(ours, row.sampler_logprobs, atol=AGREEMENT, rtol=0)
+        before = engine.score(written.tokens, written.images)
         np.testing.assert_allclose(
-            policy.score(probe.tokens, probe.images), before, atol=AGREEMENT, rtol=0
+            policy.score(written.tokens, written.images), before, atol=AGREEMENT, rtol=0
         )
-        policy.update(pack(rows, budget_tokens=2000), supervised)
+        policy.update(pack([row_of(written), *sampled[:4]], budget_tokens=2000), supervised)
         engine.load_weights(policy.named_weights(), version=version + 1)
-        moved = np.abs(engine.score(probe.tokens, probe.images) - before).max()
+        moved = np.abs(engine.score(written.tokens, written.images) - before).max()
         assert moved > 100 * AGREEMENT, "the update did not reach the engine"
     policy.close()
     engine.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 
 from tapo_train.rewards.format import is_well_formed
 from tapo_train.rewards.matching import exact_match
@@ -27,6 +28,12 @@ def correctness_and_form(*, accuracy: float = 1.0, form: float = 0.5) -> RewardF
 def reward_of(trajectory: Trajectory, **weights: float) -> Reward:
     """What a trajectory earns."""
     return asyncio.run(correctness_and_form(**weights)(trajectory))
+
+
+def mixed_for_some(trajectory: Trajectory, *, one_of: int) -> float:
+    """Every second attempt at one of so many questions earns 1, by their ids alone."""
+    is_mixed = zlib.crc32(trajectory.task.id.encode()) % one_of == 0
+    return float(is_mixed and int(trajectory.id.rpartition(".")[2]) % 2)
 
 
 def scoring(**weights: float) -> Scoring:

@@ -12,12 +12,16 @@ import numpy as np
 import PIL.Image
 import torch
 from pydantic import BaseModel, ConfigDict
+from scripted_engine import ScriptedEngine, turn_of
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.engine import GenerationRequest, Sampling
+from tapo_train.rollout.limits import Limits
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.toolbox import Toolbox
-from tapo_train.types import Image, ImageRef, Observation, Task
+from tapo_train.types import Image, ImageRef, Observation, Task, Trajectory
 
 SYSTEM_PROMPT = "Look at the pictures."
 HOSTILE = (
@@ -71,25 +75,75 @@ def draw_toolbox() -> Toolbox:
     return Toolbox([DrawTool()], deadline_s=5.0)
 
 
-def teach_calls(source: Path, out: Path, *, steps: int = 60) -> Path:
+LEARNED = 0.65
+"""[nat] per token of a demonstration, of which .55 are the notes that nobody can know."""
+LEAST_STEPS, MOST_STEPS = 60, 200
+
+
+def teach_calls(source: Path, out: Path) -> Path:
     """A copy of a tiny policy that has learned to write `draw` calls with random notes.
 
     Random weights never write a tool call, so a few seconds of supervised training make
     the shortest policy that plays several turns. The notes stay unpredictable, so the
-    sampled log-probabilities are far from 0.
+    sampled log-probabilities are far from 0. How many steps that takes depends on the processor.
     """
     torch.manual_seed(0)
     chat = ChatFormat(source)
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.float32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     random = np.random.default_rng(0)
-    for _ in range(steps):
+    for step in range(MOST_STEPS):
         optimizer.zero_grad()
-        _demonstration_loss(model, chat, random).backward()
+        loss = _demonstration_loss(model, chat, random)
+        loss.backward()
         optimizer.step()
+        if step + 1 >= LEAST_STEPS and loss.item() <= LEARNED:
+            break
+    else:
+        raise AssertionError(f"{source} does not learn to write calls")
     model.save_pretrained(out)
     chat.save_processor(out)
     return out
+
+
+def written_trajectory(chat: ChatFormat) -> Trajectory:
+    """Three turns with two drawn pictures, whatever a policy would say: to score and to go on from.
+
+    Its log-probabilities are none.
+    """
+
+    def draws_twice(request: GenerationRequest) -> str:
+        turn = turn_of(request)
+        call = f'{{"name": "draw", "arguments": {{"note": "{"abc"[turn] * 4}"}}}}'
+        return f"<tool_call>{call}</tool_call>" if turn < 2 else "<answer>Velor</answer>"
+
+    (group,) = collect(
+        [picture_task("written")],
+        engine=ScriptedEngine(chat, draws_twice),
+        chat=chat,
+        toolbox=draw_toolbox(),
+        system_prompt=SYSTEM_PROMPT,
+        rollouts_per_task=1,
+        limits=Limits(max_turns=4, max_turn_tokens=100, max_tokens=1000),
+        sampling=Sampling(),
+    )
+    (trajectory,) = group.trajectories
+    assert len(trajectory.turns) == 3 and len(trajectory.images) == 3
+    return trajectory
+
+
+def requests_of(trajectory: Trajectory, *, sampling: Sampling) -> list[GenerationRequest]:
+    """One per turn: what was asked for when the turn was written."""
+    return [
+        GenerationRequest(
+            id=f"{trajectory.id}:{turn.index}",
+            tokens=trajectory.tokens[: turn.span.start],
+            images=trajectory.images[: turn.num_images_before],
+            max_tokens=24,
+            sampling=sampling,
+        )
+        for turn in trajectory.turns
+    ]
 
 
 def _demonstration_loss(model: Any, chat: ChatFormat, random: np.random.Generator) -> torch.Tensor:

@@ -26,7 +26,7 @@ from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import collect
+from tapo_train.rollout.collect import Score, collect
 from tapo_train.rollout.engine import Completion, Sampling
 from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
@@ -59,6 +59,14 @@ class PacedEngine(VllmEngine):
         super().abort(ids)
 
 
+async def mixed_at_odd(trajectory: Trajectory) -> Trajectory:
+    """Rewards every second attempt at odd questions and none at even ones, whatever they say."""
+    rollout = int(trajectory.id.rpartition(".")[2])
+    good = float(int(trajectory.task.id[1:]) % 2 and rollout % 2)
+    parts = {"accuracy": good, "format": 0.0}
+    return trajectory.with_reward(Reward(total=good, accuracy=good, parts=parts))
+
+
 async def longer(trajectory: Trajectory) -> Trajectory:
     """Rewards trajectories of many turns, which a policy that hardly knows anything has, too."""
     good = float(len(trajectory.turns) > 2)
@@ -84,7 +92,9 @@ class Run:
         self.weights.append(kept)
         self.engine.load_weights(kept.items(), version=self.version)
 
-    def questions(self, carry_over: CarryOver | None, deadlines: Deadlines) -> Questions:
+    def questions(
+        self, carry_over: CarryOver | None, deadlines: Deadlines, score: Score
+    ) -> Questions:
         """Rounds over TASKS."""
 
         def play(
@@ -102,7 +112,7 @@ class Run:
                 policy_version=policy_version,
                 deadlines=deadlines,
                 carry_over=carry_over,
-                score=longer,
+                score=score,
             )
 
         return Questions(
@@ -148,7 +158,7 @@ class Run:
 
 def carried_over(run: Run) -> None:
     """Steps that are too short for a trajectory: it goes on under newer weights."""
-    rounds = CarriedOver(run.questions(CarryOver(most=99), Deadlines(step_s=STEP_S)))
+    rounds = CarriedOver(run.questions(CarryOver(most=99), Deadlines(step_s=STEP_S), longer))
     held: list[Trajectory] = []
     # How far a step gets depends on the machine: a few, until one was carried over and is whole.
     for _ in range(MOST_STEPS):
@@ -166,7 +176,7 @@ def carried_over(run: Run) -> None:
 def refilled(run: Run) -> None:
     """Groups whose trajectories all earned the same give way to others."""
     run.engine.pace_s = 0.0
-    rounds = Refill(run.questions(None, NEVER), most=3)
+    rounds = Refill(run.questions(None, NEVER, mixed_at_odd), most=3)
     num_replaced = 0
     for _ in range(3):
         held, replaced = run.step(rounds)
