@@ -169,7 +169,7 @@ def carried_over(run: Run) -> None:
         raise AssertionError("no trajectory was carried over")
     assert run.engine.num_aborted > 0, "no turn was interrupted while it was sampled"
     assert all(t.policy_version == max(u.policy_version for u in t.turns) for t in held if t.turns)
-    waiting = {TASKS[index].id for _, index in rounds.state_dict()["waiting"]}
+    waiting = {id for _, id in rounds.state_dict()["waiting"]}
     assert waiting.isdisjoint(t.task.id for t in held), "what waits was not trained"
 
 
