@@ -220,7 +220,7 @@ def test_a_world_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     taken = tmp_path / "taken"
     taken.touch()
     assert main(["world", "--seed", "1", "--out", str(taken)]) == 2
-    assert f"world: cannot write below {taken}: Not a directory" in capsys.readouterr().err
+    assert f"world: cannot write below {taken}: File exists; wanted a folder" in capsys.readouterr().err
 
 
 def test_eval_takes_the_indexes_beside_the_task_file(tmp_path: Path) -> None:
