@@ -52,7 +52,7 @@ def test_never_more_than_a_layer_is_whole_while_every_weight_leaves_as_it_is(
     for name, tensor in policy.named_weights():
         assert torch.equal(tensor, wanted.pop(name)), name
         whole = [n for n, p in policy.model.named_parameters() if p.numel()]
-        layers = {weights.layer_of(weights._module(n)) for n in whole}
+        layers = {weights.layer_of(weights._owner(n)) for n in whole}
         assert len(layers) == 1
         seen = max(seen, sum(p.numel() for p in policy.model.parameters()))
     after = sum(p.numel() for p in policy.model.parameters())
@@ -64,7 +64,7 @@ def test_never_more_than_a_layer_is_whole_while_every_weight_leaves_as_it_is(
 def layer_sizes(model: torch.nn.Module) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        layer = weights.layer_of(weights._module(name))
+        layer = weights.layer_of(weights._owner(name))
         sizes[layer] = sizes.get(layer, 0) + full_size(parameter)
     return sizes
 
