@@ -133,6 +133,7 @@ def trainer() -> Trainer:
         epochs=1,
         recompute_old_logprobs=False,
         drop_uniform_groups=False,
+        skip_idle_rows=False,
     )
     return Trainer(cast(Parts, parts), cast(Schedule, schedule))
 

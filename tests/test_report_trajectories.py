@@ -176,6 +176,7 @@ def test_metrics_of_a_batch_are_those_counted_by_hand() -> None:
         "rollout/stop/deadline",
         "rollout/surplus",
         "rollout/lost",
+        "rollout/unscored",
         *(f"rollout/outcome/{o}" for o in Outcome if o not in ("ok", "model_error")),
     }
 
