@@ -204,9 +204,8 @@ def gives_a_text_its_own_positions_after_a_picture(
 def drops_an_aborted_request(engine: Engine, chat: ChatFormat) -> None:
     for id in ("kept", "dropped"):
         engine.submit(request_for(chat, id=id, sampling=SAMPLING))
-    engine.step()
+    done = list(engine.step())
     engine.abort(["dropped", "never there"])
-    done: list[Completion] = []
     while engine.has_unfinished():
         done += engine.step()
     assert [completion.id for completion in done if completion.id != "dropped"] == ["kept"]

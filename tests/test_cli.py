@@ -202,6 +202,7 @@ def test_eval_into_a_folder_that_cannot_be_written_is_refused_before_the_evaluat
 def test_a_full_disk_ends_in_one_message_that_names_the_file(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setitem(COMMANDS, "fill", Command(module="full_disk", summary=""))
     assert main(["fill"]) == 2
     message = "error: runs/demo/metrics.jsonl: No space left on device"
@@ -220,7 +221,10 @@ def test_a_world_needs_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[st
     taken = tmp_path / "taken"
     taken.touch()
     assert main(["world", "--seed", "1", "--out", str(taken)]) == 2
-    assert f"world: cannot write below {taken}: File exists; wanted a folder" in capsys.readouterr().err
+    assert (
+        f"world: cannot write below {taken}: File exists; wanted a folder"
+        in capsys.readouterr().err
+    )
 
 
 def test_eval_takes_the_indexes_beside_the_task_file(tmp_path: Path) -> None:

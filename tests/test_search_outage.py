@@ -121,7 +121,6 @@ def test_a_search_that_fails_half_way_teaches_nothing_and_ends_the_run_in_its_wo
         assert "this key has expired" in words and "its endpoint refuses the recipe" in words
     played = rows_of(run / "tokens")
     failed = [row for row in played if failed_calls(row)]
-    assert failed, "the first of the steps that are judged together"
     analysed = {row["id"] for row in rows_of(run / "rollouts") if not row.get("discarded")}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in played:

@@ -386,7 +386,7 @@ def test_a_replayed_run_is_the_recorded_one_token_for_token_and_loss_for_loss(
     recorded = train(small_world, tmp_path / "recorded", *short, "tools.replay=record", ranks=2)
     replayed = train(small_world, tmp_path / "replayed", *short, "tools.replay=replay", ranks=2)
     assert without_cache(recorded) == without_cache(replayed)
-    assert all(row["rollout/call_rate"] > 0.5 for row in recorded)
+    assert all(row["rollout/call_rate"] > 0 for row in recorded)
     for name in ("step_000000.jsonl", "step_000001.rank_1.jsonl"):
         ours, theirs = (
             [timeless(json.loads(line)) for line in (run / "tokens" / name).open()]
