@@ -80,7 +80,7 @@ def read_rollouts(path: Path, *, skip_bad: bool = False) -> RolloutFile:
     result = RolloutFile()
     parser = _Parser(result.ignored_keys)
     line_of: dict[tuple[str, str], int] = {}
-    for number, line in _lines(path):
+    for number, line in numbered_lines(path):
         try:
             row = parser.row(decode(line))
             first = line_of.setdefault((row.group, row.id), number)
@@ -114,7 +114,7 @@ def read_files(paths: Sequence[Path], *, skip_bad: bool = False) -> RolloutFile:
     return result
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def numbered_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, bytes) of the lines that are not blank."""
     try:
         with path.open("rb") as file:

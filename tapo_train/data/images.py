@@ -22,14 +22,14 @@ from tapo_train.data.rows import shown
 from tapo_train.errors import DataError
 from tapo_train.types import Image, ImageRef
 
-__all__ = ["FORMATS", "ImageLimits", "ImageStore", "extension", "read_image"]
+__all__ = ["BROKEN", "FORMATS", "ImageLimits", "ImageStore", "extension", "read_image"]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders Pillow may try; everything else is refused by name."""
 
 _NO_PATHS = ("data:", "http://", "https://")
 
-_BROKEN = (
+BROKEN = (
     OSError,
     SyntaxError,  # Pillow's word for a broken PNG chunk
     ValueError,
@@ -40,6 +40,7 @@ _BROKEN = (
     Pillow.DecompressionBombError,
     Pillow.DecompressionBombWarning,  # an exception only where warnings are errors
 )
+"""What Pillow raises of a damaged or hostile file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +70,7 @@ def read_image(data: bytes, *, where: str, limits: ImageLimits | None = None) ->
         )
     try:
         width, height = _check(data, limits.max_pixels)
-    except _BROKEN as error:
+    except BROKEN as error:
         raise DataError(
             f"{where}: not a readable picture ({type(error).__name__}: {error}, "
             f"{len(data)} bytes); wanted an undamaged {', '.join(FORMATS)} file"

@@ -16,7 +16,7 @@ from typing import Any
 
 from tapo_train.credit.options import TapoOptions
 from tapo_train.credit.reasons import StepReason, explain
-from tapo_train.credit.rollout_file import read_rollouts
+from tapo_train.credit.rollout_file import numbered_lines, read_rollouts
 from tapo_train.credit.steps import CreditCall, CreditRow
 from tapo_train.errors import DataError
 from tapo_train.types import ImageRef, JsonObject
@@ -24,7 +24,6 @@ from tapo_train.types import ImageRef, JsonObject
 __all__ = ["Attempt", "Question", "Step", "dumped_steps", "read_step", "rows_as_step"]
 
 _DUMP = re.compile(r"step_(\d+)(?:\.rank_\d+)?\.jsonl")
-MAX_LINE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,20 +109,13 @@ def _questions(
 
 
 def _views(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open("rb") as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise DataError(f"{path}, line {number}: longer than {MAX_LINE_BYTES} bytes")
-            try:
-                view = json.loads(line)
-                _require_view(view)
-            except (ValueError, RecursionError) as error:
-                raise DataError(
-                    f"{path}, line {number}: {error}; wanted a dumped trajectory"
-                ) from None
-            yield view
+    for number, line in numbered_lines(path):
+        try:
+            view = json.loads(line)
+            _require_view(view)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: {error}; wanted a dumped trajectory") from None
+        yield view
 
 
 _TEXTS = ("id", "group", "question")

@@ -5,16 +5,14 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import struct
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image as PilImage
 
-from tapo_train.data.images import FORMATS, ImageLimits
+from tapo_train.data.images import BROKEN, FORMATS, ImageLimits
 from tapo_train.errors import ToolArgumentError, ToolDownError, ToolError
 from tapo_train.tools.base import ToolContext
 from tapo_train.types import Image, ImageRef
@@ -62,7 +60,7 @@ class ImageDecoder:
         try:
             with PilImage.open(io.BytesIO(image.data), formats=FORMATS) as encoded:
                 pixels = on_white(encoded)
-        except _BROKEN as error:
+        except BROKEN as error:
             raise ToolError(f"picture {image.sha256[:12]} cannot be decoded: {error}") from error
         with self._lock:
             if image.sha256 not in self._cached:
@@ -72,18 +70,6 @@ class ImageDecoder:
                 _, oldest = self._cached.popitem(last=False)
                 self._pixels -= oldest.width * oldest.height
         return pixels
-
-
-_BROKEN = (
-    OSError,
-    SyntaxError,  # Pillow's word for a broken PNG chunk
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    PilImage.DecompressionBombError,
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +119,7 @@ def _require_honest(image: Image) -> None:
     try:
         with PilImage.open(io.BytesIO(image.data), formats=FORMATS) as encoded:
             num = encoded.width * encoded.height
-    except _BROKEN as error:
+    except BROKEN as error:
         raise ToolDownError(
             f"it answered with a picture that cannot be read: {error}", retryable=False
         ) from error
