@@ -20,8 +20,8 @@ from test_training import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-GOOD_ANSWERS = 5
-"""Of the search, before it dies: less than the trajectories of the first step."""
+GOOD_ANSWERS = 1
+"""Of the search, before it dies: less than the different searches of the first step."""
 
 
 @dataclass
@@ -121,6 +121,7 @@ def test_a_search_that_fails_half_way_teaches_nothing_and_ends_the_run_in_its_wo
         assert "this key has expired" in words and "its endpoint refuses the recipe" in words
     played = rows_of(run / "tokens")
     failed = [row for row in played if failed_calls(row)]
+    assert failed, "the first of the steps that are judged together"
     analysed = {row["id"] for row in rows_of(run / "rollouts") if not row.get("discarded")}
     groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in played:
