@@ -71,3 +71,4 @@ def test_a_run_whose_search_servers_misbehave_ends_and_trains_on_no_failure(
     assert "tried to leave the machine: 0" in done.stdout
     assert "| killed | 1 |" in done.stdout and "| ok |" in done.stdout
     assert "| infra_error: a connection that" in done.stdout
+    assert "infra_error: more bytes than allowed |" in done.stdout
