@@ -32,6 +32,7 @@ SECTIONS = (
     ("model.lora", recipe.Lora),
     ("data", recipe.Data),
     ("rollout", recipe.Rollout),
+    ("rollout.deadlines", recipe.DeadlineSettings),
     ("rollout.engine, `rollout/engine=vllm`", recipe.VllmSettings),
     ("rollout.engine, `rollout/engine=hf`", recipe.HfSettings),
     ("rollout.engine, `rollout/engine=server`", recipe.ServerSettings),
@@ -71,6 +72,8 @@ SECTIONS = (
     ("credit, `credit=gigpo`", gigpo.GiGPOOptions),
     ("learner", recipe.Learner),
     ("probe", recipe.Probe),
+    ("watch", recipe.WatchSettings),
+    ("report", recipe.Report),
     ("sft", recipe.Sft),
 )
 """Heading and dataclass, in the order of the page."""
@@ -93,6 +96,11 @@ WORDS = {int: "integer", float: "number", bool: "true or false", str: "text", An
 def page() -> str:
     """The whole page."""
     parts = [HEAD]
+    missing = {item.name for item in fields(recipe.Recipe)} - {
+        name.split(".")[0].split(",")[0] for name, _ in SECTIONS
+    }
+    if missing:
+        raise SystemExit(f"SECTIONS lacks {sorted(missing)}")
     for heading, section in SECTIONS:
         rows = [f"| `{name}` | {kind} | {text} |" for name, kind, text in fields_of(section)]
         parts.append(f"## {heading}\n\n{inspect.getdoc(section)}\n")

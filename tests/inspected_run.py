@@ -65,6 +65,7 @@ def view(
                 "advantage": after[index] if index < len(after) else advantage,
             }
         )
+        turns[-1]["versions"] = [[0, 1, 2], [1, 2, 3]] if index == 0 else []
     root = f"sha256:{PICTURE}"
     whole = {"file": f"{PICTURE}.png", "sha256": PICTURE, "width": 200, "height": 100}
     crop = {"file": f"{CROP}.png", "sha256": CROP, "width": 100, "height": 50}
@@ -117,10 +118,26 @@ def row_of(held: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def scores_of(held: dict[str, Any]) -> dict[str, Any]:
+    """The line of `scores/` that goes with a view: numbers that tell the tokens apart."""
+    tokens = range(len(held["logprobs"]))
+    return {
+        "id": held["id"],
+        "logprobs": [-0.5 - 0.01 * k for k in tokens],
+        "ratio": [1.0 + 0.002 * k for k in tokens],
+        "entropy": [0.25 + 0.125 * k for k in tokens],
+    }
+
+
 def write_run(run: Path, steps: Sequence[Sequence[dict[str, Any]]], **credit: Any) -> Path:
     """A run folder with one dump per step."""
     for number, views in enumerate(steps):
-        for folder, lines in (("tokens", views), ("rollouts", [row_of(held) for held in views])):
+        lines_of = {
+            "tokens": views,
+            "rollouts": [row_of(held) for held in views],
+            "scores": [scores_of(held) for held in views],
+        }
+        for folder, lines in lines_of.items():
             path = run / folder / f"step_{number:06d}.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))

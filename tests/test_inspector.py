@@ -24,6 +24,7 @@ from tapo_train.inspector.run_pages import write_pages
 from tapo_train.inspector.serve import page_server
 
 DUMP = Path("tokens") / "step_000000.jsonl"
+SCORES = Path("scores") / "step_000000.jsonl"
 
 
 def data(out: Path, key: str) -> Any:
@@ -143,6 +144,21 @@ def test_the_pages_say_what_the_dump_says(pages: Path) -> None:
     assert "too far" in question["attempts"][3]["turns"][0]["reason"]["calls"][0]["why"]
 
 
+def test_scores_are_those_of_any_rank_and_may_be_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [four_attempts()])
+    first, second, *_ = (run / SCORES).read_text().splitlines()
+    (run / SCORES).write_text(first + "\n")
+    (run / DUMP).with_name("step_000000.rank_1.jsonl").touch()
+    (run / SCORES).with_name("step_000000.rank_1.jsonl").write_text(second + "\n")
+    write_pages(run, tmp_path / "out")
+    attempts = data(tmp_path / "out", "step_000000/q_0000")["attempts"]
+    assert attempts[0]["turns"][1]["scores"]["entropy"] == [0.5, 0.625]
+    assert attempts[1]["turns"][0]["scores"]["ratio"] == [1.0, 1.002]
+    assert attempts[2]["turns"][0]["scores"] is None
+    assert attempts[0]["turns"][0]["versions"] == [[0, 1, 2], [1, 2, 3]]
+    assert attempts[0]["turns"][1]["versions"] == [[0, 2, 3]]
+
+
 def test_a_reference_is_counted_among_all_attempts_also_those_left_out(tmp_path: Path) -> None:
     attempts = four_attempts()
     run = write_run(tmp_path / "run", [attempts])
@@ -231,6 +247,16 @@ def test_another_credit_stage_is_said_and_given_no_reasons(tmp_path: Path) -> No
             "wanted the options of TAPO",
         ),
         (lambda run: (run / DUMP).unlink(), "has no dump"),
+        (
+            lambda run: (run / SCORES).write_text('{"id": "same", "logprobs": "<b>"}\n'),
+            "line 1: logprobs is '<b>', wanted a list of numbers",
+        ),
+        (
+            lambda run: (run / SCORES).write_text(
+                '{"id": "same", "logprobs": [0], "ratio": [1], "entropy": [null]}\n'
+            ),
+            "scores of same: wanted 6 each",
+        ),
     ],
 )
 def test_a_damaged_run_is_refused_in_one_message(

@@ -95,6 +95,23 @@ def test_numbers_and_reasons_on_the_page_are_those_of_the_dump(page: Any, pages:
     assert "too far" in page.inner_text(".reason > p")
 
 
+def test_tokens_are_coloured_by_the_dumped_scores_and_versions(page: Any, pages: Path) -> None:
+    visit(page, pages, "step_000000/q_0000/2", ".turn")
+    assert page.locator(".versions").all_inner_texts()[:2] == ["weights 2, then 3", "weights 3"]
+    for measure, mean, darkest in (
+        ("entropy", 0.3125, "0.8750"),
+        ("ratio", 0.001, "0.0100"),
+        ("mismatch", -0.005, "0.0500"),
+        ("surprise", 0.5, "0.5000"),
+    ):
+        page.select_option("#colour", measure)
+        assert page.inner_text("#legend").endswith(f"darkest is {darkest}")
+        first = page.locator(".mean").first.inner_text()
+        assert float(first.rsplit(" ", 1)[1].replace("−", "-")) == pytest.approx(mean, abs=1e-4)
+    page.select_option("#colour", "version")
+    assert page.inner_text("#legend").endswith("darkest is 3, the newest")
+
+
 def test_the_region_that_was_cut_is_drawn_where_it_was_cut(page: Any, pages: Path) -> None:
     visit(page, pages, "step_000000/q_0000/2", ".cut-box")
     box = page.query_selector(".call .cut-box")

@@ -123,6 +123,26 @@ def test_the_update_does_not_depend_on_the_budget_of_a_micro_batch(folder, chat)
         torch.testing.assert_close(weights, results[0][2], atol=1e-6, rtol=0)
 
 
+def test_who_looks_on_sees_what_was_computed_and_changes_nothing(folder, chat):
+    seen, weights = [], []
+    for observe in (None, lambda *told: seen.append(told)):
+        policy = make_policy(folder, chat, measure_entropy=False)
+        batch = policy.with_old_logprobs([join(some_rows(chat, policy.layout))])[0]
+        shifted = replace(batch, old_logprobs=batch.old_logprobs - 0.125)
+        exact = policy._score(batch, with_entropy=True)[1].detach()
+        metrics = policy.update([shifted], policy_gradient(grpo), observe=observe)
+        assert "policy/entropy" not in metrics
+        weights.append(weights_of(policy))
+        policy.close()
+    torch.testing.assert_close(weights[0], weights[1], atol=0, rtol=0)
+    ((told, logprobs, entropy, output),) = seen
+    assert told.row_ids == batch.row_ids and not logprobs.requires_grad
+    torch.testing.assert_close(logprobs, batch.old_logprobs, atol=1e-6, rtol=0)
+    torch.testing.assert_close(logprobs - output.old_logprobs, torch.full_like(logprobs, 0.125))
+    torch.testing.assert_close(entropy, exact, atol=1e-6, rtol=0)
+    assert entropy.min() > 0
+
+
 def test_an_update_raises_tokens_of_positive_and_lowers_those_of_negative_advantage(folder, chat):
     policy = make_policy(folder, chat, learning_rate=0.1)
     good, bad = (make_row(chat, policy.layout, seed=s) for s in (1, 2))

@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image as Pillow
 
+from tapo_train.algos.losses import LossOutput
 from tapo_train.credit import CreditResult, NoTransfer, Tapo, TapoOptions, from_trajectory
 from tapo_train.credit.rollout_file import read_rollouts
 from tapo_train.data.images import read_image
 from tapo_train.errors import DataError, TapoError
+from tapo_train.learner.batch import TrainingRow, join
 from tapo_train.report.catalogue import require_known
 from tapo_train.report.dumps import TrajectoryDump, write_trajectories
 from tapo_train.report.token_view import expanded_tokens, shortened_tokens, token_view
@@ -35,6 +38,7 @@ from tapo_train.types import (
     ToolCall,
     Trajectory,
     Turn,
+    VersionSpan,
 )
 
 
@@ -339,6 +343,41 @@ def test_a_call_with_an_advantage_of_its_own_shows_it(tmp_path: Path) -> None:
     assert "advantage" not in unknown
 
 
+def test_versions_of_the_weights_are_dumped_turn_by_turn() -> None:
+    first, last = searching().turns
+    parts = (VersionSpan(start=0, end=1, version=4), VersionSpan(start=1, end=3, version=5))
+    carried = dataclasses.replace(first, policy_version=4, versions=parts)
+    view = token_view(dataclasses.replace(searching(), turns=(carried, last)))
+    assert [turn["policy_version"] for turn in view["turns"]] == [4, 0]
+    assert [turn["versions"] for turn in view["turns"]] == [[[0, 1, 4], [1, 3, 5]], []]
+
+
+def test_scores_of_tokens_are_those_of_their_last_update(tmp_path: Path) -> None:
+    held = (searching(), searching("t2"))
+    advantages = (0.5, 0.5)
+    dump = TrajectoryDump(tmp_path, every=2)
+    assert dump.observer(1) is None
+    rows = [TrainingRow.from_turns(one, [1.0, 1.0]) for one in held]
+    both, first = join(rows), join(rows[:1])
+    values = torch.linspace(-1.0, -0.1, 10)
+    for batch, logprobs, old in (
+        (both, values, values),
+        (both, values + 0.25, values),
+        (first, values[:5], None),
+    ):
+        seen = dump.observer(2)
+        assert seen is not None
+        output = LossOutput(per_token=logprobs, metrics={}, old_logprobs=old)
+        seen(batch, logprobs, logprobs + 2, output)
+    dump.write(2, held, advantages, assigned(held, advantages, tapo=False))
+    again, only = lines(tmp_path / "scores" / "step_000002.jsonl")
+    assert (again["id"], only["id"]) == ("t1", "t2")
+    assert again["logprobs"] == [-1.0, -0.9, -0.8, -0.7, -0.6] and again["ratio"] == [None] * 5
+    assert only["logprobs"] == pytest.approx([-0.25, -0.15, -0.05, 0.05, 0.15], abs=1e-6)
+    assert only["ratio"] == pytest.approx([math.exp(0.25)] * 5, rel=1e-5)
+    assert only["entropy"] == pytest.approx([1.75, 1.85, 1.95, 2.05, 2.15], abs=1e-5)
+
+
 def test_pictures_are_stored_once_with_their_own_bytes(tmp_path: Path) -> None:
     held = (searching(), searching("t2"))
     for step in range(2):
@@ -361,7 +400,7 @@ def test_resuming_discards_the_dumps_of_later_steps_of_all_ranks(tmp_path: Path)
         for step in (1, 2, 10):
             TrajectoryDump(tmp_path, rank=rank).write(step, held, (0.0,), assigned(held, (0.0,)))
     TrajectoryDump(tmp_path).discard_from(2)
-    for folder in ("tokens", "rollouts"):
+    for folder in ("tokens", "rollouts", "scores"):
         kept = {path.name for path in (tmp_path / folder).iterdir()}
         assert kept == {"step_000001.jsonl", "step_000001.rank_1.jsonl"}
 

@@ -73,6 +73,8 @@ class LossOutput:
     """[K] loss to be minimised; not yet averaged."""
     metrics: Metrics
     """Detached (sum, count) pairs; see `algos.metrics`."""
+    old_logprobs: Tensor | None = None
+    """[K] what the probability ratio was taken to, without gradient; None where there is none."""
 
 
 PolicyLoss = Callable[[TokenBatch], LossOutput]

@@ -1,8 +1,9 @@
 """What the pages show, read from a run folder or from the analyser's rows.
 
-A run keeps two files per step and rank: `tokens/` with everything the learner saw and `rollouts/`
-with what the credit stage saw. Rows of another framework are one step of attempts without tokens.
-Nothing here trusts a file: what is not of the expected form ends in a `DataError` with its place.
+A run keeps three files per step and rank: `tokens/` with everything that was sampled, `rollouts/`
+with what the credit stage saw, `scores/` with what the learner thought of the tokens. Rows of
+another framework are one step of attempts without tokens. Nothing here trusts a file: what is not
+of the expected form ends in a `DataError` with its place.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from tapo_train.credit.options import TapoOptions
@@ -36,6 +38,8 @@ class Attempt:
     """As the credit stage saw it; None if it failed outside the policy."""
     reasons: tuple[StepReason, ...]
     """One per tool step; empty where the run's credit stage was not TAPO."""
+    scores: JsonObject | None = None
+    """As in `scores/`; None where no update passed through the attempt."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,11 +79,15 @@ def read_step(number: int, paths: Sequence[Path], options: TapoOptions | None) -
         DataError: a line is not of the dump's form; it names file and line.
     """
     questions: list[Question] = []
+    scores: dict[str, JsonObject] = {}
+    for path in paths:
+        # Rows are dealt out among the ranks, so any rank may have learned from any of them.
+        scores |= _scores(path.parent.parent / "scores" / path.name)
     for path in paths:
         beside = path.parent.parent / "rollouts" / path.name
         rows = {row.id: row for row in read_rollouts(beside).rows} if beside.is_file() else {}
         held = [(view, rows.get(view["id"])) for view in _views(path)]
-        questions += _questions(held, options)
+        questions += _questions(held, options, scores)
     return Step(number=number, questions=tuple(questions))
 
 
@@ -90,7 +98,9 @@ def rows_as_step(path: Path, options: TapoOptions) -> Step:
 
 
 def _questions(
-    held: Sequence[tuple[dict[str, Any], CreditRow | None]], options: TapoOptions | None
+    held: Sequence[tuple[dict[str, Any], CreditRow | None]],
+    options: TapoOptions | None,
+    scores: Mapping[str, JsonObject] = MappingProxyType({}),
 ) -> Iterator[Question]:
     """Attempts by question, in order, each with the reasons of its steps."""
     groups: dict[str, list[tuple[dict[str, Any], CreditRow | None]]] = {}
@@ -102,7 +112,12 @@ def _questions(
         yield Question(
             group=group,
             attempts=tuple(
-                Attempt(view=view, row=row, reasons=() if row is None else next(reasons))
+                Attempt(
+                    view=view,
+                    row=row,
+                    reasons=() if row is None else next(reasons),
+                    scores=_fitting(scores.get(view["id"]), view),
+                )
                 for view, row in attempts
             ),
         )
@@ -116,6 +131,39 @@ def _views(path: Path) -> Iterator[dict[str, Any]]:
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: {error}; wanted a dumped trajectory") from None
         yield view
+
+
+_SCORES = ("logprobs", "ratio", "entropy")
+
+
+def _scores(path: Path) -> dict[str, JsonObject]:
+    """By trajectory; a run of before these were dumped has none."""
+    found: dict[str, JsonObject] = {}
+    for number, line in numbered_lines(path) if path.is_file() else ():
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError(f"found {type(row).__name__}, wanted an object")
+            _require(row, ("id",), lambda value: isinstance(value, str), "text")
+            _require(row, _SCORES, _are_numbers, "a list of numbers")
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}, line {number}: {error}; wanted scores of tokens") from None
+        found[row["id"]] = row
+    return found
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        part is None or type(part) in (int, float) for part in value
+    )
+
+
+def _fitting(scores: JsonObject | None, view: JsonObject) -> JsonObject | None:
+    """DataError unless there is a score per sampled token."""
+    wanted = len(view["logprobs"])
+    if scores is not None and any(len(scores[name]) != wanted for name in _SCORES):
+        raise DataError(f"scores of {view['id']}: wanted {wanted} each, one per sampled token")
+    return scores
 
 
 _TEXTS = ("id", "group", "question")
@@ -134,6 +182,8 @@ def _require_view(view: Any) -> None:
         _require(turn, ("span",), _is_span, "[start, end]")
         _require(turn, ("calls",), lambda value: isinstance(value, list), "a list")
         _require(turn, ("text",), lambda value: isinstance(value, str), "text")
+        if "versions" in turn:
+            _require(turn, ("versions",), _are_versions, "[start, end, version] each")
         if not all(isinstance(call, dict) for call in turn["calls"]):
             raise ValueError("calls hold something else than objects")
     if not all(isinstance(image, dict) for image in view["images"]):
@@ -146,6 +196,13 @@ def _require(
     for key in keys:
         if not is_right(held.get(key)):
             raise ValueError(f"{key} is {str(held.get(key))[:60]!r}, wanted {wanted}")
+
+
+def _are_versions(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(part, list) and len(part) == 3 and all(type(entry) is int for entry in part)
+        for part in value
+    )
 
 
 def _is_span(value: Any) -> bool:

@@ -102,10 +102,11 @@ class Site:
                 {
                     "index": turn["index"],
                     "start": start,
-                    "version": turn.get("policy_version", view.get("policy_version")),
+                    "versions": _versions(turn, view),
                     "text": turn["text"],
                     "pieces": self.pieces(view["tokens"], start, end) if self.pieces else None,
                     "logprobs": view["logprobs"][at : at + end - start],
+                    "scores": _part(attempt.scores, at, at + end - start),
                     "advantage": turn.get("advantage"),
                     "credit": turn.get("credit"),
                     "calls": turn["calls"],
@@ -133,6 +134,19 @@ class Site:
         text = json.dumps(plain(value), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
         script = f'tapo.put("{key}",{text.replace("<", chr(92) + "u003c")});\n'
         write_atomically(self.out / "data" / f"{key}.js", script)
+
+
+def _versions(turn: Mapping[str, Any], view: Mapping[str, Any]) -> list[list[int]]:
+    """[start, end, version] among the turn's sampled tokens; none where it is not known."""
+    version = turn.get("policy_version", view.get("policy_version"))
+    whole = [] if version is None else [[0, turn["span"][1] - turn["span"][0], version]]
+    return turn.get("versions") or whole
+
+
+def _part(scores: Mapping[str, Any] | None, start: int, end: int) -> dict[str, Any] | None:
+    if scores is None:
+        return None
+    return {name: scores[name][start:end] for name in ("logprobs", "ratio", "entropy")}
 
 
 def _reason(reason: StepReason | None, judged: Sequence[int]) -> dict[str, Any] | None:

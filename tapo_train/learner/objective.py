@@ -21,6 +21,10 @@ from tapo_train.learner.batch import MicroBatch
 Objective = Callable[[MicroBatch, Tensor, Tensor | None], LossOutput]
 """(micro-batch, log-probabilities [K], entropies [K] if measured) -> per-token loss, metrics."""
 
+Observe = Callable[[MicroBatch, Tensor, Tensor, LossOutput], None]
+"""(micro-batch, log-probabilities [K], entropies [K], what the objective made of them), all without
+gradient and where the device has them: told of every micro-batch that is learned from."""
+
 Proximal = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(current [K], sampler [K], age [K]) -> log-probabilities [K] at the start of the step."""
 
@@ -74,7 +78,7 @@ def policy_gradient(
             )
             per_token = per_token + penalty.per_token
             metrics |= penalty.metrics
-        return LossOutput(per_token=per_token, metrics=metrics)
+        return LossOutput(per_token=per_token, metrics=metrics, old_logprobs=old)
 
     return objective
 

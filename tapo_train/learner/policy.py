@@ -24,7 +24,7 @@ from tapo_train.learner import distributed, engine, fragments, packed_model, wei
 from tapo_train.learner.batch import MicroBatch, TrainingRow, join
 from tapo_train.learner.gradients import GradientGuard
 from tapo_train.learner.layout import ModelLayout, PixelSource
-from tapo_train.learner.objective import Objective
+from tapo_train.learner.objective import Objective, Observe
 from tapo_train.learner.scorer import RAW, Distribution, Scorer
 from tapo_train.learner.sequence import SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
@@ -118,12 +118,14 @@ class Policy:
         *,
         aggregation: Aggregation = "token-mean",
         norm_length: float | None = None,
+        observe: Observe | None = None,
     ) -> Metrics:
         """One optimizer step on all ranks' micro-batches together.
 
         The loss is the mean over the step, whatever its cut into micro-batches and ranks.
         Ranks with fewer micro-batches take part with empty ones. Without a trained token on
-        any rank no step is taken, and the answer is empty.
+        any rank no step is taken, and the answer is empty. `observe` looks on and changes nothing;
+        entropies are measured for it, whether the objective wants them or not.
 
         Returns:
             This rank's (sum, count) pairs: of the objective, and `loss`, `grad_norm`,
@@ -149,9 +151,12 @@ class Policy:
         self._engine.train()
         for batch, inputs in self._score.ahead(padded):
             moved = batch.to(self.device)
-            logprobs, entropy = self._score(moved, inputs, with_entropy=self._measure_entropy)
+            measure = self._measure_entropy or observe is not None
+            logprobs, entropy = self._score(moved, inputs, with_entropy=measure)
             if moved.num_trained:
                 output = objective(moved, logprobs, entropy if self._measure_entropy else None)
+                if observe is not None:
+                    observe(moved, logprobs.detach(), entropy.detach(), output)
                 share = aggregate(
                     output.per_token,
                     moved.trajectory,
@@ -166,14 +171,16 @@ class Policy:
                 share = logprobs.sum()
             self._guard.backward(share)
             shares.append(share.detach())
-        loss = self._finite_loss(shares, padded)
+        return metrics | self._step(self._finite_loss(shares, padded))
+
+    def _step(self, loss: float) -> Metrics:
+        """Let the optimizer step; what of it is the same on all ranks."""
         rate = self._engine.get_lr()[0]
-        norm = self._guard.step()
-        for name, value in (("loss", loss), ("grad_norm", norm), ("learning_rate", rate)):
-            metrics[f"update/{name}"] = pair(
-                torch.tensor(value, dtype=torch.float64, device=self.device)
-            )
-        return metrics
+        found = {"loss": loss, "grad_norm": self._guard.step(), "learning_rate": rate}
+        return {
+            f"update/{name}": pair(torch.tensor(value, dtype=torch.float64, device=self.device))
+            for name, value in found.items()
+        }
 
     def _finite_loss(self, shares: Sequence[Tensor], batches: Sequence[MicroBatch]) -> float:
         """The step's loss; NonFiniteError, with nothing left of its gradients, if it is none."""

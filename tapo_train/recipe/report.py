@@ -11,10 +11,11 @@ from tapo_train.recipe.values import STRICT, CountOrZero
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Report:
-    """Dumps of trajectories: `rollouts/`, `tokens/` and `images/` of the run folder."""
+    """Dumps of trajectories: `rollouts/`, `tokens/`, `scores/` and `images/` of the run folder."""
 
     dump_every: CountOrZero = 1
     """[steps] Steps it divides are dumped, the first one among them; 0: none. 1024 trajectories of
-    8000 tokens take some 80 MB without their pictures."""
+    8000 tokens take some 80 MB without their pictures. In steps that are dumped the update measures
+    the entropy of each trained token, which costs it a softmax."""
     dump_images: Literal["all", "roots", "none"] = "all"
     """roots leaves out what was cut from another picture: each row says which one, and where."""

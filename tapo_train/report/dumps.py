@@ -1,9 +1,11 @@
 """Trajectories of every step, written so that a killed run leaves whole files or none.
 
-Two files per step and rank: `rollouts/` for the offline analyser, `tokens/` with the
-token-level view. Rank 0's file is `step_000012.jsonl`, another rank's
-`step_000012.rank_1.jsonl`. Pictures are stored once for the whole run. Trajectories that
-failed outside the policy are in `tokens/` alone: they take no part in loss and credit.
+Three files per step and rank: `rollouts/` for the offline analyser, `tokens/` with the
+token-level view, `scores/` with what the learner thought of the tokens it learned from, which are
+those of another rank where rows were dealt out anew. Rank 0's file is `step_000012.jsonl`,
+another rank's `step_000012.rank_1.jsonl`. Pictures are stored once for the whole run.
+Trajectories that failed outside the policy are in `tokens/` alone: they take no part in loss and
+credit.
 Steps may be left out, and pictures: a crop can be cut again from its root.
 """
 
@@ -19,6 +21,7 @@ from tapo_train.credit.result import CreditResult
 from tapo_train.errors import TapoError
 from tapo_train.report.files import write_atomically
 from tapo_train.report.rollout_row import rollout_row
+from tapo_train.report.token_scores import TokenScores
 from tapo_train.report.token_view import (
     Decode,
     StoredImages,
@@ -61,6 +64,14 @@ class TrajectoryDump:
         self._placeholder = placeholder
         self._every = every
         self._images = images
+        self._scores: dict[int, TokenScores] = {}
+
+    def observer(self, step: int) -> TokenScores | None:
+        """What has to see the updates of 0-based `step`; None if the step is not dumped."""
+        return self._scores.setdefault(step, TokenScores()) if self._is_due(step) else None
+
+    def _is_due(self, step: int) -> bool:
+        return self._every > 0 and step % self._every == 0
 
     def write(
         self,
@@ -84,7 +95,7 @@ class TrajectoryDump:
                 f"dump of step {step}: {len(trajectories)} trajectories, {len(advantages)} "
                 f"advantages, {len(credit.step_advantages)} credit rows; wanted equal numbers"
             )
-        if not self._every or step % self._every:
+        if not self._is_due(step):
             return
         store_images(self._path / "images", trajectories, which=self._images)
         views = [
@@ -103,6 +114,8 @@ class TrajectoryDump:
         ]
         name = f"step_{step:06d}{self._suffix}.jsonl"
         _write_lines(self._path / "tokens" / name, views)
+        scores = self._scores.pop(step, TokenScores())
+        _write_lines(self._path / "scores" / name, scores.rows())
         by_turn = turn_advantages or [()] * len(trajectories)
         rows = [
             rollout_row(trajectory, advantage, turns)
@@ -116,7 +129,7 @@ class TrajectoryDump:
 
         All ranks may call this at once, before any of them writes.
         """
-        for folder in ("rollouts", "tokens"):
+        for folder in ("rollouts", "tokens", "scores"):
             for path in sorted((self._path / folder).glob("step_*.jsonl")):
                 match = _STEP.fullmatch(path.name)
                 if match is not None and int(match[1]) >= step:

@@ -9,6 +9,7 @@ RUN/
   wandb/, wandb_id       the dashboard's files
   rollouts/step_000012.jsonl   trajectories as the offline analyser reads them
   tokens/step_000012.jsonl     the same with tokens, spans, log-probs, advantages
+  scores/step_000012.jsonl     the learner's log-prob, ratio, entropy of each token it learned from
   images/<sha256>.png    pictures of the dumps, each once
   checkpoints/           to resume from
   export/                the policy in Hugging Face format
@@ -31,7 +32,7 @@ _SAME = ("model", "data", "seed")
 """Entries of the manifest that a resumed run must share with the one it goes on with; of the data
 only the validation, whose accuracies would not compare. Tasks to train on may be mended."""
 
-_OWN = ("recipe.yaml", "metrics.jsonl", "rollouts", "tokens", "checkpoints", "wandb_id")
+_OWN = ("recipe.yaml", "metrics.jsonl", "rollouts", "tokens", "scores", "checkpoints", "wandb_id")
 """Names that only a run may have made, after its manifest."""
 
 

@@ -1,9 +1,9 @@
 """One trajectory as a JSON object with everything the learner saw of it.
 
 Beside the analyser's rows (which know calls but no tokens) this view has the tokens,
-the spans over them, the sampler's log-probabilities, and the advantage of every turn
-before and after the credit stage. Pictures are named by content; their bytes lie once
-in the run's `images/`.
+the spans over them, the sampler's log-probabilities, which weights sampled which tokens, and the
+advantage of every turn before and after the credit stage. Pictures are named by content; their
+bytes lie once in the run's `images/`.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def token_view(
 ) -> dict[str, Any]:
     """The trajectory without credit; `text` is there if `decode` is.
 
-    `tokens` has a run of placeholders as [id, length]; spans are [start, end) positions in
-    `expanded_tokens(tokens)`. `logprobs` are those of the sampled tokens in order (null where
-    not finite). `text` has a picture's placeholder once. `file` of a picture is null where it is
-    not stored.
+    A turn's `versions` are [start, end, version] among its sampled tokens; none: all of them by its
+    `policy_version`. `tokens` has a run of placeholders as [id, length]; spans are [start, end)
+    positions in `expanded_tokens(tokens)`. `logprobs` are those of the sampled tokens in order
+    (null where not finite). `text` has a picture's placeholder once. `file` of a picture is null
+    where it is not stored.
     """
     reward = trajectory.reward
     view: dict[str, Any] = {
@@ -160,6 +161,8 @@ def _turn(turn: Turn) -> dict[str, Any]:
     return {
         "index": turn.index,
         "span": _span(turn.span),
+        "policy_version": turn.policy_version,
+        "versions": [[part.start, part.end, part.version] for part in turn.versions],
         "observation_span": _span(turn.observation_span),
         "num_images_before": turn.num_images_before,
         "text": turn.text,

@@ -248,6 +248,7 @@ class Trainer:
                 self._parts.objective,
                 aggregation=self._schedule.aggregation,
                 norm_length=self._schedule.norm_length,
+                observe=self._parts.dump.observer(step),
             )
             name = f"step_{step:06d}.update_{number}"
             metrics = merge(metrics, self._parts.nonfinite(update, micro_batches, name=name))

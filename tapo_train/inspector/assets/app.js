@@ -168,37 +168,74 @@ function cutsOf(image, attempt) {
 
 // ---------------------------------------------------------------- tokens in colour
 
+// Name: [label, value of a token, how it is shaded]. "both": two colours around zero, on the scale of
+// the question's advantages or of its own; "one": one colour from zero up.
+const known = value => value === null || value === undefined ? NaN : value;
+const score = (turn, name, k) => turn.scores ? known(turn.scores[name][k]) : NaN;
 const COLOURS = {
   none: ["no colour", null],
-  after: ["advantage after", (turn, k) => advantageAt(turn, k)],
-  before: ["advantage before", (turn, k, attempt) => attempt.advantage],
-  difference: ["difference made by credit", (turn, k, attempt) => advantageAt(turn, k) - attempt.advantage],
-  probability: ["sampler's probability", (turn, k) => turn.logprobs[k] === null ? NaN : Math.exp(turn.logprobs[k])],
+  after: ["advantage after", (turn, k) => advantageAt(turn, k), "advantage"],
+  before: ["advantage before", (turn, k, attempt) => attempt.advantage, "advantage"],
+  difference: ["difference made by credit", (turn, k, attempt) => advantageAt(turn, k) - attempt.advantage, "advantage"],
+  surprise: ["sampler's −log p [nat]", (turn, k) => -known(turn.logprobs[k]), "one"],
+  entropy: ["learner's entropy [nat]", (turn, k) => score(turn, "entropy", k), "one"],
+  ratio: ["probability ratio − 1", (turn, k) => score(turn, "ratio", k) - 1, "both"],
+  mismatch: ["log-probability, learner − sampler", (turn, k) => score(turn, "logprobs", k) - known(turn.logprobs[k]), "both"],
+  version: ["version of the weights that sampled", (turn, k) => versionAt(turn, k), "one"],
 };
+function versionAt(turn, k) {
+  const part = turn.versions.find(([start, end]) => start <= k && k < end);
+  return part ? part[2] : NaN;
+}
+const versionsOf = turn => [...new Set(turn.versions.map(part => part[2]))];
 function advantageAt(turn, k) {
   const own = turn.calls.find(call => call.advantage !== undefined && call.span
     && call.span[0] <= turn.start + k && turn.start + k < call.span[1]);
   return own ? own.advantage : turn.advantage;
 }
 // Ten steps either way, as classes: the policy of the page allows no styles on elements.
-function shade(value, most, kind) {
+function shade(value, scale) {
   if (!Number.isFinite(value)) return "";
-  if (kind === "probability") return `low-${Math.round(10 * (1 - value))}`;
-  const level = Math.min(10, Math.round(10 * Math.abs(value) / most));
+  if (scale.kind === "one") {
+    const level = Math.round(10 * (value - scale.least) / (scale.most - scale.least));
+    return level > 0 ? `low-${Math.min(10, level)}` : "";
+  }
+  const level = Math.min(10, Math.round(10 * Math.abs(value) / scale.most));
   return level ? (value > 0 ? `up-${level}` : `down-${level}`) : "";
 }
+const TINY = 1e-9;
+// What the darkest shade stands for, over the attempts that are shown.
+function scaleOf(colour, attempts) {
+  const [, measure, kind] = COLOURS[colour];
+  if (!measure) return null;
+  if (kind === "advantage") return { kind, most: Math.max(TINY, ...attempts.map(a => Math.abs(a.advantage || 0))) };
+  let most = TINY, least = Infinity;
+  for (const attempt of attempts) for (const turn of attempt.turns) for (let k = 0; k < turn.logprobs.length; k++) {
+    const value = measure(turn, k, attempt);
+    if (Number.isFinite(value)) { most = Math.max(most, kind === "one" ? value : Math.abs(value)); least = Math.min(least, value); }
+  }
+  return { kind, most, least: colour === "version" ? Math.min(least, most - 1) : 0, empty: least === Infinity };
+}
+function Legend({ colour, scale }) {
+  if (!scale) return null;
+  const label = COLOURS[colour][0];
+  if (scale.empty) return html`<p class="note" id="legend">${label}: not dumped for these attempts</p>`;
+  if (colour === "version") return html`<p class="note" id="legend">${label}: darkest is ${scale.most}, the newest</p>`;
+  if (scale.kind === "one") return html`<p class="note" id="legend">${label}: none is 0, <span class="low-10">darkest</span> is ${fixed(scale.most, 4)}</p>`;
+  return html`<p class="note" id="legend">${label}: <span class="up-10">above</span> and <span class="down-10">below</span> 0, darkest is ${fixed(scale.most, 4)}</p>`;
+}
 
-function Written({ turn, attempt, colour, most }) {
+function Written({ turn, attempt, colour, scale }) {
   if (!turn.text && !turn.pieces) return null;
   const measure = COLOURS[colour][1];
   if (!measure) return html`<pre class="written">${turn.text}</pre>`;
   if (!turn.pieces) {
     const value = measure(turn, 0, attempt);
-    return html`<pre class="written ${colour === "probability" ? "" : shade(value, most, colour)}">${turn.text}</pre>`;
+    return html`<pre class="written ${scale.kind === "advantage" ? shade(value, scale) : ""}">${turn.text}</pre>`;
   }
   return html`<pre class="written">${turn.pieces.map((piece, k) => {
     const value = measure(turn, k, attempt);
-    return html`<span class=${shade(value, most, colour)} title=${`${COLOURS[colour][0]} ${fixed(value, 4)}`}>${piece}</span>`;
+    return html`<span class=${shade(value, scale)} title=${`${COLOURS[colour][0]} ${fixed(value, colour === "version" ? 0 : 4)}`}>${piece}</span>`;
   })}</pre>`;
 }
 
@@ -241,26 +278,36 @@ function Call({ call, number, turn, attempt, context }) {
     ${reason && html`<${Reason} call=${reason} ...${context}/>`}</div>`;
 }
 
-function Turn({ turn, attempt, colour, most, context }) {
+function Turn({ turn, attempt, colour, scale, context }) {
   const before = attempt.advantage, after = turn.advantage;
   const moved = Number.isFinite(after) && Number.isFinite(before) && after !== before;
   return html`<article class="turn ${moved ? "is-corrected" : ""}" aria-label=${`turn ${turn.index + 1}`}>
     <header><h3>turn ${turn.index + 1}</h3>
       <span class="number">${moved ? html`advantage ${signed(before)} → <strong class="after">${signed(after)}</strong>` : html`advantage <span class="after">${signed(after === undefined || after === null ? before || 0 : after)}</span>`}</span>
       ${turn.reason && turn.reason.clipped && html`<${Badge} kind="cut">cut at zero<//>`}
-      ${turn.version !== null && turn.version !== undefined && html`<small>weights ${turn.version}</small>`}</header>
-    <${Written} turn=${turn} attempt=${attempt} colour=${colour} most=${most}/>
+      ${turn.versions.length > 0 && html`<small class="versions">weights ${versionsOf(turn).join(", then ")}</small>`}
+      <${Mean} turn=${turn} attempt=${attempt} colour=${colour}/></header>
+    <${Written} turn=${turn} attempt=${attempt} colour=${colour} scale=${scale}/>
     ${turn.calls.map((call, n) => html`<${Call} call=${call} number=${n} turn=${turn} attempt=${attempt} context=${context}/>`)}
   </article>`;
 }
 
-function Attempt({ attempt, number, colour, most, context, heading }) {
+// The measure of a turn in one number, where its tokens differ in it.
+function Mean({ turn, attempt, colour }) {
+  const [label, measure, kind] = COLOURS[colour];
+  if (!measure || kind === "advantage" || colour === "version") return null;
+  const values = turn.logprobs.map((_, k) => measure(turn, k, attempt)).filter(Number.isFinite);
+  if (!values.length) return html`<small>${label}: not known</small>`;
+  return html`<small class="mean">${label}: mean ${fixed(values.reduce((a, b) => a + b) / values.length, 4)}</small>`;
+}
+
+function Attempt({ attempt, number, colour, scale, context, heading }) {
   const parts = attempt.reward ? Object.entries(attempt.reward.parts || {}) : [];
   return html`<section class="attempt">
     <h2>${heading ? html`<a href=${heading}>attempt ${number + 1}</a>` : `attempt ${number + 1}`}
       <${Badge} kind=${outcomeOf(attempt)}>${outcomeOf(attempt)}<//></h2>
     <p class="note">${attempt.id} · answer: ${attempt.answer === null || attempt.answer === undefined ? "none" : attempt.answer}${" "}· reward ${fixed(attempt.reward && attempt.reward.total)}${parts.length > 0 && ` (${parts.map(([name, value]) => `${name} ${fixed(value)}`).join(", ")})`}${" "}· advantage <span class="number">${signed(attempt.advantage || 0)}</span>${attempt.stop && ` · ended: ${attempt.stop}`}</p>
-    ${attempt.turns.map(turn => html`<${Turn} turn=${turn} attempt=${attempt} colour=${colour} most=${most} context=${context}/>`)}
+    ${attempt.turns.map(turn => html`<${Turn} turn=${turn} attempt=${attempt} colour=${colour} scale=${scale} context=${context}/>`)}
   </section>`;
 }
 
@@ -270,7 +317,7 @@ class Question extends Component {
   constructor() { super(); this.state = { colour: "after" }; }
   render({ data, file, question, number }) {
     const { attempts } = data, only = number === undefined ? null : attempts[number];
-    const most = Math.max(1e-9, ...attempts.map(a => Math.abs(a.advantage || 0)));
+    const scale = scaleOf(this.state.colour, attempts);
     const context = { file, question, attempts };
     const first = attempts[0], pictures = first.images.slice(0, first.num_question_images);
     const at = only || first;
@@ -288,9 +335,10 @@ class Question extends Component {
         ${only && number > 0 && html`<a id="previous" href=${link(file, question, number - 1)}>previous attempt</a>`}
         ${only && number + 1 < attempts.length && html`<a id="next" href=${link(file, question, number + 1)}>next attempt</a>`}
       </form>
+      <${Legend} colour=${this.state.colour} scale=${scale}/>
       <div class=${only ? "one" : "side-by-side"} tabindex=${only ? undefined : 0} role=${only ? undefined : "region"} aria-label=${only ? undefined : "Attempts"}>
         ${(only ? [[only, number]] : attempts.map((a, n) => [a, n])).map(([attempt, n]) => html`
-          <${Attempt} key=${n} attempt=${attempt} number=${n} colour=${this.state.colour} most=${most} context=${context}
+          <${Attempt} key=${n} attempt=${attempt} number=${n} colour=${this.state.colour} scale=${scale} context=${context}
             heading=${only ? null : link(file, question, n)}/>`)}
       </div>`;
   }
