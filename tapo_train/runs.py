@@ -26,11 +26,12 @@ from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe, recipe_to_show, to_yaml
 from tapo_train.report.dumps import write_trajectories
+from tapo_train.report.live_console import open_console
 from tapo_train.report.manifest import describe_data, describe_model, describe_process
 from tapo_train.report.metrics_file import MetricsFile
 from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
-from tapo_train.report.sinks import Console, Sink, duration
+from tapo_train.report.sinks import Sink, duration
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine
 from tapo_train.training.parts import Parts
@@ -79,7 +80,9 @@ def _train(recipe: Recipe, ending: ExitStack, engine: Engine | None) -> Path | N
         changed = folder.begin(recipe=to_yaml(recipe), manifest=manifest, step=step)
         if changed:
             print(f"going on with other data: {changed}", flush=True)
-        return make_sinks(recipe, folder, step)
+        console = open_console(total_steps=recipe.run.steps, first_step=step)
+        watchdog.told = console.enter
+        return [console, *make_sinks(recipe, folder, step)]
 
     is_done = Trainer(parts, build.build_schedule(recipe)).fit(open_sinks)
     if is_done:
@@ -253,11 +256,8 @@ def check_dashboard(recipe: Recipe) -> None:
 
 
 def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:
-    """Console, metrics file and, unless disabled, wandb."""
-    sinks: list[Sink] = [
-        Console(total_steps=recipe.run.steps),
-        MetricsFile(folder.metrics, resume_step=step),
-    ]
+    """Metrics file and, unless disabled, wandb."""
+    sinks: list[Sink] = [MetricsFile(folder.metrics, resume_step=step)]
     if recipe.run.wandb != "disabled":
         from tapo_train.report.wandb_sink import WandbSink
 

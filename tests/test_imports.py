@@ -42,6 +42,7 @@ DOORS = {
     "tantivy": {"tools/corpus_index.py"},
     "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},
+    "rich": {"report/live_console.py"},
     "mcp": {"tools/mcp.py", "tools/mcp_answer.py"},
     "math_verify": {"rewards/maths.py"},
 }

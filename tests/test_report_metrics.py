@@ -6,8 +6,14 @@ import ast
 import io
 import json
 import math
+import os
+import pty
 import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,6 +22,7 @@ from PIL import Image as Pillow
 
 from tapo_train.errors import DataError, TapoError
 from tapo_train.report.catalogue import METRICS, meaning_of, require_known
+from tapo_train.report.live_console import LiveConsole, open_console
 from tapo_train.report.metrics_file import MetricsFile, read_metrics
 from tapo_train.report.plots import plot_metrics
 from tapo_train.report.sinks import Console, duration, write_all
@@ -101,6 +108,51 @@ def test_a_row_of_validation_alone_is_shown_without_training_columns() -> None:
     stream = io.StringIO()
     Console(total_steps=4, stream=stream).write(1, {"eval/accuracy": 0.25})
     assert stream.getvalue() == "step 2/4  validation 0.250\n"
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[TextIO, Callable[[], str]]]:
+    """A stream that is a terminal, and what was shown on it so far."""
+    ours, theirs = pty.openpty()
+    with os.fdopen(theirs, "w") as stream:
+        yield stream, lambda: os.read(ours, 1 << 16).decode()
+    os.close(ours)
+
+
+def test_on_a_terminal_a_line_below_the_rows_says_what_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("CI", raising=False)
+    with terminal() as (stream, shown):
+        console = open_console(total_steps=12, first_step=3, stream=stream)
+        assert isinstance(console, LiveConsole)
+        console.enter("rollout")
+        console.write(3, {"reward/mean": 0.5, "time/step_s": 20.0, "warning/tool_use_dying": 1.0})
+        console.enter("update")
+        time.sleep(0.5)
+        console.close()
+        seen = shown()
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen)
+    assert "step  4/12  reward 0.500  20.0 s  2 min 40 s left\r\n" in plain
+    assert "  warning: tool use is dying out" in plain
+    assert re.search(r"step  5/12  update  \d s  2 min (40|39) s left", plain)
+    assert seen.rfind("\x1b[?25h") > seen.rfind("\x1b[?25l"), "the cursor is gone"
+
+
+@pytest.mark.parametrize(("name", "value"), [("CI", "true"), ("TERM", "dumb")])
+def test_where_nobody_watches_lines_are_plain(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv(name, value)
+    with terminal() as (stream, shown):
+        console = open_console(total_steps=4, stream=stream)
+        console.enter("rollout")
+        console.write(1, {"eval/accuracy": 0.25})
+        assert shown() == "step 2/4  validation 0.250\r\n"
+    assert isinstance(open_console(total_steps=4, stream=io.StringIO()), Console)
 
 
 @pytest.mark.parametrize(

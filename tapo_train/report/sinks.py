@@ -10,7 +10,7 @@ from typing import Protocol, TextIO
 
 from tapo_train.report.warnings import explain
 
-__all__ = ["Console", "Sink", "duration", "write_all"]
+__all__ = ["Console", "Sink", "StepLines", "duration", "write_all"]
 
 
 class Sink(Protocol):
@@ -41,11 +41,52 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
 """What the console shows of a row, in this order; what is absent or empty is left out."""
 
 
-class Console:
-    """One line per step: where training stands and when it will end; and signs of collapse, in
-    words when they appear."""
+class StepLines:
+    """Rows of metrics as lines for people: where training stands, when it will end, what is wrong.
+
+    Args:
+        total_steps: of the run.
+        clock: [s], any origin.
+    """
 
     _SMOOTHING_STEPS = 10
+
+    def __init__(self, *, total_steps: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total_steps = total_steps
+        self.left_s: float | None = None
+        """[s] of the run when the last row came; None before there is one that tells."""
+        self._clock = clock
+        self._ends: deque[tuple[int, float]] = deque(maxlen=self._SMOOTHING_STEPS + 1)
+        self._warned: set[str] = set()
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> tuple[str, list[str]]:
+        """The line of 0-based `step`, shown from 1, and the warnings that did not hold before."""
+        parts = [self.count(step)]
+        shown = [show(metrics[name]) for name, show in _COLUMNS if name in metrics]
+        parts += filter(None, shown)
+        self._ends.append((step, self._clock()))
+        self.left_s = self._seconds_left(step, metrics.get("time/step_s"))
+        if self.left_s is not None:
+            parts.append(f"{duration(self.left_s)} left")
+        warnings = explain(metrics)
+        new = [f"  warning: {text}" for name, text in warnings if name not in self._warned]
+        self._warned = {name for name, _ in warnings}
+        return "  ".join(parts), new
+
+    def count(self, step: int) -> str:
+        """`step  3/30`."""
+        return f"step {step + 1:{len(str(self.total_steps))}d}/{self.total_steps}"
+
+    def _seconds_left(self, step: int, step_s: float | None) -> float | None:
+        """By the mean of the last steps; the first one is judged by its own time."""
+        (first_step, first_time), (last_step, last_time) = self._ends[0], self._ends[-1]
+        if last_step > first_step:
+            step_s = (last_time - first_time) / (last_step - first_step)
+        return None if step_s is None else step_s * (self.total_steps - step - 1)
+
+
+class Console:
+    """One line per step, and signs of collapse in words when they appear."""
 
     def __init__(
         self,
@@ -54,34 +95,16 @@ class Console:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._total_steps = total_steps
+        self._lines = StepLines(total_steps=total_steps, clock=clock)
         self._stream = stream
-        self._clock = clock
-        self._ends: deque[tuple[int, float]] = deque(maxlen=self._SMOOTHING_STEPS + 1)
-        self._warned: set[str] = set()
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Print the row; steps are shown from 1."""
-        width = len(str(self._total_steps))
-        parts = [f"step {step + 1:{width}d}/{self._total_steps}"]
-        shown = [show(metrics[name]) for name, show in _COLUMNS if name in metrics]
-        parts += filter(None, shown)
-        self._ends.append((step, self._clock()))
-        left = self._seconds_left(step, metrics.get("time/step_s"))
-        if left is not None:
-            parts.append(f"{duration(left)} left")
-        lines = ["  ".join(parts)]
-        warnings = explain(metrics)
-        lines += [f"  warning: {text}" for name, text in warnings if name not in self._warned]
-        self._warned = {name for name, _ in warnings}
-        print("\n".join(lines), file=self._stream or sys.stdout, flush=True)
+        """Print the row."""
+        line, warnings = self._lines(step, metrics)
+        print("\n".join([line, *warnings]), file=self._stream or sys.stdout, flush=True)
 
-    def _seconds_left(self, step: int, step_s: float | None) -> float | None:
-        """By the mean of the last steps; the first one is judged by its own time."""
-        (first_step, first_time), (last_step, last_time) = self._ends[0], self._ends[-1]
-        if last_step > first_step:
-            step_s = (last_time - first_time) / (last_step - first_step)
-        return None if step_s is None else step_s * (self._total_steps - step - 1)
+    def enter(self, stage: str) -> None:
+        """Nothing: a log has no line that changes."""
 
     def close(self) -> None:
         """Nothing to finish."""

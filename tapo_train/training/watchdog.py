@@ -39,6 +39,10 @@ PEERS_S = 15.0
 """How long a stalled rank waits for the others' stacks before it ends."""
 
 
+def _nobody(stage: str) -> None:
+    pass
+
+
 class _Peer:
     """When a rank's file last said something new, by this rank's clock."""
 
@@ -75,6 +79,8 @@ class Watchdog:
         self._tick_s = min(LONGEST_TICK_S, stall_s / 4)
         self.calls: Callable[[], Mapping[str, int]] = dict
         """Calls under way by tool, for the report."""
+        self.told: Callable[[str], None] = _nobody
+        """Told of each stage that is entered."""
         self._stage, self._began, self._beats = START, time.monotonic(), 0
         self._ticks = 0
         self._closed = threading.Event()
@@ -90,6 +96,7 @@ class Watchdog:
     def enter(self, stage: str) -> None:
         """Say what this rank does from now on. Entering a stage is progress."""
         self._stage, self._began = stage, time.monotonic()
+        self.told(stage)
         self.beat()
 
     def beat(self) -> None:
