@@ -133,6 +133,7 @@ def make_parts(
         play=play,
         rounds=build.build_rounds(recipe, tasks, order, play, interruption),
         audit=build.build_audit(recipe, toolbox, folder.spending),
+        process=build.build_process(recipe, chat, policy, engine, score),
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
         exchange=build.build_exchange(recipe, policy),

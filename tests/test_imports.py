@@ -21,7 +21,7 @@ LAYERS = (
     {"learner", "report", "rewards", "rollout"},
     {"recipe"},
     {"training"},
-    {"demo", "inspector"},
+    {"demo", "inspector", "systems"},
     {"build"},
     {"runs"},
     {"commands", "__main__", "__init__"},

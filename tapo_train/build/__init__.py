@@ -33,6 +33,7 @@ from tapo_train.build.rollout import (
     build_chat,
     build_interruption,
     build_play,
+    build_process,
     build_rounds,
 )
 from tapo_train.build.schedule import build_dump, build_schedule, build_watch
@@ -53,6 +54,7 @@ __all__ = [
     "build_play",
     "build_policy",
     "build_probe",
+    "build_process",
     "build_reference",
     "build_rounds",
     "build_schedule",

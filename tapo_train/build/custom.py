@@ -36,6 +36,7 @@ TAKES = {
     "algo.advantage.custom": ("rows",),
     "credit": ("rows",),
     "reward.parts": ("trajectory",),
+    "reward.process": ("trajectories", "policy"),
     "data.loader": ("path",),
 }
 """What a run hands to the part of each field."""
@@ -83,6 +84,8 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
                 yield partial(custom_reward, reward)
             elif isinstance(reward, JudgePart):
                 yield partial(key_of, reward)
+    for stage in recipe.reward.process:
+        yield partial(custom_part, stage, where="reward.process")
     for extra in recipe.tools.extra:
         yield partial(load_tool, extra.path, extra.arguments)
 

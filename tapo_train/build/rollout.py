@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 
 from tapo_train import recipe as recipes
+from tapo_train.build.custom import custom_part
 from tapo_train.build.device import DEVICE
 from tapo_train.build.limits import limits_of
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
+from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
@@ -25,6 +27,7 @@ from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.parts import Play, Rounds
+from tapo_train.training.process import PolicyAccess, Processes
 from tapo_train.training.rounds import CarriedOver, OneRound, Questions, Refill
 from tapo_train.types import Group, Task
 
@@ -143,6 +146,34 @@ def build_play(
         return groups
 
     return GroupPlay(play, engine) if isinstance(engine, MirroredEngine) else play
+
+
+def build_process(
+    recipe: Recipe, chat: ChatFormat, policy: Policy, engine: Engine, score: Score
+) -> Processes:
+    """What the recipe names between rollout and advantage.
+
+    Raises:
+        ConfigError: it names something on an engine that ranks share.
+    """
+    named = recipe.reward.process
+    if named and isinstance(engine, MirroredEngine):
+        raise ConfigError(
+            "reward.process: found a stage with rollout.engine.tensor_parallel > 1; wanted none: "
+            "an engine that ranks share can only be asked by all of them together"
+        )
+    seed = recipe.run.seed if samples_by_seed(recipe) else None
+    return Processes(
+        stages=[custom_part(stage, where="reward.process") for stage in named],
+        access=PolicyAccess(
+            chat=chat,
+            policy=policy,
+            engine=engine,
+            score=score,
+            sampling=Sampling(temperature=recipe.rollout.temperature, seed=seed),
+            budget_tokens=recipe.learner.micro_batch_tokens,
+        ),
+    )
 
 
 def build_interruption(engine: Engine) -> Interruption:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from tapo_train.recipe.custom import CustomOrPath
 from tapo_train.recipe.tools import ToolLimitSettings
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, Fraction, NonNegative, Positive
 
@@ -176,6 +177,10 @@ class RewardSettings:
     """By name; a part that is null is left out."""
     by_source: Mapping[str, Parts] = field(default_factory=dict)
     """By the data source of a task: parts in place of those above."""
+    process: tuple[CustomOrPath, ...] = ()
+    """Stages of your own after the rollout, one after the other: (trajectories, policy) → as many
+    trajectories, with rewards of turns or left out. They may ask the policy (docs/extending.md);
+    validation and evaluation go without them."""
     deadline_s: Positive = 300.0
     """[s] for the reward of one trajectory; later it has none and leaves loss and baseline."""
     min_scored: Fraction = 0.95

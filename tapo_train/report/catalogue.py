@@ -67,6 +67,10 @@ METRICS: dict[str, str] = {
     # advantage
     "advantage/abs": "mean of |advantage| over trajectories",
     "advantage/uniform_groups": "share of groups whose trajectories all earned the same",
+    "process/left_out": "share that a stage of reward.process left out of loss and baseline",
+    "process/left_out/<reason>": "the same by the word that says why",
+    "process/earned": "reward that stages of reward.process added, per trajectory",
+    "process/steps": "turns per trajectory after them: a stage may cut turns into steps",
     # policy and update
     "policy/entropy": "[nat] exact entropy per trained token (algo.entropy_coef > 0)",
     "policy/ref_kl": "[nat] KL estimate to the reference policy per trained token",

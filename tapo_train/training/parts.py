@@ -70,6 +70,14 @@ class Rounds(Stateful, Protocol):
         ...
 
 
+class ProcessFunction(Protocol):
+    """What stands between rollout and advantage."""
+
+    def __call__(self, groups: Sequence[Group]) -> tuple[list[Group], Mapping[str, float]]:
+        """This rank's groups, changed, and metrics that are the same on all ranks."""
+        ...
+
+
 class AdvantageFunction(Protocol):
     """Rewards of the rows of all ranks to advantages."""
 
@@ -137,6 +145,7 @@ class Parts:
     play: Play
     rounds: Rounds
     audit: RolloutAudit
+    process: ProcessFunction
     advantage: AdvantageFunction
     credit: CreditAssigner
     exchange: RowExchange

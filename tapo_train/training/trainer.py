@@ -1,6 +1,6 @@
 """The training step on one screen, and the loop around it.
 
-    rollout with rewards → advantage → credit → batch → update → sync
+    rollout with rewards → process → advantage → credit → batch → update → sync
 
 Variation is in the parts (`build/` chooses them), never in an `if` here: no credit
 stage is `NoTransfer`, no importance correction is `uncorrected`.
@@ -113,6 +113,8 @@ class Trainer:
         groups, played = rolled.groups, [*rolled.groups, *rolled.replaced]
         with watch("audit"):
             audited = self._parts.audit(played)
+        with watch("process"):
+            groups, processed = self._parts.process(groups)
         with watch("advantage"):
             batch = self._advantages(groups, rolled.questions)
         with watch("credit"):
@@ -129,6 +131,7 @@ class Trainer:
         return (
             audited
             | dict(rolled.metrics)
+            | dict(processed)
             | step_metrics(
                 played,
                 advantages=batch.advantages.rows,

@@ -1,0 +1,65 @@
+"""Every recipe of a published system trains two steps on data the project generates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+
+from tapo_train.demo.world.build import WorldSize, write_world
+from tapo_train.demo.world.chains import Chains
+from tapo_train.recipe.compose import load_recipe
+from tapo_train.report.catalogue import require_known
+from tapo_train.runs import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "run.steps=2",
+    "run.eval_every=0",
+    "run.save_every=0",
+    "run.wandb=disabled",
+    "rollout/engine=hf",
+    "rollout.rollouts_per_question=2",
+    "data.questions_per_step=2",
+    "data.validation=[]",
+)
+
+
+def chains(folder: Path) -> list[str]:
+    """A world of chains without pictures, for the policy of 0.3 M parameters."""
+    houses = WorldSize(
+        train_houses=12,
+        validation_houses=12,
+        test_houses=12,
+        train_questions=4,
+        validation_questions=1,
+        test_questions=1,
+    )
+    chosen = Chains(hops=(2, 2), text_only=True, syllables=1)
+    write_world(folder, 1, houses, chains=chosen)
+    return [f"data.train=[{folder}/train.jsonl]", f"tools.corpus={folder}/corpus.jsonl"]
+
+
+DATA: Mapping[str, Callable[[Path], list[str]]] = {"vsrm": chains, "igpo": chains}
+"""What makes a recipe's data in a folder and says where it is."""
+
+LOGS = {"vsrm": "process/steps", "igpo": "process/earned"}
+"""A metric that only this system logs, and which is not 0."""
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_a_system_trains_two_steps_from_its_recipe(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    overrides = [*SMALL, *DATA[name](tmp_path / "data"), f"run.dir={tmp_path}/run"]
+    train(load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides))
+    rows = [
+        json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert len(rows) == 2
+    for row in rows:
+        require_known(metric for metric in row if metric not in {"step", "time"})
+    assert any(row[LOGS[name]] for row in rows)
