@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
 from tapo_train.data.sampler import TaskSampler
+from tapo_train.data.sealed import require_open
 from tapo_train.demo.warm_start import (
     WORLD_KINDS,
     Progress,
@@ -221,6 +222,8 @@ def evaluate(
     """
     build.require_custom_parts(recipe)
     questions = build.read_tasks([str(tasks)], recipe)[: num_questions or None]
+    if out is not None:
+        require_open(questions, doing="dump of attempts")
     chat = build.build_chat(recipe)
     with ExitStack() as ending:
         toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))

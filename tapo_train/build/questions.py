@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from tapo_train.build.custom import custom_loader
 from tapo_train.data.intake import Intake
 from tapo_train.data.sampler import shard
+from tapo_train.data.sealed import require_open
+from tapo_train.data.stored import Share
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
@@ -18,7 +20,7 @@ from tapo_train.types import Task
 
 
 def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
-    """The tasks of several files, one after the other.
+    """The tasks of several files, one after the other; every rank opens its share of the pictures.
 
     Raises:
         DataError: rows cannot be used, unless `data.bad_rows` leaves them out.
@@ -30,6 +32,7 @@ def read_tasks(paths: Sequence[str], recipe: Recipe) -> list[Task]:
         image_roots=data.image_roots,
         intake=intake,
         load=custom_loader(data.loader) if data.loader else None,
+        share=Share(distributed.rank(), distributed.world_size(), distributed.all_gather_objects),
     )
     _say(intake)
     return tasks
@@ -79,6 +82,7 @@ def playable_splits(
     toolbox: Toolbox,
 ) -> tuple[list[Task], list[Task]]:
     """`playable_tasks` of both splits; enough of the first are left for a step."""
+    require_open(train, doing="training on it")
     usable = playable_tasks(recipe, train, chat, toolbox)
     require_enough(recipe, usable)
     return usable, playable_tasks(recipe, validation, chat, toolbox)

@@ -1,4 +1,4 @@
-"""Encoded pictures into `Image`: bounded, checked once, identical bytes shared.
+"""Encoded pictures into `Image`: bounded, and checked.
 
 A task file is somebody else's data, so nothing is opened before it was limited:
 bytes before reading, format before decoding, pixels (from the header) before
@@ -13,7 +13,7 @@ import io
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image as Pillow
@@ -22,7 +22,14 @@ from tapo_train.data.rows import shown
 from tapo_train.errors import DataError
 from tapo_train.types import Image, ImageRef
 
-__all__ = ["BROKEN", "FORMATS", "ImageLimits", "ImageStore", "extension", "read_image"]
+__all__ = [
+    "BROKEN",
+    "FORMATS",
+    "ImageLimits",
+    "extension",
+    "read_image",
+    "resolve_inside",
+]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders Pillow may try; everything else is refused by name."""
@@ -110,44 +117,6 @@ def _inflated(data: bytes, size: tuple[int, int]) -> tuple[int, int]:
     with Pillow.open(io.BytesIO(data), formats=("PNG",)) as picture:
         picture.load()
     return size
-
-
-@dataclass(slots=True)
-class ImageStore:
-    """Reads pictures so that equal files and equal bytes become one `Image` object."""
-
-    limits: ImageLimits = field(default_factory=ImageLimits)
-    also: Sequence[Path] = ()
-    """Further folders that pictures may lie in, or links and absolute paths lead to."""
-    _by_path: dict[Path, Image] = field(default_factory=dict)
-    _by_digest: dict[str, Image] = field(default_factory=dict)
-
-    def from_bytes(self, data: bytes, *, where: str) -> Image:
-        """The picture of these bytes; checked only the first time they are seen."""
-        digest = hashlib.sha256(data).hexdigest()
-        if digest not in self._by_digest:
-            self._by_digest[digest] = read_image(data, where=where, limits=self.limits)
-        return self._by_digest[digest]
-
-    def from_file(self, root: Path, name: str, *, where: str) -> Image:
-        """The picture `name` in `root` or one of `also`, links followed, but not out of them."""
-        path = resolve_inside((root, *self.also), name, where=where)
-        if path not in self._by_path:
-            self._by_path[path] = self.from_bytes(self._read(path, name, where), where=where)
-        return self._by_path[path]
-
-    def _read(self, path: Path, name: str, where: str) -> bytes:
-        try:
-            if not path.is_file():
-                raise DataError(
-                    f"{where}: picture {shown(name)} is not a file; looked at {shown(str(path))}"
-                )
-            with path.open("rb") as stream:
-                return stream.read(self.limits.max_bytes + 1)
-        except OSError as error:
-            raise DataError(
-                f"{where}: picture {shown(name)} cannot be read: {error.strerror}"
-            ) from error
 
 
 def resolve_inside(roots: Sequence[Path], name: str, *, where: str) -> Path:

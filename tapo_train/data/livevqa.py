@@ -12,52 +12,32 @@ Deviation: the official score is a judge model's; here it is exact match.
 from __future__ import annotations
 
 import re
-from functools import partial
-from pathlib import Path
-from typing import Any
 
-from tapo_train.data.images import ImageStore
-from tapo_train.data.intake import Intake
-from tapo_train.data.rows import Row, parse_json, read_file, shown
-from tapo_train.errors import DataError
-from tapo_train.types import Image, Task
+from tapo_train.data.drafts import Draft, Source
+from tapo_train.data.rows import Row
 
-__all__ = ["load_livevqa"]
+__all__ = ["livevqa_drafts"]
 
 _LEVELS = ("level1_qa", "level2_qa")
 _OPTION = re.compile(r"\s*([A-Z])\s*[.):]\s*(.*\S)\s*", re.DOTALL)
 
 
-def load_livevqa(path: Path, *, root: Path, store: ImageStore, intake: Intake) -> list[Task]:
-    """Two tasks per item, `<id>/level1` and `<id>/level2`, in file order."""
-    items = parse_json(read_file(path), where=str(path))
-    if not isinstance(items, list):
-        raise DataError(f"{path}: found {shown(items)}; wanted a list of items")
-    tasks: list[Task] = []
-    for number, item in enumerate(items):
-        where = f"{path}: item {number}"
-        tasks += intake.take(where, partial(_tasks, where, item, root=root, store=store))
-    return tasks
+def livevqa_drafts(row: Row, source: Source) -> list[Draft]:
+    """Two tasks per item, `<id>/level1` and `<id>/level2`."""
+    picture = source.from_path(row, row.text("img_path"))
+    return [_draft(row, level, picture) for level in _LEVELS]
 
 
-def _tasks(where: str, item: Any, *, root: Path, store: ImageStore) -> list[Task]:
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: found {shown(item)}; wanted an object")
-    row = Row(where, item)
-    image = store.from_file(root, row.text("img_path"), where=where)
-    return [_task(row, level, image) for level in _LEVELS]
-
-
-def _task(row: Row, level: str, image: Image) -> Task:
+def _draft(row: Row, level: str, picture: int) -> Draft:
     qa = row.inner(level)
     options = _options(qa)
     letter = qa.text("Ground_Truth").strip()
     if letter not in options:
         raise qa.wrong("Ground_Truth", f"the letter of one of the options {sorted(options)}")
-    return Task(
+    return Draft(
         id=f"{row.identifier('id')}/{level.removesuffix('_qa')}",
         question=qa.text("question"),
-        images=(image,),
+        pictures=(picture,),
         answers=tuple(dict.fromkeys((*qa.answers("Ground_Truth_List"), options[letter]))),
         source=f"livevqa/{level.removesuffix('_qa')}",
         metadata={

@@ -16,85 +16,46 @@ name of `pictures.PICTURE_KEYS`; messages and answers may have the shapes that `
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tapo_train.data.images import ImageStore, extension
-from tapo_train.data.intake import Intake
+from tapo_train.data.drafts import Draft, Source
+from tapo_train.data.images import extension
 from tapo_train.data.pictures import PICTURE_KEYS, path_of, picture_entries
 from tapo_train.data.prompt import IMAGE_PLACEHOLDER, question_of
-from tapo_train.data.rows import (
-    Row,
-    json_lines,
-    parse_json,
-    read_file,
-    require_unique_ids,
-    row_of,
-    shown,
-)
+from tapo_train.data.rows import Row, require_unique_ids
+from tapo_train.data.sealed import require_open
 from tapo_train.errors import DataError
 from tapo_train.types import Image, Task
 
-__all__ = ["load_native", "write_tasks"]
+__all__ = ["RESERVED", "native_drafts", "write_tasks"]
 
-_RESERVED = ("id", "prompt", *PICTURE_KEYS, "reward_model", "data_source")
-
-
-def load_native(path: Path, *, root: Path, store: ImageStore, intake: Intake) -> list[Task]:
-    """All tasks of a native file, in file order."""
-    tasks: list[Task] = []
-    for where, read in _rows(path):
-        tasks += intake.take(where, partial(_tasks, read, root=root, store=store, intake=intake))
-    return tasks
+RESERVED = ("id", "prompt", *PICTURE_KEYS, "reward_model", "data_source")
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """(place, how to read it) of every row."""
-    if path.suffix.lower() != ".json":
-        for where, line in json_lines(path):
-            yield where, partial(row_of, where, line)
-        return
-    items = parse_json(read_file(path), where=str(path))
-    if not isinstance(items, list):
-        raise DataError(f"{path}: found {shown(items)}; wanted a list of objects")
-    for number, item in enumerate(items):
-        where = f"{path}: item {number}"
-        yield where, partial(_row_of_item, where, item)
-
-
-def _row_of_item(where: str, item: Any) -> Row:
-    if not isinstance(item, dict):
-        raise DataError(f"{where}: found {shown(item)}; wanted an object")
-    return Row(where, item)
-
-
-def _tasks(
-    read: Callable[[], Row], *, root: Path, store: ImageStore, intake: Intake
-) -> Sequence[Task]:
-    row = read()
+def native_drafts(row: Row, source: Source) -> list[Draft]:
+    """The task of a native row."""
     field, entries = picture_entries(row)
-    names = [path_of(row, field, entry) for entry in entries]
-    images = tuple(store.from_file(root, name, where=row.where) for name in names)
+    pictures = tuple(source.from_path(row, path_of(row, field, entry)) for entry in entries)
     identifier_name = "id" if row.fields.get("id") is not None else "index"
-    task = Task(
+    draft = Draft(
         id=row.identifier("id", "index"),
-        question=question_of(row, num_images=len(images), intake=intake),
-        images=images,
+        question=question_of(row, num_images=len(pictures), intake=source.intake),
+        pictures=pictures,
         answers=row.inner("reward_model").answers("ground_truth"),
         source=row.optional_text("data_source"),
         metadata={
             key: value
             for key, value in row.fields.items()
-            if key not in _RESERVED and key != identifier_name
+            if key not in RESERVED and key != identifier_name
         },
     )
-    return [task]
+    return [draft]
 
 
 def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "images") -> None:
-    """Write `tasks` to a native file that `load_native` reads back to equal tasks.
+    """Write `tasks` to a native file that `native_drafts` reads back to equal tasks.
 
     Pictures go to `path.parent / image_folder`, named by their content, each once.
     The file appears complete or not at all.
@@ -103,6 +64,7 @@ def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "image
         DataError: a metadata key would hide a field of the format, two tasks share
             an id, or a value is not JSON.
     """
+    require_open(tasks, doing="plain copy")
     require_unique_ids([(task.id, f"task {number}") for number, task in enumerate(tasks)])
     names = _write_images((image for task in tasks for image in task.images), path, image_folder)
     lines = [_line(task, [names[image.sha256] for image in task.images]) for task in tasks]
@@ -112,7 +74,7 @@ def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "image
 
 
 def _line(task: Task, images: list[str]) -> str:
-    hidden = sorted(set(task.metadata) & set(_RESERVED))
+    hidden = sorted(set(task.metadata) & set(RESERVED))
     if hidden:
         raise DataError(f"task {task.id}: metadata {hidden} would hide fields of the task format")
     fields: dict[str, Any] = {

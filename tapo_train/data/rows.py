@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tapo_train.errors import DataError
 
-__all__ = ["Row", "json_lines", "parse_json", "read_file", "require_unique_ids", "row_of", "shown"]
+__all__ = ["Row", "parse_json", "read_file", "require_unique_ids", "row_of", "shown"]
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -116,13 +116,6 @@ def parse_json(text: str | bytes, *, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not valid JSON ({error}): {shown(text)}") from error
-
-
-def json_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """(place, line) of every non-blank line, numbered from 1."""
-    for number, line in enumerate(read_file(path).split(b"\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", line
 
 
 def row_of(where: str, line: bytes) -> Row:

@@ -1,8 +1,7 @@
 """The one door to task files: a path in, a list of `Task` out.
 
-Formats: `native` (jsonl, see `native.py`), `fvqa` (parquet of MMSearch-R1),
-`livevqa` (benchmark.json and a picture folder). A new format is one more module
-and one more line in `load_tasks`.
+The forms in which files are published are described in `formats.py`. Rows are streamed; what stays
+of a row is its task, whose pictures stay where they are (`stored.py`).
 """
 
 from __future__ import annotations
@@ -10,16 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from tapo_train.data.fvqa import load_fvqa
-from tapo_train.data.images import ImageLimits, ImageStore
-from tapo_train.data.intake import Intake
-from tapo_train.data.livevqa import load_livevqa
-from tapo_train.data.native import load_native, write_tasks
-from tapo_train.data.rows import parse_json, read_file
+from tapo_train.data.companions import companions_of
+from tapo_train.data.described import Format, drafts_of
+from tapo_train.data.drafts import Draft, Source
+from tapo_train.data.formats import BY_NAME, format_of, known_columns
+from tapo_train.data.images import ImageLimits
+from tapo_train.data.intake import MOST_SHOWN, Intake
+from tapo_train.data.native import write_tasks
+from tapo_train.data.row_files import PARQUET, columns_of, require_columns, rows_of
+from tapo_train.data.rows import Row
+from tapo_train.data.stored import ALONE, PictureBook, Share
 from tapo_train.errors import DataError
 from tapo_train.types import Task
 
@@ -27,9 +31,29 @@ Load = Callable[[Path], Sequence[Task]]
 
 __all__ = ["fingerprint", "load_task_files", "load_tasks", "write_tasks"]
 
-_FORMAT_BY_SUFFIX = {".jsonl": "native", ".parquet": "fvqa", ".pq": "fvqa", ".json": "livevqa"}
+_BY_ENDING = {".jsonl": "native", ".parquet": "fvqa", ".pq": "fvqa", ".json": "livevqa"}
+"""What a file is taken for whose first row cannot be read."""
 _SHARD = re.compile(r"(?P<split>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.\w+")
 """Name of a file of a split that was written in several, as the datasets library does."""
+
+
+@dataclass(frozen=True, slots=True)
+class _RowDrafts:
+    """What was read of a row."""
+
+    where: str
+    drafts: Sequence[Draft]
+    error: DataError | None = None
+
+    def tasks(self, book: PictureBook) -> list[Task]:
+        if self.error is not None:
+            raise self.error
+        return [draft.task(book) for draft in self.drafts]
+
+    def is_bad(self, book: PictureBook) -> bool:
+        """Whether it cannot be used, as far as this reader knows."""
+        numbers = (number for draft in self.drafts for number in draft.pictures)
+        return self.error is not None or any(map(book.is_known_bad, numbers))
 
 
 def load_tasks(
@@ -40,43 +64,65 @@ def load_tasks(
     limits: ImageLimits | None = None,
     image_roots: Sequence[str | Path] = (),
     intake: Intake | None = None,
+    share: Share = ALONE,
 ) -> list[Task]:
     """Read every task of `path`, in file order.
 
     Args:
         path: The task file; a folder stands for the `benchmark.json` in it, for the one task
             file in it, or for all the shards of one split.
-        format: `native`, `fvqa`, `livevqa`, or `auto`: chosen by the file's ending; a .json of
-            rows with a `prompt` is native.
+        format: a name of `formats.FORMATS`, or `auto`: told from the columns of the first row.
         root: Folder the picture paths are relative to; default the file's folder
             (for `livevqa` its `News_imgs`).
         limits: Largest picture accepted.
         image_roots: Further folders of pictures. None outside these folders is read.
         intake: Takes the rows, and says what becomes of those that cannot be used; default:
             they are refused.
+        share: of the pictures this process opens; every process of `share` has to call.
 
     Raises:
         DataError: naming file and line, what was found and what is wanted. An empty
             file is an error too: no run wants it.
     """
     taking = intake or Intake()
-    store = ImageStore(limits or ImageLimits(), also=tuple(map(Path, image_roots)))
-    tasks: list[Task] = []
-    for file in _files_of(Path(path)):
-        folder = file.parent if root is None else Path(root)
-        match _format_of(file, format):
-            case "native":
-                tasks += load_native(file, root=folder, store=store, intake=taking)
-            case "fvqa":
-                tasks += load_fvqa(file, store=store, intake=taking)
-            case _:
-                images = folder / "News_imgs" if root is None else folder
-                tasks += load_livevqa(file, root=images, store=store, intake=taking)
+    book = PictureBook(limits or ImageLimits(), also=tuple(map(Path, image_roots)), share=share)
+    rows: list[_RowDrafts] = []
+    bad = 0
+    for row in iter_drafts(Path(path), format=format, root=root, book=book, intake=taking):
+        rows.append(row)
+        bad += row.is_bad(book)
+        if bad >= MOST_SHOWN and not taking.drop:
+            break  # enough to say
+    book.settle()
+    tasks = [task for row in rows for task in taking.take(row.where, partial(row.tasks, book))]
     if intake is None:
         taking.settle()
     if not tasks and not taking.problems:
         raise DataError(f"{path}: found no task; wanted at least one")
     return tasks
+
+
+def iter_drafts(
+    path: Path, *, format: str, root: str | Path | None, book: PictureBook, intake: Intake
+) -> Iterator[_RowDrafts]:
+    """What each row of the files of `path` holds, in order."""
+    for file in _files_of(path):
+        form = _format_of(file, format)
+        folder = Path(root) if root is not None else file.parent
+        roots = [folder / form.pictures.folder, folder] if root is None else [folder]
+        companions = companions_of(file, form.companions, key=form.id)
+        for where, place, read in rows_of(file):
+            source = Source(place=place, roots=roots, book=book, intake=intake)
+            try:
+                row = read()
+                said = {key: value for one in companions for key, value in one.about(row).items()}
+                drafts = drafts_of(form, Row(row.where, {**said, **row.fields}), source)
+            except DataError as error:
+                yield _RowDrafts(where, (), error)
+            else:
+                yield _RowDrafts(where, drafts)
+        for companion in companions:
+            companion.require_used()
 
 
 def load_task_files(
@@ -86,11 +132,13 @@ def load_task_files(
     image_roots: Sequence[str | Path] = (),
     intake: Intake | None = None,
     load: Load | None = None,
+    share: Share = ALONE,
 ) -> list[Task]:
     """The tasks of several files, one file after the other.
 
     Args:
         load: reads one file in place of `load_tasks`.
+        share: as in `load_tasks`.
 
     Raises:
         DataError: as `load_tasks`, for the rows of all files together, and when two use the same
@@ -100,7 +148,9 @@ def load_task_files(
     tasks: list[Task] = []
     for path in paths:
         if load is None:
-            tasks += load_tasks(path, format=format, image_roots=image_roots, intake=taking)
+            tasks += load_tasks(
+                path, format=format, image_roots=image_roots, intake=taking, share=share
+            )
         else:
             for task in load(Path(path)):
                 tasks += taking.take(str(path), partial(list, [task]))
@@ -116,7 +166,7 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     if (path / "benchmark.json").exists():
         return [path / "benchmark.json"]
-    held = sorted(file for file in path.iterdir() if file.suffix.lower() in _FORMAT_BY_SUFFIX)
+    held = sorted(file for file in path.iterdir() if file.suffix.lower() in _BY_ENDING)
     if len(held) == 1:
         return held
     shards = [_SHARD.fullmatch(file.name) for file in held]
@@ -133,28 +183,42 @@ def _files_of(path: Path) -> list[Path]:
     return held
 
 
-def _format_of(path: Path, format: str) -> str:
-    known = sorted(set(_FORMAT_BY_SUFFIX.values()))
-    if format != "auto":
-        if format not in known:
+def _format_of(path: Path, named: str) -> Format:
+    """The form of a file.
+
+    Raises:
+        DataError: it is none of those known, with the columns of each.
+    """
+    if named != "auto":
+        if named not in BY_NAME:
             raise DataError(
-                f"{path}: unknown task format {format!r}; wanted auto or one of {known}"
+                f"{path}: unknown task format {named!r}; wanted auto or one of {sorted(BY_NAME)}"
             )
-        return format
-    suffix = path.suffix.lower()
-    if suffix not in _FORMAT_BY_SUFFIX:
+        return _checked(path, BY_NAME[named])
+    ending = path.suffix.lower()
+    if ending not in _BY_ENDING:
         raise DataError(
             f"{path}: cannot tell the task format from the ending {path.suffix!r}; "
-            f"wanted one of {sorted(_FORMAT_BY_SUFFIX)}, or the format said outright ({known})"
+            f"wanted one of {sorted(_BY_ENDING)}, or the format said outright ({sorted(BY_NAME)})"
         )
-    if suffix == ".json" and _holds_native_rows(path):
-        return "native"
-    return _FORMAT_BY_SUFFIX[suffix]
+    columns = columns_of(path)
+    if found := format_of(ending, columns):
+        return found
+    by_ending = BY_NAME[_BY_ENDING[ending]]
+    if columns and not set(columns) & {"prompt", "reward_model", "level1_qa", "level2_qa"}:
+        raise DataError(
+            f"{path}: a file with the columns {', '.join(map(str, columns))} is of no known form; "
+            f"wanted those of one of these (or data.loader: a reader of your own):\n"
+            f"{known_columns()}"
+        )
+    return _checked(path, by_ending)
 
 
-def _holds_native_rows(path: Path) -> bool:
-    rows = parse_json(read_file(path), where=str(path))
-    return isinstance(rows, list) and any(isinstance(row, dict) and "prompt" in row for row in rows)
+def _checked(path: Path, form: Format) -> Format:
+    """The format; a parquet file without its columns is refused at once, not row by row."""
+    if path.suffix.lower() in PARQUET:
+        require_columns(path, columns_of(path), form.columns)
+    return form
 
 
 def fingerprint(tasks: Sequence[Task]) -> str:

@@ -86,8 +86,25 @@ class Data:
     """Task files, read one after the other."""
     validation: tuple[str, ...] = ()
     """Task files; may be empty when run.eval_every is 0."""
-    format: Literal["auto", "native", "fvqa", "livevqa"] = "auto"
-    """auto: by the file's ending."""
+    format: Literal[
+        "auto",
+        "native",
+        "fvqa",
+        "livevqa",
+        "livevqa_preview",
+        "vision_deepresearch",
+        "mmsearch",
+        "mmsearch_plus",
+        "infoseek",
+        "simplevqa",
+        "mat_search",
+        "hr_mmsearch",
+        "browsecomp_vl",
+        "text_qa",
+        "bird",
+        "spider",
+    ] = "auto"
+    """Of the task files (docs/data.md); auto: told from the columns of the first row."""
     loader: CustomOrPath | None = None
     """Your own reader of the task files in place of format: (path) → tasks."""
     image_roots: tuple[str, ...] = ()
