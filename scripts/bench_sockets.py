@@ -8,8 +8,9 @@ a process of its own that answers after 50 ms. Turns have 10 to 30 tokens.
 
 latency     of a call during the rollout (median), beside that of the same call alone
 efficiency  lower bound / makespan; lower bound: the longest trajectory, its steps and as many
-            calls alone. An answer that comes within a step waits for its end: half a step on
-            average for every call, which no loop can save.
+            calls alone, each until the end of the step in which its answer comes: an engine that
+            others keep busy takes a request up between two steps, which no loop can change. The
+            peer's value is the efficiency against the same bound without that wait.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -173,15 +175,15 @@ def measure(step_s: float, size: int, count: int) -> list[Measure]:
         runs = [play(box, count, step_s) for _ in range(3)]
         alone = min(alone, alone_s(box))
         box.close()
-    steps = runs[0][2]
-    bound = max(sum(own) * step_s for own in steps) + CALLS * alone
-    found = bound / min(makespan for makespan, _, _ in runs)
+    longest, makespan = max(map(sum, runs[0][2])), min(run[0] for run in runs)
+    found = (longest + CALLS * math.ceil(alone / step_s)) * step_s / makespan
+    unaligned = (longest * step_s + CALLS * alone) / makespan
     latency = min(latency for _, latency, _ in runs)
     common: dict[str, Any] = {"versions": versions("httpx"), "load": load()}
     return [
         Measure(
-            id=id, value=round(found, 3), unit="of the lower bound", target=">= 0.95",
-            met=found >= 0.95, **common,
+            id=id, value=round(found, 3), unit="of the lower bound", peer="an engine of no steps",
+            peer_value=round(unaligned, 3), target=">= 0.95", met=found >= 0.95, **common,
         ),
         Measure(
             id=f"{id}.latency", value=round(latency, 4), unit="s", peer="the same call alone",
@@ -199,7 +201,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     for step_ms in arguments.step_ms:
         for kilobytes in arguments.kilobytes:
-            count = 64 if kilobytes < 1000 else 16
+            count = 128 if kilobytes < 1000 else 16
             append(measure(step_ms / 1000, kilobytes * 1024, count), arguments.out)
 
 

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import zlib
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -390,6 +391,30 @@ def test_a_connection_is_kept_for_the_same_name_and_for_no_other() -> None:
         assert (await client.get("http://a.test/")).data not in first
 
     kept(use)
+
+
+def test_a_hundred_requests_at_once_keep_a_hundred_connections() -> None:
+    """Closing those beyond a smaller number made every second request shake hands again."""
+    opened = []
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        opened.append(writer)
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readuntil(b"\r\n\r\n")
+                await all_there.wait()
+                writer.write(response(b"ok"))
+        writer.close()
+
+    async def use(client: HttpClient, server: asyncio.Server) -> None:
+        nonlocal all_there
+        for _ in range(2):
+            all_there = asyncio.Barrier(100)
+            await asyncio.gather(*(client.get("http://a.test/") for _ in range(100)))
+
+    all_there = asyncio.Barrier(1)
+    kept(use, handle=handle)
+    assert len(opened) == 100
 
 
 def test_a_kept_connection_that_its_server_closed_costs_no_request() -> None:
