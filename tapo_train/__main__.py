@@ -72,6 +72,10 @@ COMMANDS = {
         module="tapo_train.commands.inspect",
         summary="write pages that show every attempt of a run, and why a step was corrected",
     ),
+    "dashboard": Command(
+        module="tapo_train.commands.dashboard",
+        summary="make a workspace of Weights & Biases from the metric catalogue",
+    ),
     "report": Command(
         module="tapo_train.commands.runs",
         function="report",

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
+from tapo_train.build.custom import CustomSink
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.sealed import require_open
 from tapo_train.demo.warm_start import (
@@ -260,8 +261,10 @@ def check_dashboard(recipe: Recipe) -> None:
 
 
 def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:
-    """Metrics file and, unless disabled, wandb."""
+    """Metrics file, what the recipe names and, unless disabled, wandb."""
     sinks: list[Sink] = [MetricsFile(folder.metrics, resume_step=step)]
+    if recipe.report.sink is not None:
+        sinks.append(CustomSink(recipe.report.sink))
     if recipe.run.wandb != "disabled":
         from tapo_train.report.wandb_sink import WandbSink
 
@@ -271,6 +274,7 @@ def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:
                 name=folder.path.name,
                 mode=recipe.run.wandb,
                 config=recipe_to_show(recipe),
+                samples=recipe.report.wandb_samples,
             )
         )
     return sinks

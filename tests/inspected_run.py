@@ -63,6 +63,7 @@ def view(
                 "calls": [calls[index]] if index < len(calls) else [],
                 "num_images_before": 1,
                 "advantage": after[index] if index < len(after) else advantage,
+                "credit": None,
             }
         )
         turns[-1]["versions"] = [[0, 1, 2], [1, 2, 3]] if index == 0 else []

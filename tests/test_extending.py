@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import itertools
 import json
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from tapo_train.algos.losses import TokenBatch
 from tapo_train.algos.turn_advantages import RewardRow
 from tapo_train.algos.weighted import cispo
 from tapo_train.build.algo import build_advantage, build_credit, build_loss, is_over_groups
-from tapo_train.build.custom import custom_loader, custom_reward, require_custom_parts
+from tapo_train.build.custom import CustomSink, custom_loader, custom_reward, require_custom_parts
 from tapo_train.credit.steps import CreditRow
 from tapo_train.errors import ConfigError, DataError
 from tapo_train.import_path import load, make
@@ -45,7 +46,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
     yield
     for name in set(sys.modules) - before:
-        if name in {"cispo", "reg_grpo", "kind_judge"}:
+        if name in {"cispo", "reg_grpo", "kind_judge", "otel_sink"}:
             del sys.modules[name]
 
 
@@ -187,6 +188,51 @@ def test_ranks_deal_out_whole_groups_and_every_row_once() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert any({0, 2, 6} <= set(batch) for batch in batches)
     assert any({1, 4} <= set(batch) for batch in batches)
+
+
+class _Collector(BaseHTTPRequestHandler):
+    bodies: ClassVar[list[bytes]] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.bodies.append(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_metrics_go_to_a_collector_of_opentelemetry_by_one_file() -> None:
+    pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="comes with vLLM")
+    from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as service
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Collector)
+    Thread(target=server.serve_forever, daemon=True).start()
+    endpoint = f"http://127.0.0.1:{server.server_address[1]}/v1/metrics"
+    sink = CustomSink(Custom(path="otel_sink:OtelSink", arguments={"endpoint": endpoint}))
+    sink.write(2, {"reward/mean": 0.5, "rollout/calls/text_search_tool": 3.0})
+    sink.close()
+    server.shutdown()
+    server.server_close()
+    told = service.ExportMetricsServiceRequest.FromString(_Collector.bodies[0])
+    (gauges,) = [scope.metrics for found in told.resource_metrics for scope in found.scope_metrics]
+    values = {g.name: g.gauge.data_points[0] for g in gauges}
+    assert values["reward/mean"].as_double == 0.5
+    assert values["rollout/calls/text_search_tool"].as_double == 3.0
+    assert values["step"].as_int == 2
+
+
+def test_a_sink_may_be_a_mere_function() -> None:
+    rows: list[tuple[int, Any]] = []
+    sys.modules[__name__].__dict__["keep"] = lambda step, metrics: rows.append((step, metrics))
+    sink = CustomSink(recipe(f"report.sink={__name__}:keep").report.sink)
+    sink.write(4, {"reward/mean": 1.0})
+    sink.close()
+    assert rows == [(4, {"reward/mean": 1.0})]
+    with pytest.raises(ConfigError, match=r"report\.sink: flat.* cannot be called as flat\(step"):
+        require_custom_parts(recipe(f"report.sink={__name__}:flat"))
 
 
 class _Grading(BaseHTTPRequestHandler):

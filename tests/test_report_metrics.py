@@ -21,7 +21,15 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 
 from tapo_train.errors import DataError, TapoError
-from tapo_train.report.catalogue import METRICS, meaning_of, require_known
+from tapo_train.report.catalogue import (
+    METRICS,
+    SECTIONS,
+    SUMMARIES,
+    meaning_of,
+    panels_of,
+    require_known,
+    unit_of,
+)
 from tapo_train.report.live_console import LiveConsole, open_console
 from tapo_train.report.metrics_file import MetricsFile, read_metrics
 from tapo_train.report.plots import plot_metrics
@@ -66,6 +74,29 @@ def test_a_placeholder_stands_for_one_word_only() -> None:
 
 def test_an_exact_name_goes_before_a_pattern() -> None:
     assert meaning_of("time/step_s") == "[s] wall time of the step"
+
+
+def test_a_dashboard_shows_every_metric_of_the_catalogue_once() -> None:
+    shown = [name for section in SECTIONS for name in panels_of(section)]
+    assert sorted(shown) == sorted(METRICS)
+    assert set(SUMMARIES) <= set(METRICS)
+    assert (unit_of("time/step_s"), unit_of("policy/entropy")) == ("s", "nat")
+    assert (unit_of("rollout/call_rate"), unit_of("reward/mean")) == ("share", "")
+
+
+def test_the_workspace_of_wandb_is_made_from_the_catalogue() -> None:
+    pytest.importorskip("wandb_workspaces", reason="extra dashboard")
+    from tapo_train.report.wandb_workspace import make_workspace
+
+    made = make_workspace(entity="me", project="mine", name="view")
+    assert [section.name for section in made.sections] == list(SECTIONS)
+    panels = [panel for section in made.sections for panel in section.panels]
+    asked = {str(y) for panel in panels for y in panel.y}
+    patterns = [re.compile(panel.metric_regex) for panel in panels if panel.metric_regex]
+    assert asked == {name for name in METRICS if "<" not in name}
+    assert any(pattern.fullmatch("tool/text_search_tool/calls") for pattern in patterns)
+    (seconds,) = [panel for panel in panels if panel.y == ["time/step_s"]]
+    assert (seconds.title_y, seconds.title) == ("s", "time/step_s: [s] wall time of the step")
 
 
 def test_every_metric_has_a_one_line_meaning() -> None:

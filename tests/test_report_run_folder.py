@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inspected_run import HOSTILE, four_attempts, write_run
 from process_environment import environment
 
+from tapo_train.__main__ import main
 from tapo_train.errors import ConfigError, DataError
 from tapo_train.report.files import naming, write_atomically
 from tapo_train.report.manifest import (
@@ -271,6 +273,16 @@ def test_online_without_a_login_is_refused_in_one_message(
     require_login("offline")
 
 
+@pytest.mark.usefixtures("logged_out")
+def test_a_workspace_without_a_login_is_refused_and_can_be_read_all_the_same(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["dashboard"]) == 2
+    assert "wanted a login" in capsys.readouterr().err
+    assert main(["dashboard", "--dry-run"]) == 0
+    assert "time/step_s" in capsys.readouterr().out
+
+
 WITHOUT_NETWORK = """
 import sys
 from pathlib import Path
@@ -327,8 +339,11 @@ def test_a_resumed_run_goes_on_under_the_same_dashboard_id_and_tells_no_command_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["train", "tools.text_endpoint=http://h/?key=S3CRET"])
+    attempts = four_attempts()
+    attempts[2]["turns"][1]["credit"] = {"transfer": 0.5}
+    write_run(tmp_path, [[{**held, "accepted": [HOSTILE]} for held in attempts]])
     for step in range(2):
-        sink = WandbSink(tmp_path, name="demo", mode="auto", config={"run": {"seed": 1}})
+        sink = WandbSink(tmp_path, name="demo", mode="auto", config={"run": {"seed": 1}}, samples=2)
         assert sink.mode == "offline"
         sink.write(step, {"reward/mean": 0.5})
         sink.close()
@@ -339,3 +354,19 @@ def test_a_resumed_run_goes_on_under_the_same_dashboard_id_and_tells_no_command_
     written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert any(b"reward/mean" in data for data in written)
     assert not any(b"S3CRET" in data for data in written)
+    (table,) = tmp_path.rglob("*.table.json")
+    held = json.loads(table.read_text())
+    rows = [dict(zip(held["columns"], row, strict=True)) for row in held["data"]]
+    assert [row["corrected"] for row in rows] == [1, 0]
+    assert rows[0]["accepted"] == HOSTILE
+    assert "turn 2, advantage -0.500 → +0.000\n<think>step 1</think>" in rows[0]["turns"]
+    assert '→ text_search_tool({"query": "anna house"}): ok' in rows[0]["turns"]
+    waiting = [
+        json.loads(path.read_text())
+        for path in tmp_path.glob("wandb/data/**/tmp*")
+        if path.read_bytes()[:1] == b"{"
+    ]
+    table = next(held for held in waiting if held["_type"] == "table")
+    picture = table["data"][0][table["columns"].index("picture")]
+    (box,) = picture["boxes"]["cuts"]
+    assert box["position"] == {"minX": 0.5, "minY": 0.0, "maxX": 1.0, "maxY": 0.5}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tapo_train.tools.registry import load_tool
 from tapo_train.types import Task, Trajectory
 
 __all__ = [
+    "CustomSink",
     "custom_credit",
     "custom_loader",
     "custom_part",
@@ -38,6 +39,7 @@ TAKES = {
     "reward.parts": ("trajectory",),
     "reward.process": ("trajectories", "policy"),
     "data.loader": ("path",),
+    "report.sink": ("step", "metrics"),
 }
 """What a run hands to the part of each field."""
 
@@ -74,6 +76,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
         "algo.advantage.custom": recipe.algo.advantage.custom,
         "credit": recipe.credit,
         "data.loader": recipe.data.loader,
+        "report.sink": recipe.report.sink,
     }
     for where, part in named.items():
         if isinstance(part, Custom):
@@ -135,6 +138,23 @@ def custom_reward(part: CustomPart) -> Part:
         return scored(await asyncio.to_thread(call, trajectory))
 
     return reward
+
+
+class CustomSink:
+    """The recipe's own place for metrics; what it raises ends the run."""
+
+    def __init__(self, part: Custom) -> None:
+        self._call = custom_part(part, where="report.sink")
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hand the row of 0-based `step` over."""
+        self._call(step, metrics)
+
+    def close(self) -> None:
+        """Close it, if it can be closed."""
+        close = getattr(self._call, "close", None)
+        if close is not None:
+            close()
 
 
 def custom_credit(part: Custom) -> CreditAssigner:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
+from tapo_train.recipe.custom import CustomOrPath
 from tapo_train.recipe.values import STRICT, CountOrZero
 
 
@@ -19,3 +20,9 @@ class Report:
     the entropy of each trained token, which costs it a softmax."""
     dump_images: Literal["all", "roots", "none"] = "all"
     """roots leaves out what was cut from another picture: each row says which one, and where."""
+    wandb_samples: CountOrZero = 4
+    """Attempts of each dumped step in a table in wandb, with pictures and credit: corrected ones
+    first, half of them at most; 0: no table."""
+    sink: CustomOrPath | None = None
+    """Where metrics go besides, by import path: (step, metrics), called on rank 0 after each step;
+    its close(), if it has one, at the end."""

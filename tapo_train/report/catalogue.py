@@ -3,7 +3,8 @@
 A name is `group/quantity`, with the unit as its ending where it has one. `<…>` stands
 for any word (a tool, an outcome). "Share" means a fraction in [0, 1]; means are over
 the step's trajectories on all ranks unless something else is said. A name that is not
-here is a mistake: `require_known` finds it, and the tests of the trainer call it.
+here is a mistake: `require_known` finds it, and the tests of the trainer call it. Dashboards are
+made from this file alone: their sections, panels, units and summaries.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from functools import cache
 
 from tapo_train.errors import TapoError
 
-__all__ = ["METRICS", "meaning_of", "require_known"]
+__all__ = [
+    "METRICS",
+    "SECTIONS",
+    "SUMMARIES",
+    "meaning_of",
+    "panels_of",
+    "pattern_of",
+    "require_known",
+    "unit_of",
+]
 
 METRICS: dict[str, str] = {
     # reward
@@ -163,13 +173,51 @@ METRICS: dict[str, str] = {
 }
 
 
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "Does it learn": ("reward", "eval"),
+    "Rollout and tools": ("rollout", "tool"),
+    "Credit": ("advantage", "tapo", "credit", "placebo", "shrink", "gigpo"),
+    "Update": ("policy", "kl", "update", "supervised", "balance"),
+    "Sampler against learner": ("mismatch", "importance", "probe"),
+    "Warnings": ("warning",),
+    "Cost": ("time", "throughput", "memory"),
+}
+"""Sections of a dashboard, in order: the groups whose metrics each of them shows."""
+
+SUMMARIES: dict[str, str] = {
+    "reward/mean": "max",
+    "reward/accuracy": "max",
+    "eval/accuracy": "max",
+    "tool/spent": "max",
+    "probe/mean_abs_diff": "max",
+    "time/step_s": "mean",
+    "throughput/tokens_per_s": "mean",
+}
+"""What a table of runs shows of a metric; of all others the last value."""
+
+
+def panels_of(section: str) -> list[str]:
+    """Names and patterns of the metrics that a section shows, in the catalogue's order."""
+    groups = SECTIONS[section]
+    return [name for name in METRICS if name.split("/")[0] in groups]
+
+
+def unit_of(name: str) -> str:
+    """`s`, `nat`, `GiB`, `share`; "" for counts and mere numbers. `name` is of `METRICS`."""
+    meaning = METRICS[name]
+    if match := re.match(r"\[(\w+)\]", meaning):
+        return match[1]
+    return "share" if meaning.startswith("share ") else ""
+
+
+def pattern_of(name: str) -> str:
+    """A regular expression for the metrics that a name with `<…>` stands for."""
+    return re.sub("<[a-z]+>", "[A-Za-z0-9_.+-]+", name)
+
+
 @cache
 def _patterns() -> tuple[tuple[re.Pattern[str], str], ...]:
-    return tuple(
-        (re.compile(re.sub("<[a-z]+>", "[A-Za-z0-9_.+-]+", name)), name)
-        for name in METRICS
-        if "<" in name
-    )
+    return tuple((re.compile(pattern_of(name)), name) for name in METRICS if "<" in name)
 
 
 def meaning_of(name: str) -> str | None:
