@@ -44,6 +44,10 @@ COMMANDS = {
         module="tapo_train.commands.evaluate",
         summary="accuracy of a policy on a task file, with a confidence interval",
     ),
+    "data": Command(
+        module="tapo_train.commands.data",
+        summary="check task files, or turn published ones into the native form",
+    ),
     "serve-engine": Command(
         module="tapo_train.commands.serve_engine",
         summary="an engine process that training runs send their rollouts to",

@@ -61,7 +61,15 @@ class ConfigError(TapoError, ValueError):
 
 
 class DataError(TapoError, ValueError):
-    """An input file is malformed; the message names the file and the line."""
+    """An input file is malformed; the message names the file and the line.
+
+    Args:
+        kind: what is wrong, for whoever counts.
+    """
+
+    def __init__(self, message: str, *, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class RolloutError(TapoError, RuntimeError):

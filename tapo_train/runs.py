@@ -11,7 +11,6 @@ from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
 from tapo_train.build.custom import CustomSink
-from tapo_train.data.sampler import TaskSampler
 from tapo_train.data.sealed import require_open
 from tapo_train.demo.warm_start import (
     WORLD_KINDS,
@@ -66,7 +65,8 @@ def _train(recipe: Recipe, ending: ExitStack, engine: Engine | None) -> Path | N
     check_resumption(recipe, folder)
     check_dashboard(recipe)
     watchdog = Watchdog(folder.path, stall_s=recipe.run.stall_s)
-    tasks, validation = build.read_tasks(recipe.data.train, recipe), build.validation_tasks(recipe)
+    tasks = build.chosen_tasks(recipe, build.read_tasks(recipe.data.train, recipe))
+    validation = build.validation_tasks(recipe)
     build.require_enough(recipe, tasks)
     parts = make_parts(recipe, folder, tasks, validation, watchdog, ending, engine)
     manifest = {
@@ -125,7 +125,7 @@ def make_parts(
     watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
     score = build.build_scoring(recipe, toolbox.ledger, ending)
     play = build.build_play(recipe, engine, chat, toolbox, score, on_progress=watchdog.beat)
-    order = TaskSampler([task.id for task in tasks], seed=recipe.run.seed)
+    order = build.build_order(recipe, tasks)
     return Parts(
         tasks=tasks,
         validation=validation,

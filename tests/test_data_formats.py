@@ -20,6 +20,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image as Pillow
 
+from tapo_train.__main__ import main
+from tapo_train.data.check import check_files
 from tapo_train.data.formats import BY_NAME, FORMATS
 from tapo_train.data.intake import Intake
 from tapo_train.data.sealed import CANARY_VARIABLE, require_open
@@ -380,3 +382,62 @@ def test_memory_does_not_grow_with_the_pictures_of_a_file(tmp_path: Path) -> Non
     tracemalloc.stop()
     assert path.stat().st_size > 12 * 600 * 500 * 3 > 10 * held
     assert len(tasks[7].images[0].data) > 600 * 500 * 3
+
+
+def spoiled(folder: Path) -> Path:
+    """Ten rows with one fault of each kind."""
+    (folder / "a.png").write_bytes(RED)
+    (folder / "b.png").write_bytes(BLUE)
+    (folder / "cut.png").write_bytes(RED[:40])
+    Pillow.new("1", (8001, 8000)).save(folder / "long.png")
+
+    def row(id: str, image: str | None = "a.png", **more: Any) -> dict[str, Any]:
+        own = {"prompt": f"Who is {id}?", "reward_model": {"ground_truth": "Ed"}}
+        return {"id": id, **own, **({"image": image} if image else {}), **more}
+
+    rows = [row("1"), row("2", "b.png"), row("3", None), row("1", None), row("5", "gone.png")]
+    rows += [row("6", "cut.png"), row("7", "long.png"), row("8", reward_model={"ground_truth": ""})]
+    return jsonl(folder / "train.jsonl", [*rows, row("9", prompt=""), row("10", None)])
+
+
+def test_a_check_counts_every_kind_of_fault_and_what_is_shared_with_the_test_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = spoiled(tmp_path)
+    other = {"prompt": "Another", "reward_model": {"ground_truth": "x"}}
+    test = jsonl(
+        tmp_path / "test.jsonl",
+        [{"id": "t1", "image": "b.png", **other}, {"id": "t2", **other, "prompt": "WHO is  10? "}],
+    )
+    found = check_files([path], against=[test])
+    assert (found.rows, found.tasks) == (10, 5)
+    assert found.counts == {
+        "missing picture": 1,
+        "unreadable picture": 1,
+        "oversized picture": 1,
+        "no answer": 1,
+        "other": 1,
+        "duplicate id": 1,
+        "picture of a test task": 1,
+        "same question and pictures as a test task": 1,
+    }
+    assert main(["data", "check", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert "10 rows, 5 tasks that can be used" in said and "train.jsonl:5: picture 'gone" in said
+    assert main(["data", "check", str(test)]) == 0
+
+
+def test_published_files_are_prepared_as_native_ones_row_by_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    packed, plain = vision_deepresearch(tmp_path), text_qa(tmp_path)
+    out = tmp_path / "native" / "all.jsonl"
+    assert main(["data", "prepare", str(packed), str(plain), "--out", str(out)]) == 0
+    assert load_tasks(out) == [*load_tasks(packed), *load_tasks(plain)]
+    assert len(list((tmp_path / "native" / "images").iterdir())) == 2
+    (tmp_path / "closed").mkdir()
+    assert (
+        main(["data", "prepare", str(mmsearch_plus(tmp_path / "closed")), "--out", str(out)]) == 2
+    )
+    assert "wanted no plain copy" in capsys.readouterr().err
+    assert load_tasks(out) and not out.with_name("all.jsonl.partial").exists()

@@ -1,14 +1,20 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tapo_train.build import build_order, chosen_tasks
+from tapo_train.data.mixture import pass_rates
 from tapo_train.data.sampler import TaskSampler, shard
-from tapo_train.errors import DataError
+from tapo_train.errors import ConfigError, DataError
+from tapo_train.recipe.compose import load_recipe
+from tapo_train.types import Task
 
 
 def ids(num: int) -> list[str]:
@@ -176,3 +182,75 @@ def test_shards_are_disjoint_cover_the_batch_and_are_balanced() -> None:
 def test_a_rank_outside_the_world_is_refused(rank: int) -> None:
     with pytest.raises(DataError, match="world size"):
         shard([1, 2], rank, 2)
+
+
+def test_a_task_of_weight_a_quarter_takes_part_in_a_quarter_of_the_epochs() -> None:
+    weights = [0.25] * 20 + [1.0] * 20
+    sampler = TaskSampler(ids(40), seed=1, weights=weights)
+    seen = Counter[int]()
+    while sampler.epoch < 200:
+        seen.update(sampler.next_batch(8))
+    light = sum(seen[index] for index in range(20)) / 20
+    heavy = sum(seen[index] for index in range(20, 40)) / 20
+    assert heavy == pytest.approx(200, abs=2)
+    assert light == pytest.approx(50, abs=4)
+
+
+def test_the_first_epoch_may_go_from_easy_to_hard() -> None:
+    sampler = TaskSampler("abcd", seed=1, ease=[0.1, 0.9, 0.5, 0.9])
+    first = sampler.next_batch(4)
+    assert set(first[:2]) == {1, 3} and first[2:] == [2, 0]
+    again = TaskSampler("abcd", seed=1, ease=[0.1, 0.9, 0.5, 0.9])
+    again.load_state_dict(sampler.state_dict())
+    assert again.next_batch(4) == sampler.next_batch(4)
+
+
+def test_pass_rates_are_read_from_an_evaluation_or_a_dump(tmp_path: Path) -> None:
+    (tmp_path / "attempts.jsonl").write_text(
+        """{"task": "a", "accuracy": 1.0}
+        {"task": "a", "accuracy": 0.0}
+        {"task": "b", "accuracy": null}
+        {"group": "c", "correct": 1.0}"""
+    )
+    assert pass_rates(tmp_path / "attempts.jsonl") == {"a": 0.5, "c": 1.0}
+    (tmp_path / "other.jsonl").write_text('{"task": "a"}')
+    with pytest.raises(DataError, match="field 'accuracy': found nothing; wanted a number from 0"):
+        pass_rates(tmp_path / "other.jsonl")
+
+
+def test_a_mixture_keeps_what_needs_a_search_and_is_neither_always_nor_never_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "attempts.jsonl").write_text(
+        """{"task": "never", "accuracy": 0.0}
+        {"task": "half", "accuracy": 0.5}
+        {"task": "always", "accuracy": 1.0}"""
+    )
+    tasks = [
+        Task(id=name, question="q", images=(), answers=("a",), source=source)
+        for name, source in (
+            ("never", "x"),
+            ("half", "x"),
+            ("always", "x"),
+            ("untried", "livevqa/level2"),
+            ("seen", "livevqa/level1"),
+        )
+    ]
+    mixture = [
+        f"data.mixture.pass_rates={tmp_path / 'attempts.jsonl'}",
+        "data.mixture.pass_rate=[0.1,0.9]",
+        "data.mixture.needs_search=true",
+        "data.mixture.weights={x: 0.5}",
+        "data.mixture.easy_first=true",
+    ]
+    recipe = load_recipe("recipes/demo_cpu.yaml", mixture)
+    kept = chosen_tasks(recipe, tasks)
+    assert [task.id for task in kept] == ["half", "untried"]
+    assert "3 of 5 questions left out (data.mixture)" in capsys.readouterr().out
+    assert build_order(recipe, kept).num_tasks == 2
+    with pytest.raises(
+        ConfigError, match=r"weights: found \['x'\]; wanted some of \['livevqa/level2"
+    ):
+        build_order(recipe, kept[1:])
+    with pytest.raises(ConfigError, match="none of 1 questions is left"):
+        chosen_tasks(recipe, tasks[:1])

@@ -157,6 +157,7 @@ def test_no_module_is_called_utils() -> None:
         ["sft", "--help"],
         ["world", "--help"],
         ["analyze", "--help"],
+        ["data", "--help"],
         ["doctor", "--help"],
         ["dashboard", "--dry-run"],
         ["index", "--help"],

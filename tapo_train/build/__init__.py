@@ -22,6 +22,8 @@ from tapo_train.build.learner import (
 from tapo_train.build.memory import require_memory
 from tapo_train.build.probe import build_probe
 from tapo_train.build.questions import (
+    build_order,
+    chosen_tasks,
     playable_splits,
     playable_tasks,
     read_tasks,
@@ -51,6 +53,7 @@ __all__ = [
     "build_exchange",
     "build_interruption",
     "build_objective",
+    "build_order",
     "build_play",
     "build_policy",
     "build_probe",
@@ -62,6 +65,7 @@ __all__ = [
     "build_toolbox",
     "build_sharing",
     "build_watch",
+    "chosen_tasks",
     "engine_server",
     "is_recomputed_in_passing",
     "learner_settings",

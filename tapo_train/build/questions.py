@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from tapo_train.build.custom import custom_loader
 from tapo_train.data.intake import Intake
-from tapo_train.data.sampler import shard
+from tapo_train.data.mixture import needs_search, pass_rates
+from tapo_train.data.sampler import TaskSampler, shard
 from tapo_train.data.sealed import require_open
 from tapo_train.data.stored import Share
 from tapo_train.data.tasks import load_task_files
 from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
+from tapo_train.recipe import Mixture
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.playable import Playable
@@ -43,6 +46,56 @@ def validation_tasks(recipe: Recipe) -> list[Task]:
     if not recipe.data.validation:
         return []
     return read_tasks(recipe.data.validation, recipe)[: recipe.run.eval_questions or None]
+
+
+def chosen_tasks(recipe: Recipe, tasks: Sequence[Task]) -> list[Task]:
+    """Those that `data.mixture` keeps; says on rank 0 how many it leaves out.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    rates = _pass_rates(recipe)
+    kept = [task for task in tasks if _is_kept(task, recipe.data.mixture, rates)]
+    if not kept:
+        raise ConfigError(f"data.mixture: none of {len(tasks)} questions is left, wanted some")
+    if len(kept) < len(tasks) and distributed.rank() == 0:
+        print(f"{len(tasks) - len(kept)} of {len(tasks)} questions left out (data.mixture)")
+    return kept
+
+
+def _is_kept(task: Task, mixture: Mixture, rates: Mapping[str, float]) -> bool:
+    said = needs_search(task)
+    if None not in (said, mixture.needs_search) and said != mixture.needs_search:
+        return False
+    rate, (least, most) = rates.get(task.id), mixture.pass_rate
+    return rate is None or least <= rate <= most
+
+
+def build_order(recipe: Recipe, tasks: Sequence[Task]) -> TaskSampler:
+    """The order in which training asks `tasks`.
+
+    Raises:
+        ConfigError: a weight is of a source that no task has.
+    """
+    mixture, rates = recipe.data.mixture, _pass_rates(recipe)
+    unknown = set(mixture.weights) - {task.source for task in tasks}
+    if unknown:
+        raise ConfigError(
+            f"data.mixture.weights: found {sorted(unknown)}; wanted some of "
+            f"{sorted({task.source for task in tasks})}"
+        )
+    return TaskSampler(
+        [task.id for task in tasks],
+        seed=recipe.run.seed,
+        weights=[mixture.weights.get(task.source, 1.0) for task in tasks],
+        # What was never tried stands in the middle.
+        ease=[rates.get(task.id, 0.5) for task in tasks] if mixture.easy_first else None,
+    )
+
+
+def _pass_rates(recipe: Recipe) -> Mapping[str, float]:
+    path = recipe.data.mixture.pass_rates
+    return pass_rates(Path(path)) if path is not None else {}
 
 
 def playable_tasks(

@@ -25,6 +25,9 @@ from tapo_train.types import Image, ImageRef
 __all__ = [
     "BROKEN",
     "FORMATS",
+    "MISSING",
+    "OVERSIZED",
+    "UNREADABLE",
     "ImageLimits",
     "extension",
     "read_image",
@@ -33,6 +36,9 @@ __all__ = [
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """The only decoders Pillow may try; everything else is refused by name."""
+
+MISSING, UNREADABLE, OVERSIZED = "missing picture", "unreadable picture", "oversized picture"
+"""Kinds of a `DataError` about a picture."""
 
 _NO_PATHS = ("data:", "http://", "https://")
 
@@ -73,19 +79,22 @@ def read_image(data: bytes, *, where: str, limits: ImageLimits | None = None) ->
     limits = limits or ImageLimits()
     if len(data) > limits.max_bytes:
         raise DataError(
-            f"{where}: picture of {len(data)} bytes; at most {limits.max_bytes} are accepted"
+            f"{where}: picture of {len(data)} bytes; at most {limits.max_bytes} are accepted",
+            kind=OVERSIZED,
         )
     try:
         width, height = _check(data, limits.max_pixels)
     except BROKEN as error:
         raise DataError(
             f"{where}: not a readable picture ({type(error).__name__}: {error}, "
-            f"{len(data)} bytes); wanted an undamaged {', '.join(FORMATS)} file"
+            f"{len(data)} bytes); wanted an undamaged {', '.join(FORMATS)} file",
+            kind=UNREADABLE,
         ) from error
     if width * height > limits.max_pixels:
         raise DataError(
             f"{where}: picture of {width} x {height} pixels; "
-            f"at most {limits.max_pixels} pixels are accepted"
+            f"at most {limits.max_pixels} pixels are accepted",
+            kind=OVERSIZED,
         )
     digest = hashlib.sha256(data).hexdigest()
     return Image(

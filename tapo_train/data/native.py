@@ -16,7 +16,7 @@ name of `pictures.PICTURE_KEYS`; messages and answers may have the shapes that `
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from tapo_train.data.drafts import Draft, Source
 from tapo_train.data.images import extension
 from tapo_train.data.pictures import PICTURE_KEYS, path_of, picture_entries
 from tapo_train.data.prompt import IMAGE_PLACEHOLDER, question_of
-from tapo_train.data.rows import Row, require_unique_ids
+from tapo_train.data.rows import Row
 from tapo_train.data.sealed import require_open
 from tapo_train.errors import DataError
 from tapo_train.types import Image, Task
@@ -54,23 +54,33 @@ def native_drafts(row: Row, source: Source) -> list[Draft]:
     return [draft]
 
 
-def write_tasks(path: Path, tasks: Sequence[Task], *, image_folder: str = "images") -> None:
-    """Write `tasks` to a native file that `native_drafts` reads back to equal tasks.
+def write_tasks(path: Path, tasks: Iterable[Task], *, image_folder: str = "images") -> int:
+    """Write `tasks` to a native file that `native_drafts` reads back to equal tasks; their number.
 
-    Pictures go to `path.parent / image_folder`, named by their content, each once.
-    The file appears complete or not at all.
+    Pictures go to `path.parent / image_folder`, named by their content, each once. Tasks are
+    written as they come. The file appears complete or not at all.
 
     Raises:
         DataError: a metadata key would hide a field of the format, two tasks share
-            an id, or a value is not JSON.
+            an id, a value is not JSON, or a task's authors publish it encrypted.
     """
-    require_open(tasks, doing="plain copy")
-    require_unique_ids([(task.id, f"task {number}") for number, task in enumerate(tasks)])
-    names = _write_images((image for task in tasks for image in task.images), path, image_folder)
-    lines = [_line(task, [names[image.sha256] for image in task.images]) for task in tasks]
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    partial.replace(path)
+    seen: set[str] = set()
+    try:
+        with partial.open("w", encoding="utf-8") as stream:
+            for number, task in enumerate(tasks):
+                if task.id in seen:
+                    raise DataError(f"task {number}: id {task.id!r} was used before", kind="twice")
+                seen.add(task.id)
+                require_open([task], doing="plain copy")
+                images = [_keep(image, path.parent, image_folder) for image in task.images]
+                stream.write(_line(task, images) + "\n")
+        partial.replace(path)
+    except DataError:
+        partial.unlink()
+        raise
+    return len(seen)
 
 
 def _line(task: Task, images: list[str]) -> str:
@@ -102,14 +112,11 @@ def _line(task: Task, images: list[str]) -> str:
         raise DataError(f"task {task.id}: metadata is not JSON: {error}") from error
 
 
-def _write_images(images: Iterable[Image], path: Path, folder: str) -> dict[str, str]:
-    """Store each picture once; return sha256 -> path relative to the task file."""
-    (path.parent / folder).mkdir(parents=True, exist_ok=True)
-    names: dict[str, str] = {}
-    for image in images:
-        if image.sha256 in names:
-            continue
-        name = f"{folder}/{image.sha256}{extension(image.data)}"
-        (path.parent / name).write_bytes(image.data)
-        names[image.sha256] = name
-    return names
+def _keep(image: Image, parent: Path, folder: str) -> str:
+    """Store a picture, if it is not there yet; its path relative to the task file."""
+    data = image.data
+    name = f"{folder}/{image.sha256}{extension(data)}"
+    if not (parent / name).exists():
+        (parent / folder).mkdir(exist_ok=True)
+        (parent / name).write_bytes(data)
+    return name

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tapo_train.errors import DataError
 
-__all__ = ["Row", "parse_json", "read_file", "require_unique_ids", "row_of", "shown"]
+__all__ = ["Row", "parse_json", "read_file", "row_of", "shown"]
+
+NO_ANSWER = "no answer"
+"""Kind of a `DataError` about a row without one."""
 
 
 def shown(value: object, limit: int = 80) -> str:
@@ -28,10 +31,10 @@ class Row:
     """File and line, then the path of fields that leads here: `t.jsonl:3: reward_model`."""
     fields: Mapping[str, Any]
 
-    def wrong(self, name: str, wanted: str) -> DataError:
+    def wrong(self, name: str, wanted: str, *, kind: str = "other") -> DataError:
         """The error for field `name`: where, what was found, what is wanted."""
         found = shown(self.fields[name]) if name in self.fields else "nothing"
-        return DataError(f"{self.where}: field {name!r}: found {found}; wanted {wanted}")
+        return DataError(f"{self.where}: field {name!r}: found {found}; wanted {wanted}", kind=kind)
 
     def text(self, name: str, *, wanted: str = "a text that is not blank") -> str:
         """A string that holds more than white space and can be encoded."""
@@ -65,7 +68,8 @@ class Row:
         texts = [_answer(item) for item in (value if isinstance(value, list) else [value])]
         kept = tuple(text for text in texts if text)
         if None in texts or not kept:
-            raise self.wrong(name, "a text, a number or a list of them, not all blank")
+            wanted = "a text, a number or a list of them, not all blank"
+            raise self.wrong(name, wanted, kind=NO_ANSWER)
         return kept
 
     def inner(self, name: str) -> Row:
@@ -132,15 +136,3 @@ def read_file(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error}") from error
-
-
-def require_unique_ids(ids: Sequence[tuple[str, str]]) -> None:
-    """Refuse a second task of the same id; `ids` are (id, where) pairs in file order."""
-    seen: dict[str, str] = {}
-    for identifier, where in ids:
-        if identifier in seen:
-            raise DataError(
-                f"{where}: id {identifier!r} was used before, at {seen[identifier]}; "
-                "wanted a unique id for each task"
-            )
-        seen[identifier] = where

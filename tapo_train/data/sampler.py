@@ -5,6 +5,8 @@ that is added, mended or taken out between two parts of a run leaves the order o
 it was. A batch may reach over the end of an epoch but never holds a task twice, because two
 groups of one question would share a group id and bias the step towards it: a task of the new
 epoch that is already in the batch waits for the next one.
+
+A task of weight w takes part in an epoch with chance w, drawn from the same three things.
 """
 
 from __future__ import annotations
@@ -27,16 +29,32 @@ class TaskSampler:
     Args:
         ids: of the tasks, all different; an index is a position among them.
         shuffle: False visits them in the order given.
+        weights: of the tasks, in (0, 1]; None: all 1.
+        ease: of the tasks; the first epoch goes from the easiest to the hardest. None: it is
+            shuffled like the others.
     """
 
-    def __init__(self, ids: Iterable[str], *, seed: int, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        ids: Iterable[str],
+        *,
+        seed: int,
+        shuffle: bool = True,
+        weights: Sequence[float] | None = None,
+        ease: Sequence[float] | None = None,
+    ) -> None:
         self._ids = tuple(ids)
         if not self._ids:
             raise DataError("sampler over 0 tasks; wanted at least one")
         if len(set(self._ids)) < len(self._ids):
             raise DataError("sampler over tasks that share an id; wanted a unique id for each")
+        for values in (weights, ease):
+            if values is not None and len(values) != len(self._ids):
+                raise DataError(f"sampler over {len(self._ids)} tasks; found {len(values)} weights")
         self._seed = seed
         self._shuffle = shuffle
+        self._weights = weights
+        self._ease = ease
         self._epoch = 0
         self._pending = self._order(0)
 
@@ -64,7 +82,7 @@ class TaskSampler:
                 f"wanted between 1 and {available}"
             )
         batch = self._take(num, exclude=exclude)
-        if len(batch) < num:
+        while len(batch) < num:  # with weights an epoch may be shorter than a batch
             self._epoch += 1
             self._pending = self._order(self._epoch)
             batch += self._take(num - len(batch), exclude=[*exclude, *batch])
@@ -78,9 +96,19 @@ class TaskSampler:
         return taken
 
     def _order(self, epoch: int) -> list[int]:
-        if not self._shuffle:
-            return list(range(len(self._ids)))
-        return sorted(range(len(self._ids)), key=lambda index: self._rank(epoch, self._ids[index]))
+        order = [index for index in range(len(self._ids)) if self._takes_part(epoch, index)]
+        if self._shuffle:
+            order.sort(key=lambda index: self._rank(epoch, self._ids[index]))
+        if self._ease is not None and epoch == 0:
+            ease = self._ease
+            order.sort(key=lambda index: -ease[index])
+        return order
+
+    def _takes_part(self, epoch: int, index: int) -> bool:
+        if self._weights is None or self._weights[index] >= 1:
+            return True
+        drawn = self._rank(epoch, f"weight {self._ids[index]}")
+        return int.from_bytes(drawn) < self._weights[index] * 2**128
 
     def _rank(self, epoch: int, identifier: str) -> bytes:
         text = f"{self._seed} {epoch} {identifier}"

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from tapo_train.data.images import ImageLimits, read_image, resolve_inside
+from tapo_train.data.images import MISSING, UNREADABLE, ImageLimits, read_image, resolve_inside
 from tapo_train.data.row_files import RowPlace, row_at
 from tapo_train.data.rows import shown
 from tapo_train.errors import DataError
@@ -85,13 +85,15 @@ class FilePicture:
             if not self.path.is_file():
                 raise DataError(
                     f"{where}: picture {shown(self.name)} is not a file; looked at "
-                    f"{shown(str(self.path))}"
+                    f"{shown(str(self.path))}",
+                    kind=MISSING,
                 )
             with self.path.open("rb") as stream:
                 return stream.read(max_bytes + 1)
         except OSError as error:
             raise DataError(
-                f"{where}: picture {shown(self.name)} cannot be read: {error.strerror}"
+                f"{where}: picture {shown(self.name)} cannot be read: {error.strerror}",
+                kind=UNREADABLE,
             ) from error
 
 
@@ -140,9 +142,11 @@ def embedded(entry: Any, where: str) -> bytes:
         try:
             entry = base64.b64decode(text, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise DataError(f"{where}: found {found}; wanted base64 ({error})") from error
+            raise DataError(
+                f"{where}: found {found}; wanted base64 ({error})", kind=UNREADABLE
+            ) from error
     if not isinstance(entry, bytes) or not entry:
-        raise DataError(f"{where}: found {found}; wanted embedded bytes")
+        raise DataError(f"{where}: found {found}; wanted embedded bytes", kind=UNREADABLE)
     return entry
 
 
@@ -181,7 +185,7 @@ class PictureBook:
         self._share = share
         self._numbers: dict[PicturePlace, int] = {}
         self._places: list[PicturePlace] = []
-        self._found: dict[int, _Known | str] = {}
+        self._found: dict[int, _Known | DataError] = {}
         self._images: dict[str, StoredImage] = {}
         self._recent = _Recent(RECENT_BYTES)
 
@@ -206,12 +210,12 @@ class PictureBook:
                 image = read_image(own, where=where, limits=self._limits)
                 self._found[number] = _Known(image.sha256, image.width, image.height)
             except DataError as error:
-                self._found[number] = str(error)
+                self._found[number] = error
         return number
 
     def is_known_bad(self, number: int) -> bool:
         """Whether this reader has opened the picture in vain."""
-        return isinstance(self._found.get(number), str)
+        return isinstance(self._found.get(number), DataError)
 
     def settle(self) -> None:
         """Learn what the others found; every reader calls it when it has seen all rows."""
@@ -225,8 +229,8 @@ class PictureBook:
             DataError: it cannot be used.
         """
         found = self._found[number]
-        if isinstance(found, str):
-            raise DataError(found)
+        if isinstance(found, DataError):
+            raise found
         if found.sha256 not in self._images:
             place = self._places[number]
             self._images[found.sha256] = StoredImage(

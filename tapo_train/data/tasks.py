@@ -29,7 +29,7 @@ from tapo_train.types import Task
 
 Load = Callable[[Path], Sequence[Task]]
 
-__all__ = ["fingerprint", "load_task_files", "load_tasks", "write_tasks"]
+__all__ = ["fingerprint", "load_task_files", "load_tasks", "stream_tasks", "write_tasks"]
 
 _BY_ENDING = {".jsonl": "native", ".parquet": "fvqa", ".pq": "fvqa", ".json": "livevqa"}
 """What a file is taken for whose first row cannot be read."""
@@ -42,18 +42,20 @@ class _RowDrafts:
     """What was read of a row."""
 
     where: str
-    drafts: Sequence[Draft]
+    book: PictureBook
+    drafts: Sequence[Draft] = ()
     error: DataError | None = None
 
-    def tasks(self, book: PictureBook) -> list[Task]:
+    def tasks(self) -> list[Task]:
+        """Once the book is settled; raises DataError if the row cannot be used."""
         if self.error is not None:
             raise self.error
-        return [draft.task(book) for draft in self.drafts]
+        return [draft.task(self.book) for draft in self.drafts]
 
-    def is_bad(self, book: PictureBook) -> bool:
+    def is_bad(self) -> bool:
         """Whether it cannot be used, as far as this reader knows."""
         numbers = (number for draft in self.drafts for number in draft.pictures)
-        return self.error is not None or any(map(book.is_known_bad, numbers))
+        return self.error is not None or any(map(self.book.is_known_bad, numbers))
 
 
 def load_tasks(
@@ -88,13 +90,14 @@ def load_tasks(
     book = PictureBook(limits or ImageLimits(), also=tuple(map(Path, image_roots)), share=share)
     rows: list[_RowDrafts] = []
     bad = 0
-    for row in iter_drafts(Path(path), format=format, root=root, book=book, intake=taking):
+    reading = _Reading(format=format, root=root, intake=taking)
+    for row in reading.rows(Path(path), lambda: book):
         rows.append(row)
-        bad += row.is_bad(book)
+        bad += row.is_bad()
         if bad >= MOST_SHOWN and not taking.drop:
             break  # enough to say
     book.settle()
-    tasks = [task for row in rows for task in taking.take(row.where, partial(row.tasks, book))]
+    tasks = [task for row in rows for task in taking.take(row.where, row.tasks)]
     if intake is None:
         taking.settle()
     if not tasks and not taking.problems:
@@ -102,27 +105,47 @@ def load_tasks(
     return tasks
 
 
-def iter_drafts(
-    path: Path, *, format: str, root: str | Path | None, book: PictureBook, intake: Intake
-) -> Iterator[_RowDrafts]:
-    """What each row of the files of `path` holds, in order."""
-    for file in _files_of(path):
-        form = _format_of(file, format)
-        folder = Path(root) if root is not None else file.parent
-        roots = [folder / form.pictures.folder, folder] if root is None else [folder]
-        companions = companions_of(file, form.companions, key=form.id)
-        for where, place, read in rows_of(file):
-            source = Source(place=place, roots=roots, book=book, intake=intake)
-            try:
-                row = read()
-                said = {key: value for one in companions for key, value in one.about(row).items()}
-                drafts = drafts_of(form, Row(row.where, {**said, **row.fields}), source)
-            except DataError as error:
-                yield _RowDrafts(where, (), error)
-            else:
-                yield _RowDrafts(where, drafts)
-        for companion in companions:
-            companion.require_used()
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """How files are read."""
+
+    format: str
+    root: str | Path | None
+    intake: Intake
+
+    def rows(self, path: Path, book: Callable[[], PictureBook]) -> Iterator[_RowDrafts]:
+        """What each row of the files of `path` holds, in order."""
+        for file in _files_of(path):
+            form = _format_of(file, self.format)
+            folder = Path(self.root) if self.root is not None else file.parent
+            roots = [folder / form.pictures.folder, folder] if self.root is None else [folder]
+            companions = companions_of(file, form.companions, key=form.id)
+            for where, place, read in rows_of(file):
+                source = Source(place=place, roots=roots, book=book(), intake=self.intake)
+                try:
+                    row = read()
+                    known = {
+                        key: held for one in companions for key, held in one.about(row).items()
+                    }
+                    drafts = drafts_of(form, Row(row.where, {**known, **row.fields}), source)
+                except DataError as error:
+                    yield _RowDrafts(where, source.book, error=error)
+                else:
+                    yield _RowDrafts(where, source.book, drafts)
+            for companion in companions:
+                companion.require_used()
+
+
+def stream_tasks(
+    path: Path, *, format: str = "auto", image_roots: Sequence[Path] = ()
+) -> Iterator[tuple[str, list[Task] | DataError]]:
+    """(place, its tasks or why there are none) of every row; nothing is kept of those before."""
+    reading = _Reading(format=format, root=None, intake=Intake(drop=True))
+    for row in reading.rows(path, lambda: PictureBook(ImageLimits(), also=image_roots)):
+        try:
+            yield row.where, row.tasks()
+        except DataError as error:
+            yield row.where, error
 
 
 def load_task_files(

@@ -59,7 +59,7 @@ from tapo_train.recipe.rollout import (
     ServerSettings,
     VllmSettings,
 )
-from tapo_train.recipe.run import Data, Lora, Model, Probe, Run
+from tapo_train.recipe.run import Data, Lora, Mixture, Model, Probe, Run
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import McpServerSettings, ToolLimitSettings, Tools
 from tapo_train.recipe.values import STRICT
@@ -89,6 +89,7 @@ __all__ = [
     "MaskedImportance",
     "Maths",
     "McpServerSettings",
+    "Mixture",
     "Model",
     "MultipleChoice",
     "NoCredit",

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import field
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.recipe.custom import CustomOrPath
-from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
+from tapo_train.recipe.values import (
+    STRICT,
+    Count,
+    CountOrZero,
+    Fraction,
+    NonNegative,
+    Positive,
+)
+
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -79,6 +89,25 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Mixture:
+    """Which of the training questions are asked, how often, and in which order."""
+
+    weights: Mapping[str, Share] = field(default_factory=dict)
+    """By data source: the share of its questions, in (0, 1], that takes part in an epoch, drawn
+    anew for each. Sources that are not named take part wholly."""
+    needs_search: bool | None = None
+    """Keep only questions that need a search, or only those that do not, as the data set says;
+    where it says nothing they are kept. null: all."""
+    pass_rates: str | None = None
+    """A file of attempts: what `eval --repeats` wrote (attempts.jsonl), or a run's dump."""
+    pass_rate: tuple[Fraction, Fraction] = (0.0, 1.0)
+    """Least and largest share of right attempts in pass_rates; [0.1, 0.9] leaves out what is never
+    and what is always answered. Questions without attempts are kept."""
+    easy_first: bool = False
+    """The first epoch goes from what pass_rates says is answered most often to the least."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class Data:
     """Questions, and how many of them make a step."""
 
@@ -116,6 +145,7 @@ class Data:
     out and says how many. All are looked for at the start."""
     system_prompt: str = ""
     """Text of the system turn, before the tool schemas; empty: only the schemas."""
+    mixture: Mixture = field(default_factory=Mixture)
     questions_per_step: Count = 16
     """Over all ranks; a multiple of the number of ranks."""
 
