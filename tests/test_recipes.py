@@ -13,6 +13,7 @@ from tapo_train.demo.world.chains import Chains
 from tapo_train.recipe.compose import load_recipe
 from tapo_train.report.catalogue import require_known
 from tapo_train.runs import train
+from tapo_train.systems.invented_databases import write_databases
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -22,6 +23,7 @@ SMALL = (
     "run.wandb=disabled",
     "rollout/engine=hf",
     "rollout.rollouts_per_question=2",
+    "rollout.max_turns=3",
     "data.questions_per_step=2",
     "data.validation=[]",
 )
@@ -42,10 +44,29 @@ def chains(folder: Path) -> list[str]:
     return [f"data.train=[{folder}/train.jsonl]", f"tools.corpus={folder}/corpus.jsonl"]
 
 
-DATA: Mapping[str, Callable[[Path], list[str]]] = {"vsrm": chains, "igpo": chains}
+def databases(folder: Path) -> list[str]:
+    write_databases(folder, 1, train=1, validation=1)
+    arguments = f"{{databases: {folder}/databases}}"
+    tool, match = ("tapo_train.systems.mtir_sql:" + name for name in ("SqlTool", "ExecutionMatch"))
+    return [
+        f"data.train=[{folder}/train.jsonl]",
+        f"tools.extra=[{{path: '{tool}', arguments: {arguments}}}]",
+        f"reward.parts.accuracy={{name: custom, path: '{match}', arguments: {arguments}}}",
+    ]
+
+
+DATA: Mapping[str, Callable[[Path], list[str]]] = {
+    "vsrm": chains,
+    "igpo": chains,
+    "mtir_sql": databases,
+}
 """What makes a recipe's data in a folder and says where it is."""
 
-LOGS = {"vsrm": "process/steps", "igpo": "process/earned"}
+LOGS = {
+    "vsrm": "process/steps",
+    "igpo": "process/earned",
+    "mtir_sql": "process/left_out/no_query",
+}
 """A metric that only this system logs, and which is not 0."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -128,9 +129,15 @@ def key_of(part: JudgePart) -> str:
     return key
 
 
-def custom_reward(part: CustomPart) -> Part:
-    """The recipe's own reward; one that is not async runs in a thread."""
+def custom_reward(part: CustomPart, ending: ExitStack | None = None) -> Part:
+    """The recipe's own reward; one that is not async runs in a thread.
+
+    Args:
+        ending: where its `close`, if it has one, is entered.
+    """
     call = custom_part(part, where="reward.parts")
+    if ending is not None and hasattr(call, "close"):
+        ending.callback(call.close)
 
     async def reward(trajectory: Trajectory) -> Score:
         if is_async(call):

@@ -66,7 +66,7 @@ def _part(recipe: Recipe, ledger: Ledger, ending: ExitStack, name: str, part: Re
     if isinstance(part, recipes.JudgePart):
         return _judge(recipe, ledger, ending, name, part)
     if isinstance(part, recipes.CustomPart):
-        return custom_reward(part)
+        return custom_reward(part, ending)
     if isinstance(part, recipes.Maths):
         verifier = MathsVerifier()
         ending.callback(verifier.close)

@@ -9,6 +9,7 @@ hold up the calls of every other trajectory.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import struct
@@ -21,11 +22,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tapo_train.data.images import FORMATS
 from tapo_train.errors import ToolDownError, ToolRefusedError
 from tapo_train.tools.images import image_from_bytes
-from tapo_train.tools.sandbox_worker import PAGE, PICTURE, READY, REFUSED, REPLY, REQUEST
+from tapo_train.tools.sandbox_worker import (
+    PAGE,
+    PICTURE,
+    QUERY,
+    READY,
+    REFUSED,
+    REPLY,
+    REQUEST,
+)
 from tapo_train.tools.threads import queueing
 from tapo_train.types import Image
 
@@ -100,6 +110,22 @@ class Sandbox:
         """
         self._require_bytes(data, "page")
         return self._ask(PAGE, max_chars, data)[2].decode("utf-8", "replace")
+
+    def query(self, database: Path, sql: str, *, max_rows: int, max_bytes: int) -> dict[str, Any]:
+        """Rows of a query over a sqlite file, or why there are none; see `sqlite_query`.
+
+        Args:
+            max_rows, max_bytes: of the answer, as JSON; what is more is left out.
+
+        Raises:
+            ToolRefusedError: it takes too long, or too much memory.
+        """
+        asked = {"database": str(database), "sql": sql, "max_rows": max_rows}
+        limits = {"max_bytes": max_bytes, "timeout_s": 0.8 * self.limits.timeout_s}
+        request = json.dumps({**asked, **limits}).encode()
+        self._require_bytes(request, "query")
+        found: dict[str, Any] = json.loads(self._ask(QUERY, max_bytes, request)[2])
+        return found
 
     def close(self) -> None:
         """End the workers, when they are done; a later call starts others. Tools may share it."""

@@ -1,8 +1,10 @@
-"""The process that opens what strangers sent: pictures and pages. Killed when it takes too long.
+"""The process that opens what strangers sent: pictures, pages, queries. Killed when it takes too
+long.
 
 It gets bytes over its standard input, which is a socket, and answers with bytes: no
-pickles, no names, no files. `sandbox.py` starts it; it ends when the other side does.
-An exception that is not foreseen ends it too, which the other side sees and records.
+pickles, no names; of files it reads the database that our side names, and writes none.
+`sandbox.py` starts it; it ends when the other side does. An exception that is not foreseen ends it
+too, which the other side sees and records.
 """
 
 from __future__ import annotations
@@ -19,14 +21,16 @@ from tapo_train.data.images import FORMATS, ImageLimits, read_image
 from tapo_train.errors import DataError
 from tapo_train.tools.images import REDUCING_GAP, encode_png, on_white
 from tapo_train.tools.page_text import html_to_text
+from tapo_train.tools.sqlite_query import answer_query
 
 REQUEST = struct.Struct(">BII")
-"""Kind, limit (longest side of the answer [px], or characters), length of what follows."""
+"""Kind, limit (longest side of the answer [px], or characters; of a query, bytes), length of what
+follows."""
 REPLY = struct.Struct(">BIII")
 """Status, width, height, length of what follows."""
 READY = b"!"
 """Said once, before the first request is read."""
-PICTURE, PAGE = 0, 1
+PICTURE, PAGE, QUERY = 0, 1, 2
 DONE, REFUSED = 0, 1
 MAX_ASPECT = 100
 """Longest over shortest side; vision processors refuse thinner strips."""
@@ -71,6 +75,8 @@ def answer(kind: int, limit: int, data: bytes, limits: ImageLimits, max_side: in
         if kind == PAGE:
             text = html_to_text(data.decode("utf-8", "replace"), max_chars=limit)
             return _reply(DONE, 0, 0, text.encode())
+        if kind == QUERY:
+            return _reply(DONE, 0, 0, answer_query(data))
         pixels = reencoded(data, longest_px=limit, limits=limits, max_side=max_side)
         return _reply(DONE, pixels.width, pixels.height, encode_png(pixels))
     except DataError as error:
