@@ -1,4 +1,4 @@
-"""The text index beside bm25s in memory: building, opening, asking, and what is found.
+"""The text index beside bm25s in memory and SQLite's FTS5: building, opening, asking, finding.
 
     python scripts/bench_search.py --passages 100000 --folder /tmp/bench_search
 
@@ -16,10 +16,12 @@ import json
 import multiprocessing
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ SYLLABLES = [consonant + vowel for consonant in "bdfgklmnprstv" for vowel in "ae
 STOP_WORDS = ["the", "of", "is", "in", "and", "to", "was", "a"]
 RANKS = 4
 CALLERS = 8
+FEWER = 60
+"""Queries that FTS5 is asked."""
 
 
 def words_of(count: int) -> list[str]:
@@ -146,33 +150,82 @@ def one_rank(folder: Path, queries: list[str]) -> dict[str, float]:
     return {"open_s": opened_s, "grown_mb": memory_mb()["anonymous_mb"] - before["anonymous_mb"]}
 
 
+def analysed(corpus: Path) -> Iterator[list[str]]:
+    """The words of each passage, as the index has them."""
+    from tapo_train.tools.corpus_index import analyser
+
+    words = analyser()
+    with corpus.open() as file:
+        for line in file:
+            yield words.analyze(json.loads(line)["text"])
+
+
+def asked_words(queries: list[str]) -> dict[str, list[str]]:
+    """The words each query looks for."""
+    from tapo_train.tools.corpus import Passage
+    from tapo_train.tools.corpus_index import CorpusIndex
+
+    any_index = CorpusIndex([Passage(id="0", title="", text="one")])
+    return {query: any_index.words(query) for query in queries}
+
+
 def exhaustive(corpus: Path, queries: list[str]) -> dict[str, Any]:
     """bm25s over the same words: its cost, and every passage's exact score."""
     import bm25s
 
-    from tapo_train.tools.corpus import Passage
-    from tapo_train.tools.corpus_index import CorpusIndex, analyser
-
-    analysed, started = analyser(), time.process_time()
-    tokens = [analysed.analyze(json.loads(line)["text"]) for line in corpus.open()]
+    started = time.process_time()
+    # Numbers, since a million lists of strings are 5 GB.
+    vocabulary: dict[str, int] = {}
+    numbers = [
+        np.array([vocabulary.setdefault(word, len(vocabulary)) for word in words], np.int32)
+        for words in analysed(corpus)
+    ]
     bm25 = bm25s.BM25(method="lucene", k1=1.2, b=0.75)
-    bm25.index(tokens, show_progress=False)
+    bm25.index((numbers, vocabulary), show_progress=False)
     built = {"build_cpu_s": time.process_time() - started}
-    del tokens
-    any_index = CorpusIndex([Passage(id="0", title="", text="one")])
-    words = {query: any_index.words(query) for query in queries}
+    passages = len(numbers)
+    del numbers
+    words = asked_words(queries)
 
-    def search(query: str) -> np.ndarray:
-        return np.argsort(-bm25.get_scores(words[query]), kind="stable")[:3]
+    def best(query: str, count: int) -> dict[int, float]:
+        scores = bm25.get_scores([word for word in words[query] if word in vocabulary])
+        places = np.argpartition(-scores, count)[:count]
+        places = places[np.lexsort((places, -scores[places]))]
+        return {int(place): float(scores[place]) for place in places if scores[place] > 0}
 
-    exact = []
-    for query in queries:
-        scores = bm25.get_scores(words[query])
-        best = np.argsort(-scores, kind="stable")[:100]
-        exact.append({int(place): float(scores[place]) for place in best if scores[place] > 0})
+    exact = [best(query, min(100, passages - 1)) for query in queries]
     peak = peak_mb("self")
-    costs = built | asked_ms(search, queries, 1) | asked_ms(search, queries, CALLERS)
+    costs = built
+    for callers in (1, CALLERS):
+        costs |= asked_ms(lambda query: best(query, 3), queries, callers)
     return {**costs, "peak_mb": peak, "anonymous_mb": memory_mb()["anonymous_mb"], "exact": exact}
+
+
+def full_text(corpus: Path, queries: list[str]) -> dict[str, Any]:
+    """SQLite's FTS5 over the same words."""
+    path = corpus.with_suffix(".sqlite")
+    path.unlink(missing_ok=True)
+    started = time.process_time()
+    base = sqlite3.connect(path)
+    base.execute("CREATE VIRTUAL TABLE passages USING fts5(words, content='')")
+    rows = ((number, " ".join(words)) for number, words in enumerate(analysed(corpus)))
+    with base:
+        base.executemany("INSERT INTO passages(rowid, words) VALUES (?, ?)", rows)
+    base.close()
+    costs: dict[str, Any] = {"build_cpu_s": time.process_time() - started}
+    costs["disk_mb"] = path.stat().st_size / 1e6
+    words, of_this_thread = asked_words(queries), threading.local()
+
+    def search(query: str) -> list[int]:
+        if not hasattr(of_this_thread, "base"):
+            of_this_thread.base = sqlite3.connect(path)
+        wanted = " OR ".join(f'"{word}"' for word in words[query])
+        found = "SELECT rowid FROM passages WHERE passages MATCH ? ORDER BY rank LIMIT 3"
+        return [row[0] for row in of_this_thread.base.execute(found, (wanted,))]
+
+    for callers in (1, CALLERS):
+        costs |= asked_ms(search, queries, callers)
+    return costs | {"found": [search(query) for query in queries]}
 
 
 def recall(found: list[list[int]], exact: list[dict[int, float]]) -> dict[str, float]:
@@ -190,9 +243,7 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=100_000)
     parser.add_argument("--queries", type=int, default=500)
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument(
-        "--alone", action="store_true", help="without bm25s, which takes 8 GB at a million"
-    )
+    parser.add_argument("--alone", action="store_true", help="without bm25s and SQLite")
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     corpus, index = arguments.folder / "corpus.jsonl", arguments.folder / "index"
@@ -208,12 +259,18 @@ def main() -> None:
         "grown_mb": max(rank["grown_mb"] for rank in ranks),
     }
     found = result["index"].pop("found")
+    print(json.dumps(result, indent=1), flush=True)
     if arguments.alone:
-        print(json.dumps(result, indent=1))
         return
     with context.Pool(1) as pool:
         result["bm25s"] = pool.apply(exhaustive, (corpus, queries))
-    result["index"] |= recall(found, result["bm25s"].pop("exact"))
+    exact = result["bm25s"].pop("exact")
+    result["index"] |= recall(found, exact)
+    print(json.dumps(result, indent=1), flush=True)
+    with context.Pool(1) as pool:
+        # Each of its queries takes a hundred times as long.
+        result["fts5"] = pool.apply(full_text, (corpus, queries[:FEWER]))
+    result["fts5"] |= recall(result["fts5"].pop("found"), exact[:FEWER])
     print(json.dumps(result, indent=1))
 
 

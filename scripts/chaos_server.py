@@ -26,7 +26,6 @@ from typing import Any
 
 from tapo_train.tools.image_search import ImageIndex
 from tapo_train.tools.images import ImageDecoder, image_from_bytes
-from tapo_train.tools.picture_hash import lookup_hashes
 from tapo_train.tools.text_search import CorpusIndex
 
 EVERY = int(os.environ.get("CHAOS_EVERY", "5"))
@@ -91,7 +90,7 @@ class Back:
     def pictures(self, data: bytes, top_k: int) -> list[dict[str, Any]]:
         """Results of a picture search."""
         pixels = self._decoder.decode(image_from_bytes(data, width=0, height=0))
-        hits = self._images.search(lookup_hashes(pixels), top_k=top_k, max_distance=6)
+        hits = self._images.search(pixels, top_k=top_k)
         return [
             {"title": hit.title, "thumbnail": base64.b64encode(hit.thumbnail.data).decode()}
             for hit in hits

@@ -40,6 +40,7 @@ DOORS = {
     "httpx": {"tools/connections.py", "tools/net.py", "rollout/servers/client.py"},
     "hydra": {"recipe/compose.py"},
     "tantivy": {"tools/corpus_index.py"},
+    "faiss": {"tools/vector_index.py"},
     "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},
     "wandb_workspaces": {"report/wandb_workspace.py"},

@@ -28,9 +28,10 @@ from tapo_train.errors import (
 from tapo_train.tools import image_search
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.crop import ZoomTool, compose
-from tapo_train.tools.image_search import ImageIndex, ImageSearchTool, IndexedPicture
+from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder, encode_png, image_from_bytes
 from tapo_train.tools.page_text import numbered
+from tapo_train.tools.picture_files import described
 from tapo_train.tools.text_search import CorpusIndex, Passage, TextSearchTool
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, ImageRef, Observation, Outcome, Task
@@ -398,14 +399,14 @@ def test_a_tools_version_tells_its_answers_apart() -> None:
     }
     assert len(versions) == 12
     assert TextSearchTool(CorpusIndex(one)).version == TextSearchTool(CorpusIndex(one)).version
-    entry = IndexedPicture(title="x", hash=1, thumbnail=picture(20, 20))
+    entry = described("x", ImageDecoder().decode(picture()), thumbnail_side_px=20)
     indexes = [
         [],
         [entry],
-        [replace(entry, title="y")],
-        [replace(entry, hash=2)],
-        [replace(entry, thumbnail=picture(21, 20))],
+        [replace(entry, header=b'{"title": "y", "width": 20, "height": 10}')],
+        [replace(entry, digest="other")],
+        [replace(entry, thumbnail=picture(20, 10).data)],
     ]
-    tools = [ImageSearchTool(ImageIndex(entries), ImageDecoder()) for entries in indexes]
+    tools = [ImageSearchTool(ImageIndex.of(entries), ImageDecoder()) for entries in indexes]
     assert len({tool.version for tool in tools}) == 5
     assert ZoomTool(ImageDecoder()).version != ZoomTool(ImageDecoder(), min_side_px=9).version

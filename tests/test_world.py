@@ -8,7 +8,6 @@ import random
 from pathlib import Path
 
 import pytest
-from PIL import Image as PilImage
 
 from tapo_train.data.tasks import load_tasks
 from tapo_train.demo.world.build import WorldSize, main, make_world, write_world
@@ -19,11 +18,11 @@ from tapo_train.demo.world.pictures import (
     MIN_HASH_DISTANCE,
     draw_distinct_emblems,
     draw_scene,
+    perceptual_hash,
 )
-from tapo_train.tools.picture_hash import index_hash, lookup_hashes
-
-MAX_DISTANCE = 6
-"""[bits] what image_search_tool accepts by default."""
+from tapo_train.tools.image_search import ImageIndex
+from tapo_train.tools.picture_files import described
+from tapo_train.tools.picture_index import MIN_AGREEMENT
 
 
 def tree_digest(folder: Path) -> dict[str, str]:
@@ -97,28 +96,22 @@ def test_every_fact_stands_in_the_corpus_once_and_rumours_contradict_it() -> Non
 def test_an_emblem_is_found_after_a_zoom_and_not_before() -> None:
     rng = random.Random(0)
     emblems = draw_distinct_emblems(4, 60)
-    index = [index_hash(emblem) for emblem in emblems]
-    for _ in range(25):
+    index = ImageIndex.of(described("", emblem, thumbnail_side_px=8) for emblem in emblems)
+    for _ in range(8):
         shown = rng.sample(range(len(emblems)), 4)
         colours = rng.sample(list(COLOURS), 4)
         scene = draw_scene(rng, [(c, emblems[i]) for c, i in zip(colours, shown, strict=True)])
-        assert nearest(scene, index)[0] > MAX_DISTANCE
+        assert not index.search(scene, top_k=3)
         for panel, emblem in enumerate(shown):
             box = [round(edge * scene.width / 1000) for edge in panel_box(panel, rng)]
-            distance, found = nearest(scene.crop((box[0], box[1], box[2], box[3])), index)
-            assert found == emblem and distance <= MAX_DISTANCE
+            ranked = index.ranked(scene.crop((box[0], box[1], box[2], box[3])))
+            assert [n for n, agrees in ranked if agrees >= MIN_AGREEMENT] == [emblem]
         half = scene.crop((0, 0, scene.width, scene.height // 2))
-        assert nearest(half, index)[0] > MAX_DISTANCE
-
-
-def nearest(picture: PilImage.Image, index: list[int]) -> tuple[int, int]:
-    """(distance in bits, position) of the nearest entry."""
-    codes = lookup_hashes(picture)
-    return min((min((c ^ e).bit_count() for c in codes), i) for i, e in enumerate(index))
+        assert not index.search(half, top_k=3)
 
 
 def test_emblems_of_a_world_are_far_apart() -> None:
-    codes = [index_hash(emblem) for emblem in draw_distinct_emblems(0, 80)]
+    codes = [perceptual_hash(emblem) for emblem in draw_distinct_emblems(0, 80)]
     gaps = [(a ^ b).bit_count() for i, a in enumerate(codes) for b in codes[:i]]
     assert min(gaps) >= MIN_HASH_DISTANCE
 

@@ -66,7 +66,7 @@ def torchvision(model: Path) -> str:
 def imports(model: Path) -> str:
     """Import what a run imports."""
     heavy = ("torch", "transformers", "deepspeed", "vllm")
-    for name in (*heavy, "qwen_vl_utils", "hydra", "tantivy", "imagehash", "pyarrow", "wandb"):
+    for name in (*heavy, "qwen_vl_utils", "hydra", "tantivy", "faiss", "pyarrow", "wandb"):
         importlib.import_module(name)
     return f"{', '.join(heavy)} and the smaller ones"
 

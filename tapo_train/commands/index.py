@@ -1,4 +1,4 @@
-"""`index`: the text search's corpus as a folder that all ranks open at once."""
+"""`index`: the corpus of the text search, or the pictures of the picture search, as a folder."""
 
 from __future__ import annotations
 
@@ -12,22 +12,39 @@ Write a text index (BM25) from corpora, or add to one. Name its folder in tools.
 
 CORPUS is a .jsonl or .parquet with id, title, text or with id, contents (Search-R1), or a folder
 of .txt and .md. Files are streamed: memory does not grow with them.
+
+`index pictures` makes a folder for tools.image_index from a .jsonl of {"title", "image"} or from a
+folder of PNG, JPEG and WebP, which are found by their names.
 """
 
 
 def main(argv: Sequence[str]) -> None:
     """Build or add."""
     arguments = _parser().parse_args(argv)
-    from tapo_train.tools.corpus_index import add_to_index, build_index
-
     started = time.monotonic()
-    change = build_index if arguments.action == "build" else add_to_index
-    part = change(arguments.folder, arguments.corpus)
+    what = _pictures(arguments) if arguments.action == "pictures" else _passages(arguments)
     size = sum(file.stat().st_size for file in arguments.folder.iterdir())
     print(
-        f"{part.passages} passages of {part.source} -> {arguments.folder} "
+        f"{what} -> {arguments.folder} "
         f"({size / 1e6:.1f} MB in all, {time.monotonic() - started:.1f} s)"
     )
+
+
+def _passages(arguments: argparse.Namespace) -> str:
+    from tapo_train.tools.corpus_index import add_to_index, build_index
+
+    change = build_index if arguments.action == "build" else add_to_index
+    part = change(arguments.folder, arguments.corpus)
+    return f"{part.passages} passages of {part.source}"
+
+
+def _pictures(arguments: argparse.Namespace) -> str:
+    from tapo_train.tools.picture_index import build_picture_index
+
+    count = build_picture_index(
+        arguments.folder, arguments.source, thumbnail_side_px=arguments.thumbnail_side
+    )
+    return f"{count} pictures of {arguments.source.name}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,4 +60,10 @@ def _parser() -> argparse.ArgumentParser:
     add = actions.add_parser("add", help="more passages for an index, in place")
     add.add_argument("folder", type=Path, metavar="DIR")
     add.add_argument("corpus", nargs="+", type=Path, metavar="CORPUS")
+    pictures = actions.add_parser("pictures", help="a new index of pictures")
+    pictures.add_argument("source", type=Path, metavar="PICTURES")
+    pictures.add_argument("--out", dest="folder", type=Path, required=True, metavar="DIR")
+    pictures.add_argument(
+        "--thumbnail-side", type=int, default=256, help="longest side of what is shown [px] (256)"
+    )
     return parser

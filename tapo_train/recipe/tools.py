@@ -94,7 +94,8 @@ class Tools:
     """Documents of the text search; needed by text_search_tool. The folder of an index (`index
     build`), which all ranks open, or a jsonl or parquet file, which each reads into memory."""
     image_index: str | None = None
-    """Titled pictures of the image search (jsonl); needed by image_search_tool."""
+    """Pictures of the image search; needed by image_search_tool. The folder of an index (`index
+    pictures`), which all ranks map, or a jsonl of titles and paths, which each reads."""
     text_top_k: Count = 3
     """Documents shown for a query."""
     image_top_k: Count = 3

@@ -156,9 +156,9 @@ def encode_png(pixels: PilImage.Image) -> bytes:
     return buffer.getvalue()
 
 
-def encode_picture(pixels: PilImage.Image) -> bytes:
+def encode_picture(pixels: PilImage.Image, *, png_pixels: int = PNG_PIXELS) -> bytes:
     """PNG bytes of a small picture, JPEG of a large one, colours at full resolution."""
-    if pixels.width * pixels.height <= PNG_PIXELS:
+    if pixels.width * pixels.height <= png_pixels:
         return encode_png(pixels)
     buffer = io.BytesIO()
     pixels.save(buffer, format="JPEG", quality=JPEG_QUALITY, subsampling=0)

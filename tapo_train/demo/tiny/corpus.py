@@ -48,7 +48,7 @@ def _signatures() -> list[str]:
     passage = Passage(id="0", title="", text="nothing here")
     tools = (
         ZoomTool(decoder),
-        ImageSearchTool(ImageIndex([]), decoder),
+        ImageSearchTool(ImageIndex.of([]), decoder),
         TextSearchTool(CorpusIndex([passage])),
     )
     functions = [schema["function"] for schema in Toolbox(tools, deadline_s=1).schemas()]

@@ -1,14 +1,14 @@
-"""Emblems and scenes, drawn with Pillow, and the perceptual hash they are found by."""
+"""Emblems and scenes, drawn with Pillow, and the perceptual hash that keeps emblems apart."""
 
 from __future__ import annotations
 
 import random
 
+import numpy as np
 from PIL import Image as PilImage
 from PIL import ImageDraw
 
 from tapo_train.demo.world.lexicon import COLOURS
-from tapo_train.tools.picture_hash import index_hash
 
 EMBLEM_SIDE = 96
 """[px] side of an emblem in the index."""
@@ -60,11 +60,21 @@ def draw_distinct_emblems(seed: int, count: int) -> list[PilImage.Image]:
     hashes: list[int] = []
     while len(emblems) < count:
         emblem = draw_emblem(rng)
-        code = index_hash(emblem)
+        code = perceptual_hash(emblem)
         if all((code ^ other).bit_count() >= MIN_HASH_DISTANCE for other in hashes):
             emblems.append(emblem)
             hashes.append(code)
     return emblems
+
+
+def perceptual_hash(image: PilImage.Image) -> int:
+    """64 bits: which low frequencies (DCT) of the brightness are above their median."""
+    small = image.convert("L").resize((32, 32), PilImage.Resampling.LANCZOS)
+    place = (np.arange(32) + 0.5) * np.pi / 32
+    waves = np.cos(np.outer(np.arange(8), place))
+    low = waves @ np.asarray(small, dtype=np.float64) @ waves.T
+    bits = (low > np.median(low)).flatten().tolist()
+    return int("".join("01"[bit] for bit in bits), 2)
 
 
 def draw_scene(rng: random.Random, panels: list[tuple[str, PilImage.Image]]) -> PilImage.Image:
