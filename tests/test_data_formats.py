@@ -261,7 +261,7 @@ def test_an_encrypted_benchmark_is_read_in_memory_and_neither_written_nor_traine
 ) -> None:
     path = mmsearch_plus(tmp_path)
     tasks = load_tasks(path)
-    assert set(tasks[0].metadata) == {"sealed", "category"}
+    assert set(tasks[0].metadata) == {"sealed", "category", "metric"}
     with pytest.raises(DataError, match="wanted no plain copy of it"):
         write_tasks(tmp_path / "plain.jsonl", tasks)
     with pytest.raises(DataError, match="wanted no training on it"):

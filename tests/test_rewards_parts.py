@@ -88,7 +88,8 @@ def test_numbers_are_read_with_signs_separators_and_ranges(text: str, numbers: l
         ("15", ["10-20"], True),
         ("21", ["10-20"], False),
         ("12-18", ["10-20"], True),  # 6 of 10 in common
-        ("12 - 16", ["10-20"], False),  # 4 of 10
+        ("12 - 16", ["10-20"], True),  # inside
+        ("17 - 27", ["10-20"], False),  # 3 of 17
         ("about twelve", ["12"], False),
         ("5", ["unknown", "5"], True),
     ],

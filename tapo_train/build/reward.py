@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
+from pathlib import Path
 
 from tapo_train import recipe as recipes
 from tapo_train.build.custom import custom_reward, key_of
@@ -14,14 +15,17 @@ from tapo_train.recipe.compose import Recipe
 from tapo_train.recipe.reward import RewardPart
 from tapo_train.rewards import answers, penalties
 from tapo_train.rewards.format import is_well_formed
-from tapo_train.rewards.judge import Judge, JudgeTool, template_text
+from tapo_train.rewards.judge import GROUNDED, Judge, JudgeTool, template_text
 from tapo_train.rewards.matching import exact_match
 from tapo_train.rewards.maths import MathsVerifier
+from tapo_train.rewards.official import infoseek_match
 from tapo_train.rewards.reward import RewardFunction, Weighted
 from tapo_train.rewards.score import Part, Rule, by_rule
 from tapo_train.rewards.scoring import Scoring
+from tapo_train.rewards.sql import ExecutionMatch
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.toolbox import Toolbox
+from tapo_train.types import Trajectory
 
 __all__ = ["build_scoring"]
 
@@ -71,6 +75,8 @@ def _part(recipe: Recipe, ledger: Ledger, ending: ExitStack, name: str, part: Re
         verifier = MathsVerifier()
         ending.callback(verifier.close)
         return verifier
+    if isinstance(part, recipes.Execution):
+        return ExecutionMatch(Path(part.databases), seconds=part.seconds)
     return by_rule(_rule(part))
 
 
@@ -84,6 +90,8 @@ def _rule(part: RewardPart) -> Rule:
                 answers.numeric_match, relative=relative, absolute=absolute, overlap=overlap
             )
             return lambda t: meets(t.answer, t.task.answers)
+        case recipes.InfoSeek():
+            return _infoseek
         case recipes.MultipleChoice():
             return lambda t: answers.choice_match(t.answer, t.task.answers)
         case recipes.WellFormed():
@@ -97,6 +105,12 @@ def _rule(part: RewardPart) -> Rule:
             return penalties.is_supported
         case _:
             return lambda t: exact_match(t.answer, t.task.answers)
+
+
+def _infoseek(trajectory: Trajectory) -> bool:
+    task = trajectory.task
+    kind = str(task.metadata.get("question_type", ""))
+    return infoseek_match(trajectory.answer, task.answers, question_type=kind)
 
 
 def _judge(
@@ -122,5 +136,5 @@ def _judge(
         toolbox=toolbox,
         name=name,
         template=template_text(part.template),
-        exact_first=part.exact_first and part.template != "support",
+        exact_first=part.exact_first and part.template not in GROUNDED,
     )

@@ -18,7 +18,9 @@ from tapo_train.data.stored import entries_of
 
 __all__ = ["Format", "Metric", "Pictures", "drafts_of"]
 
-Metric = Literal["exact_match", "token_f1", "infoseek", "multiple_choice", "judge", "execution"]
+Metric = Literal[
+    "exact_match", "token_f1", "token_set_f1", "infoseek", "multiple_choice", "judge", "execution"
+]
 """How a benchmark's own paper scores an answer; `rewards/official.py` computes it."""
 
 
@@ -85,9 +87,12 @@ def drafts_of(format: Format, row: Row, source: Source) -> list[Draft]:
         answers=tuple(dict.fromkeys(answer for found in answers for answer in found)),
         source=named if isinstance(named, str) and named else format.source,
         metadata={
-            key: value
-            for key, value in ready.fields.items()
-            if key not in used and key not in _HIDDEN and value is not None and _is_plain(value)
+            "metric": format.metric,
+            **{
+                key: value
+                for key, value in ready.fields.items()
+                if key not in used and key not in _HIDDEN and value is not None and _is_plain(value)
+            },
         },
     )
     return [draft]

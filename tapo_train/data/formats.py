@@ -90,7 +90,7 @@ FORMATS: Sequence[Format] = (
         columns=("id", "question", "answer", "image_path"),
         pictures=Pictures(columns=("image_path",), folder="MAT-Search-image"),
         source="mat_search",
-        metric="token_f1",
+        metric="token_set_f1",
     ),
     Format(
         name="hr_mmsearch",

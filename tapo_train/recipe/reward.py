@@ -13,6 +13,9 @@ from tapo_train.recipe.custom import CustomOrPath
 from tapo_train.recipe.tools import ToolLimitSettings
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, Fraction, NonNegative, Positive
 
+TEMPLATES = ("answer", "support", "complete", "faithful")
+"""Names of a judge's prompts."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class ExactMatch:
@@ -42,6 +45,26 @@ class NumericMatch:
     """The same in its unit; the larger of both counts."""
     overlap: Fraction = 0.5
     """Least intersection over union of two ranges."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class InfoSeek:
+    """1 by InfoSeek's rules (exact match; of a numerical question ranges that overlap), else 0."""
+
+    name: Literal["infoseek"] = "infoseek"
+    weight: NonNegative = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class Execution:
+    """1 if the answer is SQL that gives the rows of an accepted query, else 0 (BIRD, Spider)."""
+
+    name: Literal["execution"] = "execution"
+    weight: NonNegative = 1.0
+    databases: str
+    """Folder with `<db_id>/<db_id>.sqlite`; opened for reading only."""
+    seconds: Positive = 30.0
+    """[s] for a query."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -116,8 +139,9 @@ class JudgePart:
     """As the endpoint calls it."""
     template: str = "answer"
     """answer: is the response right; support: do the observations support it (tool verification);
-    or a text of your own with {question}, {accepted}, {response}, {observations}, which asks for
-    <judge>Yes</judge> or <judge>No</judge> first."""
+    complete: does it hold all that the accepted answers say; faithful: does it say nothing that the
+    observations do not; or a text of your own with {question}, {accepted}, {response},
+    {observations}, which asks for <judge>Yes</judge> or <judge>No</judge> first."""
     exact_first: bool = True
     """An answer that equals an accepted one is right without asking; never with support."""
     with_images: bool = False
@@ -148,6 +172,8 @@ RewardPart = Annotated[
     ExactMatch
     | TokenF1
     | NumericMatch
+    | InfoSeek
+    | Execution
     | MultipleChoice
     | Maths
     | WellFormed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from tapo_train.errors import ConfigError
-from tapo_train.recipe.reward import JudgePart, Overlong, RewardPart, RewardSettings
+from tapo_train.recipe.reward import TEMPLATES, JudgePart, Overlong, RewardPart, RewardSettings
 from tapo_train.tools.addresses import host_of_endpoint
 
 __all__ = ["reward_problems"]
@@ -35,8 +35,8 @@ def _part_problems(where: str, part: RewardPart) -> Iterator[str]:
         host_of_endpoint(part.endpoint, field=f"{where}.endpoint")
     except ConfigError as error:
         yield str(error)
-    if part.template not in ("answer", "support") and "{response}" not in part.template:
+    if part.template not in TEMPLATES and "{response}" not in part.template:
         yield (
-            f"{where}.template: found {part.template[:60]!r}, wanted answer, support or a text "
-            "with {response}"
+            f"{where}.template: found {part.template[:60]!r}, wanted {', '.join(TEMPLATES)} or a "
+            "text with {response}"
         )

@@ -1,9 +1,9 @@
 """Rules that compare an answer with the accepted ones: pure functions of texts.
 
 Sources: token F1 as SQuAD and MMSearch count it; numbers as InfoSeek's evaluator does
-(`infoseek_eval`: one accepted number stands for ±10 %, a range is met by a number inside or by a
-range that overlaps by half); letters of multiple choice as in SenseNova-MARS. Where more than one
-answer is accepted, the best comparison counts.
+(`infoseek_eval`: one accepted number stands for ±10 %, a range is met by a number or a range inside
+it, or by a range that overlaps by half); letters of multiple choice as in SenseNova-MARS. Where
+more than one answer is accepted, the best comparison counts.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def numeric_match(
         low, high = _bounds(wanted, relative, absolute)
         if len(said) == 2:
             own = (min(said), max(said))
-            if _overlap(own, (low, high)) >= overlap:
+            is_inside = low <= own[0] and own[1] <= high
+            if is_inside or _overlap(own, (low, high)) >= overlap:
                 return True
         elif low <= said[0] <= high:
             return True
