@@ -36,8 +36,10 @@ bench-gpu: venv  ## measure an update of a 4 B model on a GPU (random weights)
 chaos: venv  ## train against search servers that misbehave, check it, write docs/reliability.md
 	@scripts/chaos.sh
 
-docs: venv  ## regenerate docs/recipe.md from the recipe's dataclasses
+docs: venv  ## write docs/recipe.md from the code and the site into build/docs, links checked
 	$(PY) scripts/write_recipe_reference.py
+	$(PY) -m sphinx -q -W --keep-going docs build/docs
+	@echo build/docs/index.html
 
 clean:  ## remove caches (not .venv, not runs/)
 	rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist *.egg-info
