@@ -207,7 +207,7 @@ class Trajectory:
     """Text inside the last turn's `<answer>`; None if there is none."""
     stop: StopReason
     policy_version: int = 0
-    """Of the weights that played it last; a trajectory that was carried over has older turns."""
+    """Of the weights that sampled its last token; others may be older."""
     reward: Reward | None = None
     unscored: str | None = None
     """Why it has no reward although it ended: the reward failed, outside the policy."""
@@ -254,5 +254,3 @@ class Group:
     """Attempts that were started and dropped because others were there first."""
     lost: tuple[Trajectory, ...] = ()
     """Those of them that had failed outside the policy: counted as failures, not trained."""
-    waiting: int = 0
-    """Attempts that go on in a later step; the group has no trajectories before that."""

@@ -1,4 +1,4 @@
-"""Groups that are carried over, then rounds that are refilled, over vLLM and a learner.
+"""Groups that go on over updates, then rounds that are refilled, over vLLM and a learner.
 
 Run by `test_engine_and_learner.py` in a process of its own, because the engine takes the
 process group down with it when it ends.
@@ -24,24 +24,28 @@ from tapo_train.data.sampler import TaskSampler
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.policy import Policy
-from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import Score, collect
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Completion, Sampling
+from tapo_train.rollout.group import Rules, Score
 from tapo_train.rollout.hf_engine import HfEngine
-from tapo_train.rollout.limits import NEVER, Deadlines, Limits
+from tapo_train.rollout.limits import Limits
+from tapo_train.rollout.seats import Seats
+from tapo_train.rollout.stream import GroupStream
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.parts import Rounds
-from tapo_train.training.rounds import CarriedOver, Questions, Refill
+from tapo_train.training.rounds import Questions, Refill
+from tapo_train.training.stream import Stream
 from tapo_train.types import Group, Reward, Task, Trajectory
 
 TASKS = [picture_task(f"q{number}") for number in range(24)]
 PER_STEP, ROLLOUTS = 3, 2
-STEP_S = 1.0
-"""[s] in which a trajectory of four turns is not over: a step of the engine takes PACE_S."""
 PACE_S = 0.03
 MOST_STEPS = 40
+STALENESS = 2
+LIMITS = Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000)
 
 
 class PacedEngine(VllmEngine):
@@ -92,9 +96,35 @@ class Run:
         self.weights.append(kept)
         self.engine.load_weights(kept.items(), version=self.version)
 
-    def questions(
-        self, carry_over: CarryOver | None, deadlines: Deadlines, score: Score
-    ) -> Questions:
+    def order(self) -> TaskSampler:
+        """Of TASKS."""
+        return TaskSampler([task.id for task in TASKS], seed=0)
+
+    def stream(self, score: Score) -> Stream:
+        """Groups that go on over updates."""
+        rules = Rules(
+            chat=self.chat,
+            toolbox=draw_toolbox(),
+            system_prompt=SYSTEM_PROMPT,
+            rollouts=ROLLOUTS,
+            limits=LIMITS,
+            sampling=Sampling(temperature=TEMPERATURE),
+            score=score,
+        )
+        driver = EngineDriver(self.engine, end_token_id=self.chat.end_token_id)
+        groups = GroupStream(rules, driver, seats=Seats(engine=self.engine))
+        return Stream(
+            TASKS,
+            self.order(),
+            groups,
+            Interruption(),
+            per_step=PER_STEP,
+            max_staleness=STALENESS,
+            active=None,
+            steps=10**6,
+        )
+
+    def questions(self, score: Score) -> Questions:
         """Rounds over TASKS."""
 
         def play(
@@ -107,17 +137,15 @@ class Run:
                 toolbox=draw_toolbox(),
                 system_prompt=SYSTEM_PROMPT,
                 rollouts_per_task=rollouts,
-                limits=Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000),
+                limits=LIMITS,
                 sampling=Sampling(temperature=TEMPERATURE),
                 policy_version=policy_version,
-                deadlines=deadlines,
-                carry_over=carry_over,
                 score=score,
             )
 
         return Questions(
             tasks=TASKS,
-            order=TaskSampler([task.id for task in TASKS], seed=0),
+            order=self.order(),
             play=play,
             interruption=Interruption(),
             per_step=PER_STEP,
@@ -130,6 +158,7 @@ class Run:
         for group in rolled.groups:
             assert len(group.trajectories) == ROLLOUTS, "a group is trained whole"
         held = [t for group in rolled.groups for t in group.trajectories]
+        assert all(self.version - t.token_versions().min() <= STALENESS for t in held)
         replaced = [t for group in rolled.replaced for t in group.trajectories]
         for trajectory in [*held, *replaced]:
             self.require_alignment(trajectory)
@@ -156,27 +185,28 @@ class Run:
             assert self.chat.decode(trajectory.tokens[at]).text.startswith(turn.text)
 
 
-def carried_over(run: Run) -> None:
-    """Steps that are too short for a trajectory: it goes on under newer weights."""
-    rounds = CarriedOver(run.questions(CarryOver(most=99), Deadlines(step_s=STEP_S), longer))
+def streamed(run: Run) -> None:
+    """Trajectories whose turns were sampled by different weights, each before it became too old."""
+    rounds = run.stream(longer)
     held: list[Trajectory] = []
-    # How far a step gets depends on the machine: a few, until one was carried over and is whole.
+    # How far a rollout gets depends on the machine: a few, until one went on and is whole.
     for _ in range(MOST_STEPS):
         held += run.step(rounds)[0]
         if any(len({turn.policy_version for turn in t.turns}) > 1 for t in held):
             break
     else:
-        raise AssertionError("no trajectory was carried over")
-    assert run.engine.num_aborted > 0, "no turn was interrupted while it was sampled"
-    assert all(t.policy_version == max(u.policy_version for u in t.turns) for t in held if t.turns)
-    waiting = {id for _, id in rounds.state_dict()["waiting"]}
-    assert waiting.isdisjoint(t.task.id for t in held), "what waits was not trained"
+        raise AssertionError("no trajectory went on over an update")
+    rounds.close()
+    assert run.engine.num_aborted == 0, "a turn was cut off"
+    assert all(t.policy_version == t.turns[-1].policy_version for t in held)
+    untrained = set(rounds.state_dict()["untrained"])
+    assert untrained and untrained.isdisjoint(t.task.id for t in held)
 
 
 def refilled(run: Run) -> None:
     """Groups whose trajectories all earned the same give way to others."""
     run.engine.pace_s = 0.0
-    rounds = Refill(run.questions(None, NEVER, mixed_at_odd), most=3)
+    rounds = Refill(run.questions(mixed_at_odd), most=3)
     num_replaced = 0
     for _ in range(3):
         held, replaced = run.step(rounds)
@@ -203,7 +233,7 @@ def main(source: Path, work: Path) -> None:
         slow=HfEngine(chat),
     )
     run.sync()
-    carried_over(run)
+    streamed(run)
     refilled(run)
     assert set(run.trained.values()) == {1}, "a trajectory was trained twice"
     run.policy.close()

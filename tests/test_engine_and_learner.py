@@ -35,7 +35,7 @@ def test_engine_and_learner_agree_before_and_after_three_updates_and_syncs(
     assert done.returncode == 0 and "agreed" in done.stdout, done.stdout + done.stderr[-4000:]
 
 
-def test_carried_over_and_refilled_groups_are_trained_once_with_the_log_probs_of_their_weights(
+def test_streamed_and_refilled_groups_are_trained_once_with_the_log_probs_of_their_weights(
     tiny_qwen3_vl: Path, tmp_path: Path
 ) -> None:
     worker = WORKER.with_name("rounds_engine_worker.py")

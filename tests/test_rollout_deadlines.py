@@ -16,9 +16,8 @@ from tapo_train.credit.steps import from_trajectory
 from tapo_train.errors import ConfigError
 from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.report.trajectory_metrics import combine, trajectory_sums
-from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import Score, collect
+from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.types import Group, StopReason, Trajectory
@@ -59,9 +58,6 @@ def play(
     rollouts: int = 1,
     oversample: float = 1.0,
     max_in_flight: int = 256,
-    policy_version: int = 0,
-    carry_over: CarryOver | None = None,
-    score: Score | None = None,
 ) -> Group:
     (group,) = collect(
         [picture_task()],
@@ -75,9 +71,6 @@ def play(
         deadlines=deadlines,
         oversample=oversample,
         max_in_flight=max_in_flight,
-        policy_version=policy_version,
-        carry_over=carry_over,
-        score=score,
     )
     return group
 

@@ -105,7 +105,7 @@ def test_a_wait_that_is_given_up_aborts_its_request_alone(chat: ChatFormat) -> N
 
 
 def test_the_requests_of_a_run_that_fails_do_not_stay_in_the_engine(chat: ChatFormat) -> None:
-    engine = ScriptedEngine(chat, lambda _: "x", steps=50)
+    engine = ScriptedEngine(chat, lambda _: "x", steps=10**9)
 
     async def play(driver: EngineDriver) -> list[Completion]:
         waiting = [asyncio.ensure_future(driver.generate(request(id))) for id in "ab"]

@@ -15,8 +15,8 @@ from rounds_rank_worker import STEPS, ScriptedPlay, numbered, refill
 
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.training.interruption import Interruption, StepGivenUp
-from tapo_train.training.rounds import OneRound, Questions, is_informative
+from tapo_train.training.interruption import StepGivenUp
+from tapo_train.training.rounds import is_informative
 from tapo_train.types import Group, Reward, StopReason
 
 WORKER = Path(__file__).with_name("rounds_rank_worker.py")
@@ -125,24 +125,6 @@ def test_a_step_that_is_given_up_in_a_later_round_says_so(chat: ChatFormat) -> N
     with pytest.raises(StepGivenUp):
         rounds(0)
     assert len(play.asked) == 2
-
-
-def test_off_is_one_round_of_the_next_questions(chat: ChatFormat) -> None:
-    play = ScriptedPlay(chat)
-    order = TaskSampler([task.id for task in numbered(40)], seed=0)
-    questions = Questions(
-        tasks=numbered(40),
-        order=order,
-        play=play,
-        interruption=Interruption(),
-        per_step=6,
-        rollouts=2,
-    )
-    rolled = OneRound(questions)(7)
-    assert play.asked == [[str(q) for q in data_order(6)]]
-    assert rolled.questions == list(range(6)) and not rolled.metrics and not rolled.replaced
-    assert {t.policy_version for g in rolled.groups for t in g.trajectories} == {7}
-    assert {len(g.trajectories) for g in rolled.groups} == {2}
 
 
 def test_two_ranks_fill_the_same_places_with_the_same_groups_as_one(

@@ -17,7 +17,7 @@ from tapo_train.tools.ledger import Ledger
 from tapo_train.training.audit import RolloutAudit
 from tapo_train.training.interruption import Interruption, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule
-from tapo_train.training.rounds import OneRound, Questions
+from tapo_train.training.rounds import Questions, Refill
 from tapo_train.training.trainer import Trainer
 from tapo_train.training.validation import Validation
 from tapo_train.training.watchdog import Watchdog
@@ -75,7 +75,7 @@ def trainer(folder: Path, written: Written, *, eval_every: int) -> Given:
     watch = Watch(early_steps=1, recent_steps=1, stop_on=["calls_exploding"], stop_after=1)
     parts = SimpleNamespace(
         order=TaskSampler("abcd", seed=0),
-        rounds=OneRound(cast(Questions, None)),
+        rounds=Refill(cast(Questions, None), most=0),
         stateful={"watch": watch},
         watch=watch,
         watchdog=Watchdog(folder, stall_s=0),

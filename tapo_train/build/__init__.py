@@ -36,9 +36,9 @@ from tapo_train.build.rollout import (
     build_interruption,
     build_play,
     build_process,
-    build_rounds,
 )
 from tapo_train.build.schedule import build_dump, build_schedule, build_watch
+from tapo_train.build.stream import build_driver, build_groups, build_rounds
 from tapo_train.build.tools import build_audit, build_toolbox
 
 __all__ = [
@@ -48,9 +48,11 @@ __all__ = [
     "build_chat",
     "build_correction",
     "build_credit",
+    "build_driver",
     "build_dump",
     "build_engine",
     "build_exchange",
+    "build_groups",
     "build_interruption",
     "build_objective",
     "build_order",

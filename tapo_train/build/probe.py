@@ -9,6 +9,7 @@ from tapo_train.build.rollout import build_play
 from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Engine
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.probe import Probe, Turn
@@ -19,12 +20,17 @@ MOST_TOKENS = 256
 
 
 def build_probe(
-    recipe: Recipe, engine: Engine, chat: ChatFormat, toolbox: Toolbox, task: Task
+    recipe: Recipe,
+    engine: Engine,
+    chat: ChatFormat,
+    toolbox: Toolbox,
+    task: Task,
+    driver: EngineDriver | None = None,
 ) -> Probe:
     """The first turn of `task`, most probable token by token; its calls are not run."""
     own = limits_of(recipe)
     limits = replace(own, max_turns=1, max_turn_tokens=min(own.max_turn_tokens, MOST_TOKENS))
-    play = build_play(recipe, engine, chat, toolbox, _unscored, limits=limits)
+    play = build_play(recipe, engine, chat, toolbox, _unscored, limits=limits, driver=driver)
 
     def first_turn() -> Turn:
         # One rank asks and all compare the same, so that ranks may share an engine.

@@ -142,12 +142,18 @@ def playable_splits(
 
 
 def require_enough(recipe: Recipe, tasks: Sequence[Task]) -> None:
-    """Raises `ConfigError` if a step asks for more different questions than there are."""
-    asked = recipe.data.questions_per_step
+    """Raises `ConfigError` if more different questions are under way than there are."""
+    asked, staleness = recipe.data.questions_per_step, recipe.rollout.max_staleness
     if asked > len(tasks):
         raise ConfigError(
             f"data.questions_per_step: found {asked}, wanted at most the {len(tasks)} tasks that "
             "data.train holds: a step asks no question twice"
+        )
+    if (staleness + 1) * asked > len(tasks):
+        raise ConfigError(
+            f"rollout.max_staleness: found {staleness}, wanted at most {len(tasks) // asked - 1}: "
+            f"of the {len(tasks)} tasks that data.train holds, {asked} are asked for each update, "
+            "and none is under way twice"
         )
 
 

@@ -12,23 +12,22 @@ from tapo_train import recipe as recipes
 from tapo_train.build.custom import custom_part
 from tapo_train.build.device import DEVICE
 from tapo_train.build.limits import limits_of
-from tapo_train.data.sampler import TaskSampler
 from tapo_train.errors import ConfigError
 from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe
-from tapo_train.rollout.carry_over import CarryOver
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import Score, collect
+from tapo_train.rollout.collect import collect
+from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.rollout.group import Score
 from tapo_train.rollout.limits import Deadlines, Limits
 from tapo_train.rollout.model_folder import require_model_folder
 from tapo_train.rollout.seats import MOST, Seats
 from tapo_train.rollout.tensor_parallel import GroupPlay, MirroredEngine
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.interruption import Interruption
-from tapo_train.training.parts import Play, Rounds
+from tapo_train.training.parts import Play
 from tapo_train.training.process import PolicyAccess, Processes
-from tapo_train.training.rounds import CarriedOver, OneRound, Questions, Refill
 from tapo_train.types import Group, Task
 
 
@@ -106,6 +105,7 @@ def build_play(
     score: Score,
     *,
     limits: Limits | None = None,
+    driver: EngineDriver | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> Play:
     """Rollouts with the recipe's prompt, tools and limits; trajectories come scored.
@@ -113,13 +113,13 @@ def build_play(
     Args:
         score: gives a trajectory its reward.
         limits: others than the recipe's.
+        driver: of the engine, where a thread of its own steps it.
         on_progress: called when the engine has computed or a turn has ended.
     """
     rollout = recipe.rollout
     limits = limits or limits_of(recipe)
     seed = recipe.run.seed if samples_by_seed(recipe) else None
     seats = Seats(engine=engine)
-    carry_over = CarryOver(most=rollout.carry_over) if rollout.carry_over else None
 
     def play(
         tasks: Sequence[Task], *, rollouts: int, greedy: bool, policy_version: int
@@ -136,10 +136,10 @@ def build_play(
             sampling=Sampling(temperature=temperature, seed=seed),
             policy_version=policy_version,
             max_in_flight=rollout.max_in_flight or seats.free(),
-            deadlines=_deadlines(rollout.deadlines, greedy=greedy),
+            deadlines=deadlines_of(rollout.deadlines, greedy=greedy),
             oversample=1.0 if greedy else rollout.oversample,
-            carry_over=None if greedy else carry_over,
             score=score,
+            driver=driver,
             on_progress=on_progress,
         )
         seats.observe(groups)
@@ -149,7 +149,12 @@ def build_play(
 
 
 def build_process(
-    recipe: Recipe, chat: ChatFormat, policy: Policy, engine: Engine, score: Score
+    recipe: Recipe,
+    chat: ChatFormat,
+    policy: Policy,
+    engine: Engine,
+    score: Score,
+    driver: EngineDriver | None,
 ) -> Processes:
     """What the recipe names between rollout and advantage.
 
@@ -172,6 +177,7 @@ def build_process(
             score=score,
             sampling=Sampling(temperature=recipe.rollout.temperature, seed=seed),
             budget_tokens=recipe.learner.micro_batch_tokens,
+            driver=driver,
         ),
     )
 
@@ -181,30 +187,7 @@ def build_interruption(engine: Engine) -> Interruption:
     return Interruption(gives_up=not isinstance(engine, MirroredEngine))
 
 
-def build_rounds(
-    recipe: Recipe,
-    tasks: Sequence[Task],
-    order: TaskSampler,
-    play: Play,
-    interruption: Interruption,
-) -> Rounds:
-    """How a step fills its batch."""
-    questions = Questions(
-        tasks=tasks,
-        order=order,
-        play=play,
-        interruption=interruption,
-        per_step=recipe.data.questions_per_step,
-        rollouts=recipe.rollout.rollouts_per_question,
-    )
-    if recipe.rollout.carry_over:
-        return CarriedOver(questions)
-    if not recipe.rollout.refill_rounds:
-        return OneRound(questions)
-    return Refill(questions, most=recipe.rollout.refill_rounds)
-
-
-def _deadlines(wanted: recipes.DeadlineSettings, *, greedy: bool) -> Deadlines:
+def deadlines_of(wanted: recipes.DeadlineSettings, *, greedy: bool) -> Deadlines:
     """An evaluation has to be finished, however long it takes."""
     return Deadlines(
         turn_s=wanted.turn_s or math.inf,

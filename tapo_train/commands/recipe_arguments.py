@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from tapo_train.recipe.compose import (
     require_room_for_cosine,
     to_yaml,
 )
+from tapo_train.recipe.staleness import cautions
 
 OVERRIDES_HELP = (
     "dotted.path=value or group=choice, for instance learner.lr=1e-5, algo/loss=gspo, "
@@ -61,6 +63,9 @@ def read_recipe(
     require_room_for_cosine(recipe, updates(recipe))
     ranks = getattr(arguments, "devices", None) or int(os.environ.get("WORLD_SIZE", "1"))
     arithmetic = batch_arithmetic(recipe, ranks)
+    if os.environ.get("RANK", "0") == "0":
+        for caution in cautions(recipe):
+            print(f"warning: {caution}", file=sys.stderr, flush=True)
     if not arguments.dry_run:
         return recipe
     if os.environ.get("RANK", "0") == "0":

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import Recipe
 from tapo_train.recipe.reward_problems import reward_problems
+from tapo_train.recipe.staleness import staleness_problems
 from tapo_train.report.warnings import SIGNS
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 
@@ -146,27 +147,7 @@ def _rollout_problems(recipe: Recipe) -> Iterable[str]:
             f"rollout.max_turn_tokens: found {rollout.max_turn_tokens}, wanted at most "
             f"rollout.max_tokens ({rollout.max_tokens})"
         )
-    if rollout.carry_over:
-        yield from _carry_over_problems(recipe)
-
-
-def _carry_over_problems(recipe: Recipe) -> Iterable[str]:
-    rollout = recipe.rollout
-    if rollout.deadlines.step_s is None:
-        yield (
-            f"rollout.deadlines.step_s: found null, wanted a time because rollout.carry_over is "
-            f"{rollout.carry_over}: nothing else interrupts a trajectory"
-        )
-    if rollout.refill_rounds:
-        yield (
-            f"rollout.refill_rounds: found {rollout.refill_rounds}, wanted 0 because "
-            f"rollout.carry_over is {rollout.carry_over}: a group that waits cannot be judged"
-        )
-    if recipe.learner.old_logprobs != "engine" and recipe.algo.importance.name == "none":
-        yield (
-            "algo.importance: found none, wanted a correction because rollout.carry_over "
-            "trains on what older weights sampled (or learner.old_logprobs=engine)"
-        )
+    yield from staleness_problems(recipe)
 
 
 def _data_problems(recipe: Recipe) -> Iterable[str]:

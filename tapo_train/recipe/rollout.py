@@ -72,7 +72,8 @@ class DeadlineSettings:
     trajectory_s: Positive | None = None
     """[s] for a trajectory, from its first request on."""
     step_s: Positive | None = None
-    """[s] for the whole rollout of a step; evaluation knows no such limit."""
+    """[s] for all attempts at a question, from its beginning; where the rollout stands still for an
+    update, that is not counted. Evaluation knows no such limit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
@@ -109,9 +110,13 @@ class Rollout:
     refill_rounds: CountOrZero = 0
     """Dynamic sampling: most further rounds of a step, in which questions whose trajectories all
     earned the same are replaced by the next ones. 0 is off. Each round has its own
-    deadlines.step_s."""
-    carry_over: CountOrZero = 0
-    """Times a trajectory that deadlines.step_s interrupts goes on in the next step, with its
-    weights, instead of being cut. Its group waits for it and is trained when it is complete;
-    meanwhile fewer new questions are asked. A resumed run asks what waited anew. 0 is off."""
+    deadlines.step_s. Only with max_staleness=0."""
+    max_staleness: CountOrZero = 0
+    """S: the rollout goes on while the policy is updated, or from one update to the next, with the
+    weights of the moment; no token is more than S updates old when it is trained. (S + 1) times
+    questions_per_step questions are untrained at most; late ones are waited for, never thrown away.
+    Above 0 algo.importance must name a correction. 0 is the synchronous run."""
+    active_questions: Count | None = None
+    """Questions under way at a time, over all ranks, of those that max_staleness admits. null:
+    all of them."""
     deadlines: DeadlineSettings = field(default_factory=DeadlineSettings)

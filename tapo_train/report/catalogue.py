@@ -43,9 +43,10 @@ METRICS: dict[str, str] = {
     "rollout/rounds": "rounds of the step's rollout (refill_rounds)",
     "rollout/groups_played": "groups played in all rounds; the metrics of rollout, reward and "
     "advantage/uniform_groups speak about all of them",
-    "rollout/groups_waiting": "groups that go on in the next step (carry_over)",
-    "rollout/staleness": "[steps] age of the weights that sampled a trained token (carry_over)",
-    "rollout/staleness_max": "[steps] that of the oldest",
+    "rollout/groups_under_way": "groups that go on when the update begins (max_staleness)",
+    "rollout/staleness": "[updates] age of the weights that sampled a trained token",
+    "rollout/staleness_max": "[updates] that of the oldest",
+    "rollout/versions": "versions of the policy that sampled a trajectory",
     "rollout/groups_informative": "groups of the step's batch whose rewards differ",
     "rollout/turns": "assistant turns per trajectory",
     "rollout/calls": "tool calls per trajectory",
@@ -165,6 +166,8 @@ METRICS: dict[str, str] = {
     # cost
     "time/step_s": "[s] wall time of the step",
     "time/<stage>_s": "[s] wall time of this stage of the step",
+    "wait/rollouts": "share of the step's time in which the learner waited for rollouts",
+    "wait/weights": "share in which it handed its weights over",
     "throughput/tokens_per_s": "tokens of all trajectories per second of the step, all ranks",
     "throughput/sampled_tokens_per_s": "sampled tokens per second of the rollout, all ranks",
     "memory/<stage>_<kind>_gib": "[GiB] after this stage (cuda_allocated, _reserved: its peak), "

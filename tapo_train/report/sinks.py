@@ -33,6 +33,8 @@ _COLUMNS: tuple[tuple[str, Callable[[float], str]], ...] = (
     ("reward/mean", lambda value: f"reward {value:.3f}"),
     ("reward/accuracy", lambda value: f"accuracy {value:.3f}"),
     ("rollout/call_rate", lambda value: f"tool calls {value:.0%}"),
+    ("rollout/staleness", lambda value: f"age {value:.1f}" if value else ""),
+    ("wait/rollouts", lambda value: f"waiting {value:.0%}"),
     ("throughput/tokens_per_s", lambda value: f"{value:.0f} tokens/s"),
     ("time/step_s", lambda value: f"{value:.1f} s"),
     ("eval/accuracy", lambda value: f"validation {value:.3f}"),

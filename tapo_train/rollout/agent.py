@@ -17,8 +17,6 @@ Rules, in order:
 7. An observation that would not fit is left out and ends it at the border (MAX_TOKENS).
 8. When its time is up (`Deadlines`), a turn that is being sampled is given up, a turn whose
    tools have not answered is kept without their answers, and that ends it (DEADLINE).
-   Where the step's time is up, the episode can be advanced later instead, with other weights:
-   the turn is then sampled anew, or its tools are called again.
 
 The work of a turn is proportional to its new tokens: nothing is rendered, tokenised,
 parsed or copied again.
@@ -33,6 +31,7 @@ from dataclasses import replace
 
 from tapo_train.errors import AlignmentError
 from tapo_train.rollout.chat import ChatFormat, Tokens
+from tapo_train.rollout.clock import PlayClock
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.parse import ParsedCall, parse_turn
@@ -64,6 +63,7 @@ class Episode:
         id: of the trajectory; the request of turn t is `id:t`.
         prompt: [T] expanded tokens, shared by the attempts of a group.
         generate: asks the engine and waits for the completion.
+        clock: what deadlines are measured by; None: one that never stands still.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class Episode:
         limits: Limits,
         sampling: Sampling,
         deadlines: Deadlines = NEVER,
+        clock: PlayClock | None = None,
     ) -> None:
         self._id = id
         self._task = task
@@ -87,51 +88,31 @@ class Episode:
         self._limits = limits
         self._sampling = sampling
         self._deadlines = deadlines
+        self._clock = clock or PlayClock()
         self._transcript = Transcript(prompt, task.images, capacity=limits.max_tokens)
         self._answer: str | None = None
         self._unanswered: Written | None = None
         self._stop: StopReason | None = None
         self._version = 0
-        self._used_s = 0.0
-        self.interruptions = 0
-        """How often the step's time was up before the episode was over."""
 
     async def run(self, *, policy_version: int, until: float = math.inf) -> Trajectory:
         """Play until a rule ends the episode.
 
         Args:
-            until: when it has to be over, on the event loop's clock [s].
-        """
-        await self.advance(policy_version=policy_version, until=until)
-        return self.trajectory()
-
-    def move_to(self, generate: Generate) -> None:
-        """Ask another engine from now on, or the same one on another event loop."""
-        self._generate = generate
-
-    async def advance(self, *, policy_version: int, until: float = math.inf) -> bool:
-        """Play until the episode is over; False if `until` was there first.
-
-        Then it may be advanced again. The time between does not count for
-        `Deadlines.trajectory_s`.
+            policy_version: of the weights that are there at the beginning. Turns of an engine that
+                says which weights sampled them may have later ones.
+            until: when it has to be over, on the clock [s].
         """
         self._version = policy_version
-        clock = asyncio.get_running_loop().time
-        started = clock()
-        last = started + self._deadlines.trajectory_s - self._used_s
+        last = self._clock.now() + self._deadlines.trajectory_s
         while self._stop is None:
-            own = min(last, clock() + self._deadlines.turn_s)
-            if await self._turn_until(min(own, until)):
-                continue
-            if until <= own:
-                self._used_s += clock() - started
-                self.interruptions += 1
-                return False
-            self._stop = StopReason.DEADLINE
-        return True
+            own = min(last, self._clock.now() + self._deadlines.turn_s, until)
+            if not await self._turn_until(own):
+                self._stop = StopReason.DEADLINE
+        return self._trajectory()
 
-    def trajectory(self) -> Trajectory:
-        """What was played; if that is not over, it is cut here (DEADLINE)."""
+    def _trajectory(self) -> Trajectory:
+        """What was played."""
         if self._unanswered is not None:
             self._record(self._unanswered, self._unanswered.calls_with(()), None)
         transcript = self._transcript
@@ -152,11 +133,10 @@ class Episode:
         if until == math.inf:
             self._stop = await self._turn()
             return True
-        if until <= asyncio.get_running_loop().time():
+        if until <= self._clock.now():
             return False
-        scope = asyncio.timeout_at(until)
         try:
-            async with scope:
+            async with self._clock.until(until) as scope:
                 self._stop = await self._turn()
                 return True
         except TimeoutError:
@@ -166,9 +146,7 @@ class Episode:
 
     async def _turn(self) -> StopReason | None:
         """One turn with its tools; the reason to stop, or None to go on."""
-        if self._unanswered is None:
-            self._unanswered = self._write(await self._generate(self._request()))
-        written = self._unanswered
+        written = self._unanswered = self._write(await self._generate(self._request()))
         allowed = 0 if written.stop else self._limits.max_parallel_calls
         calls = written.calls_with(await self._run_calls(written.requests[:allowed]))
         stop, observation_span = written.stop, None
@@ -190,7 +168,7 @@ class Episode:
             calls=parsed.calls,
             requests=[self._read(call) for call in parsed.calls],
             num_images=len(self._transcript.images),
-            policy_version=self._version,
+            versions=completion.versions,
             stop=self._stop_before_tools(is_cut, bool(parsed.calls)),
         )
 
@@ -198,7 +176,9 @@ class Episode:
         self, written: Written, calls: tuple[ToolCall, ...], observation_span: Span | None
     ) -> None:
         """The turn is over: note what it was."""
-        turns = self._transcript.turns
+        turns, spans = self._transcript.turns, written.versions
+        first = spans[0].version if spans else self._version
+        self._version = spans[-1].version if spans else self._version
         turns.append(
             Turn(
                 index=len(turns),
@@ -207,17 +187,16 @@ class Episode:
                 calls=calls,
                 observation_span=observation_span,
                 num_images_before=written.num_images,
-                policy_version=written.policy_version,
+                policy_version=first,
+                versions=spans if len(spans) > 1 else (),
             )
         )
         self._unanswered = None
 
     def _request(self) -> GenerationRequest:
         transcript = self._transcript
-        # What is sampled anew draws other numbers than what was given up.
-        anew = f"~{self.interruptions}" if self.interruptions else ""
         return GenerationRequest(
-            id=f"{self._id}{anew}:{len(transcript.turns)}",
+            id=f"{self._id}:{len(transcript.turns)}",
             tokens=transcript.tokens,
             images=transcript.images,
             max_tokens=min(self._limits.max_turn_tokens, transcript.room),

@@ -7,7 +7,8 @@
     episodes' thread    event loop: read turns, call tools, write observations
 
 The engine stays in the thread that made it, as devices and collectives want, and it steps
-without waiting for what is computed between two turns.
+without waiting for what is computed between two turns. An engine in other processes is stepped
+by a thread of its own (`start`), and the caller's is free.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ import asyncio
 import math
 import queue
 from collections.abc import Callable, Coroutine
-from concurrent.futures import wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ import numpy as np
 from tapo_train.errors import EngineError
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest
 from tapo_train.tools.threads import in_new_thread
+from tapo_train.types import VersionSpan
 
 T = TypeVar("T")
 
@@ -51,23 +53,31 @@ class _GivenUp:
 
 
 class EngineDriver:
-    """Steps an engine and hands completions to the coroutines that wait for them."""
+    """Steps an engine and hands completions to the coroutines that wait for them.
+
+    Args:
+        version: of the engine's weights, for an engine that does not say it itself.
+    """
 
     def __init__(
         self,
         engine: Engine,
         *,
         end_token_id: int,
+        version: int | None = None,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
+        self.version = version
         self._engine = engine
         self._end = end_token_id
         self._on_progress = on_progress
         self._waiting: dict[str, _Asked] = {}
         """What the engine works on, by the request's id; the stepping thread's."""
         self._orders: queue.SimpleQueue[_Asked | _GivenUp | None] = queue.SimpleQueue()
-        """None: the episodes are over."""
-        self._is_over = False
+        """None: it is time to see whether to go on."""
+        self._is_woken = False
+        self._is_closed = False
+        self._stepping: Future[None] | None = None
 
     async def generate(self, request: GenerationRequest) -> Completion:
         """Submit a request and wait for its completion; a cancelled wait aborts the request."""
@@ -88,31 +98,83 @@ class EngineDriver:
         loop = asyncio.new_event_loop()
         play = loop.create_task(episodes)
         played = in_new_thread(lambda: _played(loop, play), name="episodes")
-        played.add_done_callback(lambda _: self._orders.put(None))
         try:
-            while not self._is_over:
-                self._round()
+            if self._stepping is not None:
+                self._await(played)
+            else:
+                played.add_done_callback(lambda _: self.wake())
+                self.step_until(played.done)
             return played.result()
         finally:
             _tell(loop, play.cancel)
             wait((played,))
-            self._clear()
+            if self._stepping is None:
+                self.clear()
+
+    def start(self) -> None:
+        """Step in a thread of its own from now on, until `close`."""
+        self._stepping = in_new_thread(
+            lambda: self.step_until(lambda: self._is_closed), name="engine"
+        )
+
+    @property
+    def stepping(self) -> Future[None] | None:
+        """The thread of `start`; it ends before `close` with an error of the engine alone."""
+        return self._stepping
+
+    def close(self) -> None:
+        """End that thread; what it worked on is aborted."""
+        if self._stepping is not None:
+            self._is_closed = True
+            self.wake()
+            wait((self._stepping,))
+        self.clear()
+
+    def wake(self) -> None:
+        """Have whoever steps see whether to go on. Any thread."""
+        self._orders.put(None)
+
+    def step_until(self, is_over: Callable[[], bool]) -> None:
+        """Step, or wait for orders; after each, and when woken, see whether it is over."""
+        while not is_over():
+            self._round()
+
+    def finish(self) -> None:
+        """Step until the engine has nothing left. What is asked meanwhile waits for the next time.
+
+        No turn is cut off: a turn that is sampled anew because it took long would become shorter.
+        """
+        while self._engine.has_unfinished():
+            self._step()
+
+    def _await(self, played: Future[T]) -> None:
+        assert self._stepping is not None
+        either: tuple[Future[Any], ...] = (played, self._stepping)
+        wait(either, return_when=FIRST_COMPLETED)
+        if not played.done():
+            self._stepping.result()
+            raise EngineError("the engine's thread was closed before the episodes were over")
 
     def _round(self) -> None:
         """A step of the engine, then what was ordered meanwhile; or wait for an order."""
         if not self._engine.has_unfinished():
             self._take(math.inf)
             return
+        self._take(self._step())
+
+    def _step(self) -> float:
+        """A step; how long it is no use to ask again [s]."""
         for completion in self._engine.step():
             self._deliver(completion)
             self._on_progress()
         idle_s = self._engine.idle_s()
         if idle_s <= 0:
             self._on_progress()
-        self._take(idle_s)
+        return idle_s
 
     def _take(self, wait_s: float) -> None:
         """Obey the orders that are there; if there is none, wait so long for the first."""
+        self._is_woken = False
         if wait_s > 0 and self._orders.empty():
             try:
                 self._obey(self._orders.get(timeout=None if wait_s == math.inf else wait_s))
@@ -120,12 +182,12 @@ class EngineDriver:
                 return
         breath_s = BREATH_S if wait_s > 0 else 0.0
         with suppress(queue.Empty):
-            while not self._is_over:
+            while not self._is_woken:
                 self._obey(self._orders.get(block=breath_s > 0, timeout=breath_s or None))
 
     def _obey(self, order: _Asked | _GivenUp | None) -> None:
         if order is None:
-            self._is_over = True
+            self._is_woken = True
         elif isinstance(order, _Asked):
             self._engine.submit(order.request)
             self._waiting[order.request.id] = order
@@ -137,10 +199,14 @@ class EngineDriver:
         if asked is None:
             raise EngineError(f"the engine returned {completion.id}, which nobody asked for")
         require_complete(completion, asked.request, self._end)
-        _tell(asked.loop, lambda: _answer(asked.future, completion))
+        if not completion.versions and self.version is not None:
+            whole = VersionSpan(start=0, end=len(completion.tokens), version=self.version)
+            completion = replace(completion, versions=(whole,))
+        answered = completion
+        _tell(asked.loop, lambda: _answer(asked.future, answered))
 
-    def _clear(self) -> None:
-        """Have the engine drop what nobody waits for any more."""
+    def clear(self) -> None:
+        """Have the engine drop what nobody waits for any more; nobody may be stepping."""
         left, self._waiting = list(self._waiting), {}
         if left:
             self._engine.abort(left)

@@ -36,7 +36,7 @@ class Deadlines:
     trajectory_s: float = math.inf
     """From the first request of a trajectory to its end."""
     step_s: float = math.inf
-    """For all trajectories of one call of `collect`, those that have not begun included."""
+    """For all attempts at a question, from its beginning; those that have not begun included."""
 
     def __post_init__(self) -> None:
         for name in self.__slots__:

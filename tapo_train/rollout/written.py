@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from tapo_train.rollout.byte_text import DecodedText
 from tapo_train.rollout.parse import ParsedCall
 from tapo_train.tools.base import ToolRequest
-from tapo_train.types import Observation, Outcome, Span, StopReason, ToolCall
+from tapo_train.types import Observation, Outcome, Span, StopReason, ToolCall, VersionSpan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +22,8 @@ class Written:
     """The calls as the toolbox read them."""
     num_images: int
     """Registered before the turn."""
-    policy_version: int
+    versions: tuple[VersionSpan, ...]
+    """Which weights sampled it; () if the engine does not say."""
     stop: StopReason | None
     """Why the trajectory ends with this turn; None if its tools have to answer first."""
 

@@ -87,8 +87,14 @@ class CallPolicy:
 
     async def settle(self, within_s: float) -> None:
         """Wait until what was given up has ended, but no longer than that."""
-        if self._works:
-            await asyncio.wait(self._works, timeout=within_s)
+        last = asyncio.get_running_loop().time() + within_s
+        for _ in range(_ROUNDS_OF_GRACE):  # a trajectory that ended gives its calls up in steps
+            await asyncio.sleep(0)
+        while late := {task for task in self._works if task.cancelling()}:
+            left_s = last - asyncio.get_running_loop().time()
+            if left_s <= 0:
+                return
+            await asyncio.wait(late, timeout=left_s)
 
     async def _joined(self, flight: _Flight) -> Observation:
         started = time.perf_counter()

@@ -63,10 +63,14 @@ class Stateful(Protocol):
 
 
 class Rounds(Stateful, Protocol):
-    """Asks a step's questions with the engine's present weights."""
+    """Has a step's questions played."""
 
     def __call__(self, step: int) -> Rolled:
         """Called by all ranks together, at every step once."""
+        ...
+
+    def close(self) -> None:
+        """Drop what is under way; the run ends."""
         ...
 
 

@@ -22,9 +22,9 @@ from tapo_train.learner.batch import TrainingRow, join, pack_numbers
 from tapo_train.learner.policy import Policy
 from tapo_train.learner.scorer import RAW
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.collect import Score
 from tapo_train.rollout.driver import EngineDriver
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
+from tapo_train.rollout.group import Score
 from tapo_train.types import Group, Reward, Trajectory
 
 __all__ = ["PolicyAccess", "Process", "Processes", "earning"]
@@ -43,6 +43,8 @@ class PolicyAccess:
     """As the recipe samples."""
     budget_tokens: int
     """Of a micro-batch of the learner."""
+    driver: EngineDriver | None = None
+    """Of the engine, where a thread of its own steps it."""
 
     def logprobs(self, rows: Sequence[TrainingRow]) -> list[Floats]:
         """[K] of each row's trained tokens: at temperature 1, nothing banned.
@@ -66,7 +68,7 @@ class PolicyAccess:
 
     def sample(self, requests: Sequence[GenerationRequest]) -> list[Completion]:
         """What the engine samples for each request of this rank, in order."""
-        driver = EngineDriver(self.engine, end_token_id=self.chat.end_token_id)
+        driver = self.driver or EngineDriver(self.engine, end_token_id=self.chat.end_token_id)
 
         async def ask() -> list[Completion]:
             return await asyncio.gather(*map(driver.generate, requests))

@@ -97,6 +97,8 @@ def step_metrics(
                 / sum(rank["advantages"] for rank in ranks)
             ),
             "time/step_s": step_s,
+            "wait/rollouts": times["rollout"] / step_s,
+            "wait/weights": times["sync"] / step_s,
             "throughput/tokens_per_s": rolled["rollout/tokens"] * count / step_s,
             "throughput/sampled_tokens_per_s": (
                 rolled["rollout/trained_tokens"] * count / slowest_s

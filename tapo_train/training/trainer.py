@@ -56,6 +56,7 @@ class Trainer:
             with parts.interruption.listening():
                 done = self._run(first, sinks)
         finally:
+            parts.rounds.close()
             for sink in sinks:
                 sink.close()
         distributed.barrier()
@@ -93,6 +94,7 @@ class Trainer:
 
     def _take_back(self, before: Mapping[str, Any]) -> None:
         """A step was given up: the run goes on from the state before it, but its calls are paid."""
+        self._parts.rounds.close()
         self._parts.audit.keep()
         if before["step"] + 1 > self._saved_steps:
             self._save(before)
