@@ -178,12 +178,12 @@ METRICS: dict[str, str] = {
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "Does it learn": ("reward", "eval"),
-    "Rollout and tools": ("rollout", "tool"),
+    "Rollout and tools": ("rollout", "process", "tool"),
     "Credit": ("advantage", "tapo", "credit", "placebo", "shrink", "gigpo"),
     "Update": ("policy", "kl", "update", "supervised", "balance"),
     "Sampler against learner": ("mismatch", "importance", "probe"),
     "Warnings": ("warning",),
-    "Cost": ("time", "throughput", "memory"),
+    "Cost": ("time", "wait", "throughput", "memory"),
 }
 """Sections of a dashboard, in order: the groups whose metrics each of them shows."""
 
