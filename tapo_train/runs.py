@@ -124,13 +124,7 @@ def make_parts(
     watchdog.calls = toolbox.under_way
     watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
     score = build.build_scoring(recipe, toolbox.ledger, ending)
-    driver = build.build_driver(engine, chat, on_progress=watchdog.beat)
-    play = build.build_play(
-        recipe, engine, chat, toolbox, score, driver=driver, on_progress=watchdog.beat
-    )
-    groups = build.build_groups(
-        recipe, engine, chat, toolbox, score, play, driver=driver, on_progress=watchdog.beat
-    )
+    player = build.build_player(recipe, engine, chat, toolbox, score, on_progress=watchdog.beat)
     order = build.build_order(recipe, tasks)
     return Parts(
         tasks=tasks,
@@ -138,10 +132,10 @@ def make_parts(
         order=order,
         engine=engine,
         sharing=build.build_sharing(recipe, policy, engine),
-        play=play,
-        rounds=build.build_rounds(recipe, tasks, order, play, groups, interruption),
+        play=player.play,
+        rounds=build.build_rounds(recipe, tasks, order, player, interruption),
         audit=build.build_audit(recipe, toolbox, folder.spending),
-        process=build.build_process(recipe, chat, policy, engine, score, driver),
+        process=build.build_process(recipe, chat, policy, engine, score, player.driver),
         advantage=build.build_advantage(recipe.algo.advantage),
         credit=build.build_credit(recipe),
         exchange=build.build_exchange(recipe, policy),
@@ -157,7 +151,7 @@ def make_parts(
         watchdog=watchdog,
         interruption=interruption,
         dump=build.build_dump(recipe, folder.path, chat),
-        probe=build.build_probe(recipe, engine, chat, toolbox, tasks[0], driver),
+        probe=build.build_probe(recipe, engine, chat, toolbox, tasks[0], player.driver),
     )
 
 

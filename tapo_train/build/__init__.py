@@ -38,7 +38,7 @@ from tapo_train.build.rollout import (
     build_process,
 )
 from tapo_train.build.schedule import build_dump, build_schedule, build_watch
-from tapo_train.build.stream import build_driver, build_groups, build_rounds
+from tapo_train.build.stream import build_player, build_rounds
 from tapo_train.build.tools import build_audit, build_toolbox
 
 __all__ = [
@@ -48,15 +48,14 @@ __all__ = [
     "build_chat",
     "build_correction",
     "build_credit",
-    "build_driver",
     "build_dump",
     "build_engine",
     "build_exchange",
-    "build_groups",
     "build_interruption",
     "build_objective",
     "build_order",
     "build_play",
+    "build_player",
     "build_policy",
     "build_probe",
     "build_process",

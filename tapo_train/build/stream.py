@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from tapo_train.build.limits import limits_of
-from tapo_train.build.rollout import deadlines_of, samples_by_seed
+from tapo_train.build.rollout import build_play, deadlines_of, samples_by_seed
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.chat import ChatFormat
@@ -24,33 +25,45 @@ from tapo_train.training.stream import AtOnce, GroupsUnderWay, Stream
 from tapo_train.types import Task
 
 
-def build_driver(
-    engine: Engine, chat: ChatFormat, *, on_progress: Callable[[], None] = lambda: None
-) -> EngineDriver | None:
-    """What steps an engine on devices of its own, at work; None where who rolls out does it."""
-    if not isinstance(engine, ServerEngine):
-        return None
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Player:
+    """How an engine is played on."""
+
+    driver: EngineDriver | None
+    """Steps an engine on devices of its own, at work; None where who rolls out does it."""
+    play: Play
+    groups: GroupsUnderWay
+    """From one update to the next."""
+
+
+def build_player(
+    recipe: Recipe,
+    engine: Engine,
+    chat: ChatFormat,
+    toolbox: Toolbox,
+    score: Score,
+    *,
+    on_progress: Callable[[], None] = lambda: None,
+) -> Player:
+    """All that rolls out on an engine."""
     driver = EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
-    driver.start()
-    return driver
+    if is_apart := isinstance(engine, ServerEngine):
+        driver.start()
+    apart = driver if is_apart else None
+    play = build_play(recipe, engine, chat, toolbox, score, driver=apart, on_progress=on_progress)
+    groups = _groups(recipe, engine, chat, toolbox, score, play, driver)
+    return Player(driver=apart, play=play, groups=groups)
 
 
-def build_groups(
+def _groups(
     recipe: Recipe,
     engine: Engine,
     chat: ChatFormat,
     toolbox: Toolbox,
     score: Score,
     play: Play,
-    *,
-    driver: EngineDriver | None,
-    on_progress: Callable[[], None] = lambda: None,
+    driver: EngineDriver,
 ) -> GroupsUnderWay:
-    """Groups that are played from one update to the next.
-
-    Args:
-        driver: of an engine on devices of its own.
-    """
     rollout = recipe.rollout
     if isinstance(engine, MirroredEngine):
         return AtOnce(play, rollouts=rollout.rollouts_per_question)
@@ -66,7 +79,6 @@ def build_groups(
         oversample=rollout.oversample,
         score=score,
     )
-    driver = driver or EngineDriver(engine, end_token_id=chat.end_token_id, on_progress=on_progress)
     return GroupStream(
         rules, driver, seats=Seats(engine=engine), max_in_flight=rollout.max_in_flight
     )
@@ -76,8 +88,7 @@ def build_rounds(
     recipe: Recipe,
     tasks: Sequence[Task],
     order: TaskSampler,
-    play: Play,
-    groups: GroupsUnderWay,
+    player: Player,
     interruption: Interruption,
 ) -> Rounds:
     """How a step fills its batch."""
@@ -86,7 +97,7 @@ def build_rounds(
         questions = Questions(
             tasks=tasks,
             order=order,
-            play=play,
+            play=player.play,
             interruption=interruption,
             per_step=recipe.data.questions_per_step,
             rollouts=rollout.rollouts_per_question,
@@ -95,7 +106,7 @@ def build_rounds(
     return Stream(
         tasks,
         order,
-        groups,
+        player.groups,
         interruption,
         per_step=recipe.data.questions_per_step,
         max_staleness=rollout.max_staleness,
