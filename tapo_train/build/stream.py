@@ -102,7 +102,7 @@ def build_rounds(
             per_step=recipe.data.questions_per_step,
             rollouts=rollout.rollouts_per_question,
         )
-        return Refill(questions, most=rollout.refill_rounds)
+        return Refill(questions, most=rollout.refill_rounds, on_close=player.groups.close)
     return Stream(
         tasks,
         order,

@@ -9,7 +9,7 @@ number of ranks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -74,9 +74,12 @@ class Refill:
     All ranks play equally often, some perhaps nothing: engines over several ranks need that.
     """
 
-    def __init__(self, questions: Questions, *, most: int) -> None:
+    def __init__(
+        self, questions: Questions, *, most: int, on_close: Callable[[], None] = lambda: None
+    ) -> None:
         self._questions = questions
         self._most = most
+        self._on_close = on_close
 
     def __call__(self, step: int) -> Rolled:
         """This rank's groups; called by all ranks together."""
@@ -110,7 +113,8 @@ class Refill:
         )
 
     def close(self) -> None:
-        """Nothing is under way between two steps."""
+        """Nothing is under way between two steps; what plays ends."""
+        self._on_close()
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: nothing is left over between two steps."""

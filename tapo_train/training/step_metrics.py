@@ -88,7 +88,7 @@ def step_metrics(
         | means_over_ranks(learned)
         | credit
         | _time_of_tapo(credit, times["credit"], step_s)
-        | {f"time/{stage}_s": duration for stage, duration in times.items()}
+        | _times(times, step_s)
         | {f"memory/{name}_gib": max(r["memory"][name] for r in ranks) for name in memory}
         | _largest([rank["probe"] for rank in ranks])
         | {
@@ -97,8 +97,6 @@ def step_metrics(
                 / sum(rank["advantages"] for rank in ranks)
             ),
             "time/step_s": step_s,
-            "wait/rollouts": times["rollout"] / step_s,
-            "wait/weights": times["sync"] / step_s,
             "throughput/tokens_per_s": rolled["rollout/tokens"] * count / step_s,
             "throughput/sampled_tokens_per_s": (
                 rolled["rollout/trained_tokens"] * count / slowest_s
@@ -106,6 +104,13 @@ def step_metrics(
             "memory/rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
         }
     )
+
+
+def _times(times: Mapping[str, float], step_s: float) -> dict[str, float]:
+    return {f"time/{stage}_s": duration for stage, duration in times.items()} | {
+        "wait/rollouts": times["rollout"] / step_s,
+        "wait/weights": times["sync"] / step_s,
+    }
 
 
 def _time_of_tapo(found: Mapping[str, float], credit_s: float, step_s: float) -> dict[str, float]:
