@@ -25,7 +25,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-CLOCK = ("time", "throughput/", "memory/", "rollout/tool_latency_s", "tapo/time_")
+CLOCK = ("time", "throughput/", "memory/", "wait/", "rollout/tool_latency_s", "tapo/time_")
 """Beginnings of the names of metrics that depend on the clock or the machine."""
 POLL_S = 0.05
 

@@ -36,6 +36,7 @@ NOT_REPRODUCIBLE = (
     "time",
     "throughput/",
     "memory/",
+    "wait/",
     "time/",
     "rollout/tool_latency_s",
     "tapo/time_",
@@ -123,6 +124,30 @@ def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
         assert row["tapo/time_frac"] == pytest.approx(row["time/credit_s"] / row["time/step_s"])
     assert '"tapo/time_' not in (tmp_path / "none" / "metrics.jsonl").read_text()
     assert digest_of_weights(tmp_path / "acting" / "export") != weights["none"]
+
+
+def test_without_staleness_a_stream_is_the_run_of_plain_steps_bit_for_bit(
+    small_world: Path, tmp_path: Path
+) -> None:
+    """Weights and every metric that plain steps have; tools are replayed."""
+    small = ("data.questions_per_step=2", "rollout.rollouts_per_question=2")
+    overrides = ("rollout/engine=hf", "run.steps=2", f"tools.recording={tmp_path}/calls", *small)
+    streamed = train(small_world, tmp_path / "run", *overrides, "tools.replay=record")
+    again = command(small_world, tmp_path / "plain", *overrides, "tools.replay=replay")
+    worker = str(ROOT / "tests" / "plain_steps_worker.py")
+    done = subprocess.run(
+        [sys.executable, worker, *again[again.index(RECIPE) :]],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    plain = read_rows(tmp_path / "plain")
+    assert len(plain) == len(streamed) == 2 and sum(row["rollout/calls"] for row in plain) > 0
+    for ours, theirs in zip(streamed, plain, strict=True):
+        assert {name: ours[name] for name in theirs if "/cached" not in name} == {
+            name: value for name, value in theirs.items() if "/cached" not in name
+        }
+    weights = [digest_of_weights(tmp_path / name / "export") for name in ("run", "plain")]
+    assert weights[0] == weights[1]
 
 
 def test_two_ranks_compute_the_loss_of_one_on_the_same_batch_also_when_they_share_micro_batches(

@@ -1,0 +1,152 @@
+"""Measure what an update waits for: a stream of rollouts beside taking turns.
+
+    python scripts/bench_stream.py [--updates 6] [--out FILE]
+
+Stream, driver, agent loop and toolbox are the real ones. The engine is a number of slots that write
+a turn in a known time each; the learner sleeps; a call takes 0.5 s with a log-normal tail (sigma
+0.5). So the rollout work of an update is known (all its turns / slots), as is its own.
+
+time per update   after the first ones, until what the last one learned is handed over
+bound             the larger of rollout work and update work: nothing waits for anything; on the
+                  same device their sum, as the two take turns there
+synchronous       max_staleness=0 on devices of their own: the sum, and the slow tail
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import time
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_rollout import Wait, chat
+from measures import RESULTS, Measure, append, load, versions
+from timed_engine import Reply, TimedEngine
+
+from tapo_train.data.sampler import TaskSampler
+from tapo_train.rollout.driver import EngineDriver
+from tapo_train.rollout.engine import GenerationRequest, Sampling
+from tapo_train.rollout.group import Rules
+from tapo_train.rollout.limits import Limits
+from tapo_train.rollout.seats import Seats
+from tapo_train.rollout.stream import GroupStream
+from tapo_train.tools.toolbox import Toolbox
+from tapo_train.training.interruption import Interruption
+from tapo_train.training.stream import Stream
+from tapo_train.types import Task
+
+QUESTIONS, ROLLOUTS, CALLS = 8, 4, 3
+SLOTS = 8
+SKIPPED = 2
+"""Updates at the beginning, when more is begun than trained."""
+
+
+class SlottedEngine(TimedEngine):
+    """Writes so many turns at a time, first come, first served."""
+
+    def __init__(self, reply: Reply, slots: int) -> None:
+        super().__init__(reply)
+        self._free = [0.0] * slots
+
+    def submit(self, request: GenerationRequest) -> None:
+        """See `Engine.submit`."""
+        tokens, seconds = self._reply(request)
+        begins = max(time.perf_counter(), heapq.heappop(self._free))
+        heapq.heappush(self._free, begins + seconds)
+        self._open[request.id] = tokens
+        heapq.heappush(self._due, (begins + seconds, request.id))
+
+
+def stream(turn_s: float, *, staleness: int, apart: bool) -> Stream:
+    """A stream whose turns take `turn_s` of a slot each."""
+    tail = np.random.default_rng(0)
+    format = chat()
+    last = format.assistant("<answer>Velor</answer>")
+
+    def reply(request: GenerationRequest) -> tuple[Any, float]:
+        name, _, turn = request.id.rpartition(":")
+        if int(turn) == CALLS:
+            return last, turn_s
+        # Equal calls at a time would be made once.
+        query = f'{{"name": "search", "arguments": {{"query": "{name} {turn}"}}}}'
+        return format.assistant(f"<tool_call>{query}</tool_call>"), turn_s
+
+    tool = Wait(text="Velor", latency=lambda _: 0.5 * tail.lognormal(0, 0.5))
+    engine = SlottedEngine(reply, SLOTS)
+    rules = Rules(
+        chat=format,
+        toolbox=Toolbox([tool], deadline_s=60.0),
+        system_prompt="Answer.",
+        rollouts=ROLLOUTS,
+        limits=Limits(max_turns=CALLS + 1, max_turn_tokens=200, max_tokens=4000),
+        sampling=Sampling(),
+    )
+    driver = EngineDriver(engine, end_token_id=format.end_token_id)
+    if apart:
+        driver.start()
+    tasks = [Task(id=str(n), question="Who?", images=(), answers=("a",)) for n in range(999)]
+    return Stream(
+        tasks,
+        TaskSampler([task.id for task in tasks], seed=0),
+        GroupStream(rules, driver, seats=Seats(engine=engine)),
+        Interruption(),
+        per_step=QUESTIONS,
+        max_staleness=staleness,
+        active=None,
+        steps=999,
+    )
+
+
+def seconds_per_update(rounds: Stream, update_s: float, updates: int) -> float:
+    """[s]"""
+    ends = []
+    for step in range(SKIPPED + updates):
+        rounds(step)
+        time.sleep(update_s)
+        ends.append(time.perf_counter())
+    rounds.close()
+    return (ends[-1] - ends[SKIPPED - 1]) / updates
+
+
+def measure(name: str, rollout_s: float, update_s: float, updates: int) -> list[Measure]:
+    """Of a rollout and an update that take so long each, without anything to wait for."""
+    turn_s = rollout_s * SLOTS / (QUESTIONS * ROLLOUTS * (CALLS + 1))
+    taken = partial(seconds_per_update, update_s=update_s, updates=updates)
+    synchronous = taken(stream(turn_s, staleness=0, apart=True))
+    common: dict[str, Any] = {
+        "unit": "s per update", "peer": "synchronous", "peer_value": round(synchronous, 2),
+        "versions": versions("numpy"),
+    }  # fmt: skip
+    found = []
+    for apart, place, bound, most in (
+        (True, "apart", max(rollout_s, update_s), 1.05),
+        (False, "same_device", rollout_s + update_s, 1.15),
+    ):
+        value = taken(stream(turn_s, staleness=1, apart=apart))
+        found.append(
+            Measure(
+                id=f"stream.{name}.{place}", value=round(value, 2),
+                ratio=round(synchronous / value, 3), load=load(), met=value <= most * bound,
+                target=f"<= {most} x {bound:g} s of work; it is {value / bound:.3f} x", **common,
+            )
+        )  # fmt: skip
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure a learner that takes longer, then an engine that does."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--updates", type=int, default=6)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args(argv)
+    chat()  # loads
+    for name, rollout_s, update_s in (("learner", 4.5, 6.0), ("engine", 6.0, 4.5)):
+        append(measure(name, rollout_s, update_s, arguments.updates), arguments.out)
+
+
+if __name__ == "__main__":
+    main()
