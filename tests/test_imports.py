@@ -20,10 +20,10 @@ LAYERS = (
     {"algos", "credit", "data", "tools"},
     {"learner", "report", "rewards", "rollout"},
     {"recipe"},
-    {"training"},
+    {"evaluation", "training"},
     {"demo", "inspector", "systems"},
     {"build"},
-    {"runs"},
+    {"benchmarks", "runs"},
     {"commands", "__main__", "__init__"},
 )
 """From the bottom up; a module imports its own layer and those below."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from tapo_train.recipe.compose import load_recipe
 from tapo_train.report.files import require_writable
 
 DESCRIPTION = """\
-Ask a policy every question of a task file, greedily, and print its accuracy with a 95 %
-confidence interval.
+Ask a policy every question of a task file (--tasks), greedily, and print its accuracy with a 95 %
+confidence interval; or the questions of benchmarks (--benchmarks name=FILE,…), --repeats times
+each, and write tables to --out DIR: pass@1, pass@k, each benchmark's own score, by searches needed,
+by tools, turns and cost. An evaluation of benchmarks that was stopped goes on when the same command
+is given again. --compare A B compares two such folders.
 
 A question that failed outside the policy (its search was down) is not counted, and said; where
 that is more than rollout.max_failed_fraction of them, there is no accuracy and the exit code is 2.
@@ -29,26 +33,96 @@ _INDEXES = {"tools.corpus": "corpus.jsonl", "tools.image_index": "image_index.js
 def main(argv: Sequence[str]) -> None:
     """Evaluate and print."""
     arguments = _parser().parse_intermixed_args(argv)
-    model, tasks = Path(arguments.model), Path(arguments.tasks)
-    path = Path(arguments.recipe) if arguments.recipe else model / "recipe.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            f"eval: {path} does not exist, so prompt and tools are unknown; wanted --recipe FILE"
-        )
-    if arguments.questions < 0:
-        raise ConfigError(f"eval: --questions is {arguments.questions}; wanted 0 or more")
+    if arguments.compare:
+        print(_comparison(*map(Path, arguments.compare)))
+    elif arguments.benchmarks:
+        print(_on_benchmarks(arguments))
+    else:
+        print(_on_tasks(arguments))
+
+
+def _on_tasks(arguments: argparse.Namespace) -> str:
+    model, tasks = _named(arguments, "model"), _named(arguments, "tasks")
+    out = Path(arguments.out) if arguments.out else None
     if not tasks.exists():
         raise ConfigError(f"eval: --tasks {tasks} does not exist; wanted a task file")
-    out = Path(arguments.out) if arguments.out else None
     if out is not None and out.is_dir():
         raise ConfigError(f"eval: --out {out} is a folder; wanted a file to write")
     if out is not None:
         require_writable(out.parent, field="eval: --out")
-    recipe = load_recipe(path, eval_overrides(model, tasks, arguments.overrides))
+    overrides = eval_overrides(model, tasks, arguments.overrides)
+    recipe = load_recipe(_recipe(arguments), overrides)
 
     from tapo_train import runs  # loads torch and vllm
 
-    print(runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out))
+    found = runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out)
+    return str(found)
+
+
+def _on_benchmarks(arguments: argparse.Namespace) -> str:
+    model, out = _named(arguments, "model"), _named(arguments, "out")
+    named = [one.partition("=") for one in arguments.benchmarks.split(",")]
+    files = {name: Path(path) for name, _, path in named}
+    absent = [f"{name}={path}" for name, path in files.items() if not name or not path.exists()]
+    if absent or len(files) < len(named):
+        raise ConfigError(
+            f"eval: --benchmarks: found {absent or 'a name twice'}; wanted name=FILE,name=FILE,… "
+            "of files that are there"
+        )
+    require_writable(out, field="eval: --out")
+    overrides = eval_overrides(model, next(iter(files.values())), arguments.overrides)
+    recipe = load_recipe(_recipe(arguments), overrides)
+
+    from tapo_train import benchmarks, build  # loads torch and vllm
+    from tapo_train.learner import distributed
+
+    if "WORLD_SIZE" in os.environ:
+        distributed.init(device=build.DEVICE)
+    return benchmarks.evaluate_benchmarks(
+        recipe,
+        [benchmarks.Benchmark(name, path) for name, path in files.items()],
+        out=out,
+        repeats=arguments.repeats,
+        num_questions=arguments.questions,
+    )
+
+
+def _comparison(first: Path, second: Path) -> str:
+    """A line per benchmark that both folders hold."""
+    from tapo_train.evaluation.attempts_file import read_attempts
+    from tapo_train.evaluation.compare import compared
+
+    held = [read_attempts(folder) for folder in (first, second)]
+    names = [{attempt.benchmark for attempt in attempts} for attempts in held]
+    shared = sorted(names[0] & names[1])
+    if not shared:
+        raise ConfigError(f"eval: --compare: {first} and {second} hold no benchmark in common")
+    lines = []
+    for name in shared:
+        own = [[one for one in attempts if one.benchmark == name] for attempts in held]
+        lines.append(f"{name}: {compared(*own)}")
+    return "\n".join(lines)
+
+
+def _named(arguments: argparse.Namespace, name: str) -> Path:
+    value = getattr(arguments, name)
+    if value is None:
+        raise ConfigError(f"eval: found no --{name}; wanted --{name} PATH")
+    return Path(value)
+
+
+def _recipe(arguments: argparse.Namespace) -> Path:
+    path = Path(arguments.recipe or Path(arguments.model) / "recipe.yaml")
+    if not path.is_file():
+        raise ConfigError(
+            f"eval: {path} does not exist, so prompt and tools are unknown; wanted --recipe FILE"
+        )
+    if arguments.questions < 0 or arguments.repeats < 1:
+        raise ConfigError(
+            f"eval: --questions is {arguments.questions}, --repeats {arguments.repeats}; wanted 0 "
+            "or more, and 1 or more"
+        )
+    return path
 
 
 def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[str]:
@@ -65,12 +139,17 @@ def _parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, metavar="DIR", help="Hugging Face folder")
-    parser.add_argument("--tasks", required=True, metavar="FILE", help="jsonl, parquet or json")
+    parser.add_argument("--model", metavar="DIR", help="Hugging Face folder")
+    parser.add_argument("--tasks", metavar="FILE", help="jsonl, parquet or json")
+    parser.add_argument("--benchmarks", metavar="A=FILE,B=FILE", help="several, with tables")
+    parser.add_argument(
+        "--repeats", type=int, default=1, metavar="K", help="attempts at a question of a benchmark"
+    )
+    parser.add_argument("--compare", nargs=2, metavar="DIR", help="two folders of --benchmarks")
     parser.add_argument("--recipe", metavar="FILE", help="default: recipe.yaml in the model folder")
     parser.add_argument(
         "--questions", type=int, default=0, metavar="N", help="ask only the first N; 0: all"
     )
-    parser.add_argument("--out", metavar="FILE", help="write the trajectories (jsonl) there")
+    parser.add_argument("--out", metavar="PATH", help="where trajectories or tables go")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     return parser

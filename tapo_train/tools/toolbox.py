@@ -95,6 +95,11 @@ class Toolbox:
     def _tools(self) -> list[Tool]:
         return [policy.tool for policy in self._policies.values()]
 
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """What each tool says of its back end, by name."""
+        return {name: policy.tool.version for name, policy in self._policies.items()}
+
     def schemas(self) -> list[dict[str, Any]]:
         """OpenAI function schemas, for the chat template."""
         return [

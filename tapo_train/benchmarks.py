@@ -1,0 +1,222 @@
+"""`eval` on benchmarks: every question several times, attempts kept as they end, tables at the end.
+
+The attempts of a few questions at a time are played and written, so that memory does not grow with
+a benchmark and a killed evaluation goes on where it was. What failed outside the policy is asked
+again by the next call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tapo_train import build
+from tapo_train.data.sampler import shard
+from tapo_train.data.tasks import fingerprint
+from tapo_train.errors import OutageError
+from tapo_train.evaluation.attempt import Attempt, attempt_of
+from tapo_train.evaluation.attempts_file import AttemptsFile
+from tapo_train.evaluation.manifest import describe_judges, describe_searches
+from tapo_train.evaluation.tables import draw, markdown, summary
+from tapo_train.learner import distributed
+from tapo_train.recipe import RewardSettings
+from tapo_train.recipe.compose import Recipe, to_yaml
+from tapo_train.report.files import write_atomically
+from tapo_train.report.manifest import describe_model, describe_process
+from tapo_train.tools.toolbox import Toolbox
+from tapo_train.training.parts import Play
+from tapo_train.types import Task
+
+__all__ = ["Benchmark", "evaluate_benchmarks"]
+
+CHUNK = 64
+"""Attempts that are played and then written, where nobody says more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Benchmark:
+    """A task file and what its table is called."""
+
+    name: str
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Player:
+    """What answers the questions."""
+
+    play: Play
+    playable: Callable[[Sequence[Task]], list[Task]]
+    described: Mapping[str, Any]
+
+
+MakePlayer = Callable[[Recipe, Toolbox, ExitStack], Player]
+
+
+def local_player(recipe: Recipe, toolbox: Toolbox, ending: ExitStack) -> Player:
+    """The recipe's model on the recipe's engine."""
+    chat = build.build_chat(recipe)
+    engine = ending.enter_context(closing(build.build_engine(recipe, chat)))
+    score = build.build_scoring(recipe, toolbox.ledger, ending)
+    return Player(
+        play=build.build_play(recipe, engine, chat, toolbox, score),
+        playable=lambda tasks: build.playable_tasks(recipe, tasks, chat, toolbox),
+        described=describe_model(recipe.model.path),
+    )
+
+
+def evaluate_benchmarks(
+    recipe: Recipe,
+    benchmarks: Sequence[Benchmark],
+    *,
+    out: Path,
+    repeats: int = 1,
+    num_questions: int = 0,
+    make_player: MakePlayer = local_player,
+    chunk: int = CHUNK,
+    on_written: Callable[[int], None] = lambda number: None,
+) -> str:
+    """Ask, write the tables into `out`, and give them as Markdown.
+
+    Args:
+        repeats: attempts at each question; one is greedy, several are sampled.
+        num_questions: only the first of each benchmark; 0: all.
+        chunk: attempts that are played and then written.
+        on_written: told the number of attempts on disk whenever some were added.
+
+    Raises:
+        OutageError: too many attempts failed outside the policy. Those that did not are kept.
+        ConfigError: `out` holds attempts that were asked for otherwise.
+    """
+    build.require_custom_parts(recipe)
+    recipe = _whole_groups(recipe)
+    with ExitStack() as ending:
+        toolbox = ending.enter_context(closing(build.build_toolbox(recipe)))
+        player = make_player(recipe, toolbox, ending)
+        questions = {
+            one.name: player.playable(
+                build.read_tasks([str(one.path)], recipe)[: num_questions or None]
+            )
+            for one in benchmarks
+        }
+        asked = _Asked(recipe=recipe, player=player, repeats=repeats, questions=questions)
+        file = AttemptsFile(out, asked=asked.described(), rank=distributed.rank())
+        for name, tasks in questions.items():
+            own = shard(tasks, distributed.rank(), distributed.world_size())
+            for written in _attempts(asked, name, own, file, chunk):
+                on_written(written)
+        distributed.barrier()
+        wanted = {(name, task.id) for name, tasks in questions.items() for task in tasks}
+        attempts = [one for one in file.held() if (one.benchmark, one.task) in wanted]
+        _require_enough(recipe, attempts)
+        return _write(out, asked, attempts, describe_searches(recipe, toolbox, attempts))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """What is asked, and of whom."""
+
+    recipe: Recipe
+    player: Player
+    repeats: int
+    questions: Mapping[str, Sequence[Task]]
+
+    def described(self) -> dict[str, Any]:
+        """What makes attempts comparable."""
+        return {
+            "policy": self.player.described,
+            "recipe": hashlib.sha256(to_yaml(self.recipe).encode()).hexdigest(),
+            "repeats": self.repeats,
+            "questions": {name: fingerprint(tasks) for name, tasks in self.questions.items()},
+        }
+
+    def manifest(self) -> dict[str, Any]:
+        """What a table depends on, beside the searches."""
+        temperature = self.recipe.rollout.temperature
+        return {
+            **describe_process(),
+            **self.described(),
+            "sampling": "greedy" if self.repeats == 1 else f"temperature {temperature:g}",
+            "seed": self.recipe.run.seed,
+            "judges": describe_judges(self.recipe),
+            "n": {name: len(tasks) for name, tasks in self.questions.items()},
+        }
+
+
+def _whole_groups(recipe: Recipe) -> Recipe:
+    """What training leaves out to save time, an evaluation waits for."""
+    deadlines = replace(recipe.rollout.deadlines, step_s=None)
+    rollout = replace(recipe.rollout, oversample=1.0, deadlines=deadlines)
+    return replace(recipe, rollout=rollout)
+
+
+def _attempts(
+    asked: _Asked, name: str, tasks: Sequence[Task], file: AttemptsFile, chunk: int
+) -> Iterator[int]:
+    """Play what is not there yet, a few questions at a time; how many attempts there are then."""
+    repeats, limits = asked.repeats, asked.recipe.tools.limits
+    prices = {tool: chosen.price for tool, chosen in limits.items()}
+    held = {
+        (one.task, one.repeat) for one in file.held() if one.benchmark == name and not one.failed
+    }
+    size = max(1, chunk // repeats)
+    for start in range(0, len(tasks), size):
+        # By place in the file, so that a chunk holds the same questions when it is played again.
+        missing = [
+            task
+            for task in tasks[start : start + size]
+            if any((task.id, repeat) not in held for repeat in range(repeats))
+        ]
+        if not missing:
+            continue
+        groups = asked.player.play(missing, rollouts=repeats, greedy=repeats == 1, policy_version=0)
+        written = [
+            attempt_of(trajectory, benchmark=name, repeat=repeat, prices=prices)
+            for group in groups
+            for repeat, trajectory in enumerate(group.trajectories)
+        ]
+        file.append(written)
+        held |= {(one.task, one.repeat) for one in written if not one.failed}
+        yield len(held)
+
+
+def _require_enough(recipe: Recipe, attempts: Sequence[Attempt]) -> None:
+    failed = [attempt.failed for attempt in attempts if attempt.failed]
+    if len(failed) > recipe.rollout.max_failed_fraction * len(attempts) or len(failed) == len(
+        attempts
+    ):
+        said = max(set(failed), key=failed.count) if failed else "there are none"
+        raise OutageError(
+            f"{len(failed)} of {len(attempts)} attempts failed outside the policy, most often: "
+            f"{said}; at most rollout.max_failed_fraction = {recipe.rollout.max_failed_fraction:g} "
+            "of them may. The same command asks them again"
+        )
+
+
+def _judged_by(reward: RewardSettings) -> str:
+    """Kinds of the parts that are the accuracy."""
+    parts = [reward.parts, *reward.by_source.values()]
+    kinds = {part.name for own in parts if (part := own.get("accuracy")) is not None}
+    return " or ".join(sorted(kinds))
+
+
+def _write(
+    out: Path, asked: _Asked, attempts: Sequence[Attempt], searches: Mapping[str, Any]
+) -> str:
+    """The tables in three forms; the one to read."""
+    judged_by = _judged_by(asked.recipe.reward)
+    tables = summary(attempts, repeats=asked.repeats, judged_by=judged_by)
+    manifest = {**asked.manifest(), **searches}
+    text = markdown(tables, manifest)
+    if distributed.rank() == 0:
+        ids = {name: [task.id for task in tasks] for name, tasks in asked.questions.items()}
+        results = {"tables": tables, "manifest": manifest, "subset ids": ids}
+        write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+        write_atomically(out / "results.md", text)
+        draw(tables, out / "results.png")
+    return text
