@@ -264,3 +264,17 @@ def test_what_a_rollout_cost_that_was_given_up_is_kept_without_an_error(tmp_path
         ledger.charge(0.2)
     assert audit.keep()
     assert spent_in(file) == Decimal("0.2")
+
+
+def test_what_is_paid_while_accounts_are_settled_is_in_the_next_sum() -> None:
+    ledger = Ledger()
+    ledger.fill(Decimal(9))
+    ledger.charge(1.0)
+    assert ledger.settle() == (1, False)
+    ledger.charge(2.0)  # the ranks are still adding up
+    ledger.grant(Decimal(3))
+    assert ledger.spent == 2
+    ledger.charge(1.0)
+    with pytest.raises(ToolBudgetError):
+        ledger.charge(1.0)
+    assert ledger.settle() == (3, True)

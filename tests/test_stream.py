@@ -21,12 +21,14 @@ from streaming import ids, numbered, streamed, trained
 from test_outcomes import trainer as outcome_trainer
 from test_rollout_deadlines import ANSWER, SilentEngine, call
 
+from tapo_train.credit.diagnostics import finish
 from tapo_train.errors import ConfigError, DataError, EngineError
 from tapo_train.recipe.compose import load_recipe
 from tapo_train.recipe.staleness import cautions
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Completion, GenerationRequest
 from tapo_train.rollout.limits import Deadlines
+from tapo_train.training.ages import credit_by_age
 from tapo_train.training.interruption import Interruption, StepGivenUp
 from tapo_train.training.parts import Parts, Rolled, Schedule
 from tapo_train.training.stream import Stream
@@ -320,6 +322,15 @@ def test_a_group_of_several_versions_is_compared_and_trained_as_one(chat: ChatFo
     np.testing.assert_allclose(batch.advantages.rows, [1.0, -1.0], atol=1e-6)
     credit = run._credit(batch)
     assert list(credit.step_advantages[1]) == pytest.approx([-0.2, -1.0]), "0.8 of the blame"
+    by_age = credit_by_age(batch, credit, 1)
+    assert by_age == {
+        "by_age/1/total": 3,
+        "by_age/1/corrected": 1,
+        "by_age/0/total": 1,
+        "by_age/0/corrected": 0,
+    }
+    assert finish(by_age)["credit/by_age/1/corrected"] == 1
+    assert finish({"by_age/0/total": 4.0}) == {}
     ((micro_batch,),), _ = run._cut(1, batch, credit)
     own = {t.id: t.logprobs for t in group.trajectories}
     expected = np.concatenate([own[id] for id in micro_batch.row_ids])

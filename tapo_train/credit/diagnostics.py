@@ -153,6 +153,10 @@ def finish(sums: Mapping[str, float]) -> dict[str, float]:
             metrics.count(f"tapo/{key}", key)
         if key.startswith("audit/turn_gap_hist/"):
             metrics.count("credit/" + key.removeprefix("audit/"), key)
+    aged = [key for key in sums if key.startswith("by_age/")]
+    if not all(key.startswith("by_age/0/") for key in aged):  # else it says nothing new
+        for key in aged:
+            metrics.count(f"credit/{key}", key)
     metrics.ratio("credit/observation_agreement", "audit/agreeing", "audit/pairs")
     metrics.ratio("credit/turn_gap", "audit/turn_gap", "audit/calls")
     metrics.ratio("credit/novelty_gap", "audit/stale", "audit/recorded")

@@ -139,6 +139,8 @@ METRICS: dict[str, str] = {
     "tapo/calls/<count>": "eligible failing calls: total, matched (theta gate), corrected",
     "tapo/by_tool/<tool>/<count>": "the same for calls of this tool",
     "tapo/by_turn/<turn>/<count>": "the same for steps in this turn",
+    "credit/by_age/<age>/<count>": "turns that were asked for so many updates before: total, and "
+    "corrected, whose advantage the credit stage changed (max_staleness)",
     "credit/observation_agreement": "share of matched pairs whose observations are equivalent",
     "credit/turn_gap": "mean |turn of the failing call - mean turn of its cluster|",
     "credit/turn_gap_hist/<bin>": "corrected calls by turn gap",

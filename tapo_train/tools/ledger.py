@@ -63,15 +63,29 @@ class Ledger:
         """Told each amount before its call is made, and what is given back as a negative one."""
 
     def fill(self, amount: Decimal) -> None:
-        """Let the calls until the next `fill` cost `amount` together."""
+        """Let the calls from now on cost `amount` together."""
+        self.settle()
+        self.grant(amount)
+
+    def settle(self) -> tuple[Decimal, bool]:
+        """What was spent since the last time, and whether a call was not made for want of money.
+
+        Calls may go on meanwhile: what they cost is in this sum or in the next.
+        """
+        with self._guard:
+            taken, was_exhausted = self._taken, self.is_exhausted
+            self._purse -= taken
+            self._taken, self.is_exhausted = Decimal(0), False
+        return taken, was_exhausted
+
+    def grant(self, amount: Decimal) -> None:
+        """Let the calls since the last `settle` cost `amount` together."""
         with self._guard:
             self._purse = amount
-            self._taken = Decimal(0)
-            self.is_exhausted = False
 
     @property
     def spent(self) -> Decimal:
-        """Since the last `fill`, calls included that ended with their trajectory."""
+        """Since the last `settle`, calls included that ended with their trajectory."""
         return self._taken
 
     def charge(self, price: float) -> None:

@@ -110,7 +110,7 @@ class RolloutAudit:
 
         For a rollout that was given up: what its calls cost is spent all the same.
         """
-        own = (self._ledger.spent, self._ledger.is_exhausted)
+        own = self._ledger.settle()
         spent, exhausted = zip(*distributed.all_gather_objects(own), strict=True)
         self._ledger.drain()
         self._ledger.drain_events()
@@ -121,7 +121,7 @@ class RolloutAudit:
 
     def _refill(self) -> None:
         if self._budget is None:
-            self._ledger.fill(Decimal("Infinity"))
+            self._ledger.grant(Decimal("Infinity"))
         else:
             rest = max(Decimal(0), self._budget - self._spent)
-            self._ledger.fill(rest / distributed.world_size())
+            self._ledger.grant(rest / distributed.world_size())

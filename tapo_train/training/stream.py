@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
-
-import numpy as np
 
 from tapo_train.data.sampler import TaskSampler, shard
 from tapo_train.errors import DataError
 from tapo_train.learner import distributed
 from tapo_train.training.admission import Admission
+from tapo_train.training.ages import ages, staleness
 from tapo_train.training.interruption import Interruption, StepGivenUp
 from tapo_train.training.parts import Play, Rolled
 from tapo_train.types import Group, JsonObject, Task
@@ -215,39 +213,3 @@ class Stream:
     def _share(self, number: int) -> int:
         """How many of `number` things that are dealt out this rank gets."""
         return len(range(distributed.rank(), number, distributed.world_size()))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Age:
-    """How many versions old the tokens of a trajectory are."""
-
-    tokens: int
-    total: int
-    """Over its tokens."""
-    oldest: int
-    versions: int
-    """Different ones that sampled it."""
-
-
-def ages(groups: Sequence[Group], step: int) -> list[Age]:
-    """Of all trajectories that have tokens."""
-    sampled = [t.token_versions() for group in groups for t in group.trajectories if t.turns]
-    return [
-        Age(
-            tokens=len(versions),
-            total=int((step - versions).sum()),
-            oldest=step - int(versions.min()),
-            versions=len(np.unique(versions)),
-        )
-        for versions in sampled
-    ]
-
-
-def staleness(found: Sequence[Age]) -> dict[str, float]:
-    """Metrics of the age of what is trained."""
-    tokens = sum(age.tokens for age in found)
-    return {
-        "rollout/staleness": sum(age.total for age in found) / max(tokens, 1),
-        "rollout/staleness_max": float(max((age.oldest for age in found), default=0)),
-        "rollout/versions": sum(age.versions for age in found) / max(len(found), 1),
-    }

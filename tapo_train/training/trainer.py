@@ -20,6 +20,7 @@ from tapo_train.learner import distributed, random_state
 from tapo_train.learner.batch import MicroBatch, join
 from tapo_train.learner.idle import apart, counting
 from tapo_train.report.sinks import Sink, write_all
+from tapo_train.training.ages import credit_by_age
 from tapo_train.training.interruption import Ending, StepGivenUp
 from tapo_train.training.parts import Parts, Schedule, Stateful
 from tapo_train.training.probe import Agreement
@@ -137,7 +138,7 @@ class Trainer:
             | step_metrics(
                 played,
                 advantages=batch.advantages.rows,
-                credit_sums=credit.sums,
+                credit_sums={**credit.sums, **credit_by_age(batch, credit, step)},
                 learned=learned,
                 probe=agreement.metrics(),
                 seconds=watch.seconds,
