@@ -54,6 +54,7 @@ SECTIONS = (
     ("reward.parts, each, `name: call_penalty`", recipe.CallPenalty),
     ("reward.parts, each, `name: supported`", recipe.Supported),
     ("reward.parts, each, `name: judge`", recipe.JudgePart),
+    ("reward.parts, each, `name: environment`", recipe.EnvironmentPart),
     ("reward.parts, each, `name: custom`", recipe.CustomPart),
     ("algo", recipe.Algo),
     ("algo.advantage, `algo/advantage=…`", recipe.Advantage),

@@ -62,7 +62,7 @@ def local_player(recipe: Recipe, toolbox: Toolbox, ending: ExitStack) -> Player:
     """The recipe's model on the recipe's engine."""
     chat = build.build_chat(recipe)
     engine = ending.enter_context(closing(build.build_engine(recipe, chat)))
-    score = build.build_scoring(recipe, toolbox.ledger, ending)
+    score = build.build_scoring(recipe, toolbox, ending)
     return Player(
         play=build.build_play(recipe, engine, chat, toolbox, score),
         playable=lambda tasks: build.playable_tasks(recipe, tasks, chat, toolbox),

@@ -123,7 +123,7 @@ def make_parts(
     engine = engine or build.build_engine(recipe, chat)
     watchdog.calls = toolbox.under_way
     watch, interruption = build.build_watch(recipe), build.build_interruption(engine)
-    score = build.build_scoring(recipe, toolbox.ledger, ending)
+    score = build.build_scoring(recipe, toolbox, ending)
     player = build.build_player(recipe, engine, chat, toolbox, score, on_progress=watchdog.beat)
     order = build.build_order(recipe, tasks)
     return Parts(
@@ -230,7 +230,7 @@ def evaluate(
         toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
         questions = build.playable_tasks(recipe, questions, chat, toolbox)
         engine = build.build_engine(recipe, chat)
-        score = build.build_scoring(recipe, toolbox.ledger, ending)
+        score = build.build_scoring(recipe, toolbox, ending)
         play = build.build_play(recipe, engine, chat, toolbox, score)
         groups = play(questions, rollouts=1, greedy=True, policy_version=0)
     trajectories = [t for group in groups for t in group.trajectories]

@@ -18,6 +18,7 @@ from tapo_train.build.reward import build_scoring
 from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import load_recipe, recipe_to_show
 from tapo_train.tools.ledger import Ledger
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Reward, Trajectory
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo_cpu.yaml"
@@ -25,7 +26,8 @@ DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo_cpu.yaml"
 
 def judged(overrides: Sequence[str], met: Trajectory, ledger: Ledger) -> Reward:
     with ExitStack() as ending:
-        scoring = build_scoring(load_recipe(DEMO, overrides), ledger, ending)
+        toolbox = Toolbox([], deadline_s=1.0, ledger=ledger)
+        scoring = build_scoring(load_recipe(DEMO, overrides), toolbox, ending)
         return asyncio.run(scoring(met)).scored()
 
 

@@ -90,6 +90,8 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
                 yield partial(key_of, reward)
     for stage in recipe.reward.process:
         yield partial(custom_part, stage, where="reward.process")
+    if recipe.tools.environment is not None:
+        yield partial(load, recipe.tools.environment.path, where="tools.environment.path")
     for extra in recipe.tools.extra:
         yield partial(load_tool, extra.path, extra.arguments)
 

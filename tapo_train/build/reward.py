@@ -11,6 +11,7 @@ from tapo_train import recipe as recipes
 from tapo_train.build.custom import custom_reward, key_of
 from tapo_train.build.remote_tools import build_judge_client
 from tapo_train.build.tools import replay_of, tool_limits
+from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import Recipe
 from tapo_train.recipe.reward import RewardPart
 from tapo_train.rewards import answers, penalties
@@ -30,15 +31,16 @@ from tapo_train.types import Trajectory
 __all__ = ["build_scoring"]
 
 
-def build_scoring(recipe: Recipe, ledger: Ledger, ending: ExitStack) -> Scoring:
+def build_scoring(recipe: Recipe, toolbox: Toolbox, ending: ExitStack) -> Scoring:
     """The reward of the recipe behind its boundary.
 
     Args:
-        ledger: where judges' calls are recorded and paid, the run's.
+        toolbox: the run's: whose ledger records and pays the calls of judges, and whose
+            environments hold state.
         ending: closes what the parts keep open.
     """
     settings = recipe.reward
-    made = partial(_weighted, recipe, ledger, ending)
+    made = partial(_weighted, recipe, toolbox, ending)
     reward = RewardFunction(
         parts=made("", settings.parts),
         by_source={source: made(source, parts) for source, parts in settings.by_source.items()},
@@ -48,7 +50,7 @@ def build_scoring(recipe: Recipe, ledger: Ledger, ending: ExitStack) -> Scoring:
 
 def _weighted(
     recipe: Recipe,
-    ledger: Ledger,
+    toolbox: Toolbox,
     ending: ExitStack,
     source: str,
     parts: Mapping[str, RewardPart | None],
@@ -56,7 +58,7 @@ def _weighted(
     return {
         name: Weighted(
             part=_part(
-                recipe, ledger, ending, "_".join(filter(None, ("judge", source, name))), part
+                recipe, toolbox, ending, "_".join(filter(None, ("judge", source, name))), part
             ),
             weight=part.weight,
         )
@@ -65,10 +67,14 @@ def _weighted(
     }
 
 
-def _part(recipe: Recipe, ledger: Ledger, ending: ExitStack, name: str, part: RewardPart) -> Part:
+def _part(recipe: Recipe, toolbox: Toolbox, ending: ExitStack, name: str, part: RewardPart) -> Part:
     """One part. `name` is that of its calls, if it makes any."""
     if isinstance(part, recipes.JudgePart):
-        return _judge(recipe, ledger, ending, name, part)
+        return _judge(recipe, toolbox.ledger, ending, name, part)
+    if isinstance(part, recipes.EnvironmentPart):
+        if toolbox.environments is None:
+            raise ConfigError("reward.parts: found an environment part without tools.environment")
+        return by_rule(partial(toolbox.environments.state, attribute=part.attribute))
     if isinstance(part, recipes.CustomPart):
         return custom_reward(part, ending)
     if isinstance(part, recipes.Maths):

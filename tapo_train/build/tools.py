@@ -7,11 +7,14 @@ from pathlib import Path
 
 from tapo_train.build.remote_tools import build_remote_tools
 from tapo_train.errors import ConfigError
+from tapo_train.import_path import construct, load
+from tapo_train.recipe import Custom
 from tapo_train.recipe import tools as recipe_tools
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.failures import FailureBudget
 from tapo_train.tools.base import Tool
 from tapo_train.tools.crop import ZoomTool
+from tapo_train.tools.environment import Environments
 from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder, ResultPictures
 from tapo_train.tools.ledger import Ledger
@@ -57,8 +60,10 @@ def build_toolbox(
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
     made += [load_tool(extra.path, extra.arguments) for extra in tools.extra]
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]
+    environment = None if world is not None else tools.environment
     return Toolbox(
         made,
+        environments=None if environment is None else environments_of(environment),
         deadline_s=tools.deadline_s,
         queue_s=tools.queue_s,
         limits={name: tool_limits(chosen) for name, chosen in tools.limits.items()},
@@ -66,6 +71,17 @@ def build_toolbox(
         replay=replay_of(recipe) if world is None else None,
         pictures=ResultPictures(decoder=decoder, max_pixels=tools.max_result_pixels),
     )
+
+
+def environments_of(part: Custom) -> Environments:
+    """The environments of a recipe; an instance is made, to see its tools.
+
+    Raises:
+        ConfigError: it cannot be imported or made, or has no tools.
+    """
+    where = "tools.environment"
+    found = load(part.path, where=f"{where}.path")
+    return Environments(lambda: construct(found, part.arguments, where=where))
 
 
 def replay_of(recipe: Recipe) -> Replay | None:

@@ -41,6 +41,7 @@ from tapo_train.recipe.report import Report
 from tapo_train.recipe.reward import (
     CallPenalty,
     CustomPart,
+    EnvironmentPart,
     ExactMatch,
     Execution,
     InfoSeek,
@@ -80,6 +81,7 @@ __all__ = [
     "Execution",
     "GeometricImportance",
     "GigpoCredit",
+    "EnvironmentPart",
     "GmpoLoss",
     "GrpoLoss",
     "GspoLoss",

@@ -135,7 +135,14 @@ def _section_of(hint: Any, content: Any) -> Any:
 
 def cross_field_problems(recipe: Recipe) -> list[str]:
     """Combinations that no single field's range can forbid."""
-    checks = (_rollout_problems, _data_problems, _algo_problems, _tool_problems, _watch_problems)
+    checks = (
+        _rollout_problems,
+        _data_problems,
+        _algo_problems,
+        _tool_problems,
+        _environment_problems,
+        _watch_problems,
+    )
     own = [line for check in checks for line in check(recipe)]
     return [*own, *reward_problems(recipe.reward)]
 
@@ -148,6 +155,14 @@ def _rollout_problems(recipe: Recipe) -> Iterable[str]:
             f"rollout.max_tokens ({rollout.max_tokens})"
         )
     yield from staleness_problems(recipe)
+
+
+def _environment_problems(recipe: Recipe) -> Iterable[str]:
+    if recipe.tools.environment is not None and recipe.tools.replay != "off":
+        yield (
+            f"tools.replay: found {recipe.tools.replay!r}, wanted off beside tools.environment: "
+            "what a stateful tool answers depends on what was called before"
+        )
 
 
 def _data_problems(recipe: Recipe) -> Iterable[str]:

@@ -157,6 +157,16 @@ class JudgePart:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class EnvironmentPart:
+    """A number of the state of the trajectory's environment (tools.environment)."""
+
+    name: Literal["environment"] = "environment"
+    weight: float = 1.0
+    attribute: str = "reward"
+    """Of the instance, read when the trajectory is over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class CustomPart:
     """A reward of your own: (trajectory) → a number or a Score, async or blocking."""
 
@@ -181,6 +191,7 @@ RewardPart = Annotated[
     | CallPenalty
     | Supported
     | JudgePart
+    | EnvironmentPart
     | CustomPart,
     Field(discriminator="name"),
 ]

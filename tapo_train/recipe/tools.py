@@ -57,6 +57,10 @@ class Tools:
     extra: tuple[CustomOrPath, ...] = ()
     """Your own tools by import path (package.module:name): a function under @tool, an object, or
     a class or function that makes one from arguments. Training runs the code of that module."""
+    environment: CustomOrPath | None = None
+    """A class of stateful environments, one for each trajectory, after TRL's environment_factory:
+    `reset(**row)` before it, public methods are tools, state is read by the reward part
+    `environment`."""
     mcp: tuple[McpServerSettings, ...] = ()
     """Servers whose tools join ours (extra `mcp`), as [{command: [python, server.py]}]."""
     limits: Mapping[str, ToolLimitSettings] = field(default_factory=dict)

@@ -213,7 +213,7 @@ class Episode:
 
     async def _run_calls(self, requests: Sequence[ToolRequest]) -> Sequence[Observation]:
         """Run calls at the same time; their observations in order."""
-        context = ToolContext(images=self._transcript.images, task=self._task)
+        context = ToolContext(images=self._transcript.images, task=self._task, trajectory=self._id)
         runs = [self._run_call(request, context) for request in requests]
         return [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
 

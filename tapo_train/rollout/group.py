@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tapo_train.errors import DataError
 from tapo_train.rollout.agent import Episode, Generate
@@ -50,6 +50,11 @@ class Rules:
                 f"rollout.max_tokens = {self.limits.max_tokens} (raise it, or use smaller pictures)"
             )
         return tokens
+
+    async def opened(self, task: Task, prompt: Tokens, trajectory: str) -> Tokens:
+        """[T] of one attempt: the task's `prompt`, or with what its environment says at first."""
+        said = await self.toolbox.open(trajectory, task)
+        return self.prompt(replace(task, question=f"{task.question}\n{said}")) if said else prompt
 
 
 class Places:
@@ -100,19 +105,21 @@ class Field:
             until: when it has to be over, on the clock [s].
         """
         rewards = _Rewards(self.rules.score or _unscored)
+        ids = [f"{name}.{rollout}" for rollout in range(self.rules.started)]
 
-        async def attempt(rollout: int) -> Trajectory:
+        async def attempt(id: str) -> Trajectory:
             async with self.places:
-                episode = self._episode(task, prompt, f"{name}.{rollout}")
+                episode = self._episode(task, await self.rules.opened(task, prompt, id), id)
                 played = await episode.run(policy_version=policy_version, until=until)
             return rewards.begin(played)
 
-        attempts = [asyncio.create_task(attempt(k)) for k in range(self.rules.started)]
+        attempts = [asyncio.create_task(attempt(id)) for id in ids]
         try:
             kept, lost = await _first_usable(attempts, self.rules.rollouts)
             scored = tuple([await rewards.of(trajectory) for trajectory in kept])
         finally:
             await rewards.end()
+            await self.rules.toolbox.end(ids)
         surplus = len(attempts) - len(kept)
         return Group(task=task, trajectories=scored, surplus=surplus, lost=lost)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -12,7 +13,16 @@ from pydantic import BaseModel
 from tapo_train.errors import ToolArgumentError, ToolDownError, ToolError, ToolRefusedError
 from tapo_train.types import Image, Observation, Outcome, Task
 
-__all__ = ["EVERYTHING", "CallName", "Tool", "ToolContext", "ToolRequest", "call_name", "failure"]
+__all__ = [
+    "EVERYTHING",
+    "STATE",
+    "CallName",
+    "Tool",
+    "ToolContext",
+    "ToolRequest",
+    "call_name",
+    "failure",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +32,12 @@ class ToolContext:
     images: tuple[Image, ...]
     """Registry of the conversation's pictures in order of appearance; img_idx indexes it."""
     task: Task
+    trajectory: str = ""
+    """Whose call it is, for tools with a state of their own for each."""
 
 
+STATE = "state"
+"""Read by a tool whose next answer to the same call may be another: none of its calls are equal."""
 EVERYTHING = frozenset({"pictures", "task"})
 """What an answer may depend on beside the arguments, as a tool's attribute `reads` says it:
 "picture" is the one that `img_idx` names, "pictures" all of the conversation, "task" the
@@ -106,6 +120,8 @@ def call_name(tool: Tool, arguments: BaseModel, context: ToolContext) -> CallNam
         task = context.task
         pictures = [_named(image) for image in task.images]
         parts["task"] = [task.id, task.question, list(task.answers), pictures]
+    if STATE in reads:
+        parts[STATE] = uuid.uuid4().hex
     content = json.dumps(parts, sort_keys=True, separators=(",", ":"))
     key = hashlib.sha256(content.encode()).hexdigest()
     return CallName(tool=tool.name, version=tool.version, arguments=written, key=key)

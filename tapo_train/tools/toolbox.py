@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from typing import Any
@@ -20,13 +20,14 @@ from pydantic import ValidationError
 from tapo_train.errors import ConfigError
 from tapo_train.tools.base import Tool, ToolContext, ToolRequest
 from tapo_train.tools.call import CallPolicy
+from tapo_train.tools.environment import Environments
 from tapo_train.tools.images import ImageDecoder, ResultPictures
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
 from tapo_train.tools.recording import Replay
 from tapo_train.tools.schema import complaint, function_schema
 from tapo_train.tools.threads import TOOLS, DaemonThreads
-from tapo_train.types import Observation, Outcome
+from tapo_train.types import Observation, Outcome, Task
 
 __all__ = ["CLOSE_S", "Toolbox", "close_tools"]
 
@@ -49,6 +50,7 @@ class Toolbox:
         limits: by the name of the tool.
         ledger: where calls are recorded and paid.
         replay: what a recording does for the calls; None: there is none.
+        environments: whose methods are tools, besides; None: there are none.
         pictures: what is taken of the pictures that tools answer with.
 
     Raises:
@@ -65,8 +67,11 @@ class Toolbox:
         ledger: Ledger | None = None,
         replay: Replay | None = None,
         pictures: ResultPictures | None = None,
+        environments: Environments | None = None,
     ) -> None:
         limits = limits or {}
+        tools = [*tools, *(environments.tools if environments else ())]
+        self.environments = environments
         _require_names([tool.name for tool in tools], limits)
         self.ledger = ledger or Ledger()
         self._replay = replay
@@ -134,6 +139,17 @@ class Toolbox:
         finally:
             self._under_way[request.name] -= 1
 
+    async def open(self, trajectory: str, task: Task) -> str:
+        """A trajectory begins: what its environment says of the task, "" without one."""
+        if self.environments is None:
+            return ""
+        return await asyncio.wrap_future(TOOLS.submit(self.environments.open(trajectory, task)))
+
+    async def end(self, trajectories: Iterable[str]) -> None:
+        """These are over and have their rewards: their environments are closed."""
+        if self.environments is not None:
+            await asyncio.wrap_future(TOOLS.submit(self.environments.end(trajectories)))
+
     def under_way(self) -> dict[str, int]:
         """Calls that have not been answered yet, by tool; any thread may ask."""
         return dict(self._under_way)
@@ -152,7 +168,7 @@ class Toolbox:
         if self._is_closed:
             return
         self._is_closed = True
-        close_tools(self._tools)
+        close_tools([*self._tools, *([self.environments] if self.environments else [])])
         if self._replay is not None:
             self._replay.recording.close()
 
