@@ -46,7 +46,6 @@ SECTIONS = (
     ("reward.parts, each, `name: token_f1`", recipe.TokenF1),
     ("reward.parts, each, `name: numeric`", recipe.NumericMatch),
     ("reward.parts, each, `name: infoseek`", recipe.InfoSeek),
-    ("reward.parts, each, `name: execution`", recipe.Execution),
     ("reward.parts, each, `name: multiple_choice`", recipe.MultipleChoice),
     ("reward.parts, each, `name: maths`", recipe.Maths),
     ("reward.parts, each, `name: format`", recipe.WellFormed),

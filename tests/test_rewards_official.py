@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
-import sqlite3
 import unicodedata
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from test_rewards import trajectory
 
-from tapo_train.errors import ToolDownError
 from tapo_train.rewards.answers import token_f1
 from tapo_train.rewards.matching import exact_match
 from tapo_train.rewards.official import (
@@ -26,7 +20,6 @@ from tapo_train.rewards.official import (
     official_score,
     token_set_f1,
 )
-from tapo_train.rewards.sql import ExecutionMatch
 from tapo_train.types import Task
 
 CASES = 1500
@@ -268,60 +261,3 @@ def test_where_a_paper_asks_a_judge_no_rule_stands_in_for_it() -> None:
     assert metric_of(task) == "judge" and official_score(task, "Ed") is None
     assert official_score(replace(task, metadata={"metric": "token_f1"}), "Ed") == 1.0
     assert official_score(replace(task, source="fvqa"), "ed.") == 1.0
-
-
-def said(answer: str) -> str:
-    return f"<answer>{answer}</answer>"
-
-
-@pytest.fixture
-def databases(tmp_path: Path) -> Path:
-    (tmp_path / "shop").mkdir()
-    with closing(sqlite3.connect(tmp_path / "shop" / "shop.sqlite")) as file:
-        file.executescript(
-            "create table sold (what text, price real);"
-            "insert into sold values ('tea', 2), ('cake', 5);"
-        )
-    return tmp_path
-
-
-@pytest.mark.parametrize(
-    ("query", "value"),
-    [
-        ("select what from sold where price > 3", 1.0),
-        ("SELECT what FROM sold ORDER BY price DESC LIMIT 1;", 1.0),
-        ("select what from sold", 0.0),
-        ("select nothing from nowhere", 0.0),
-        ("drop table sold", 0.0),
-        ("delete from sold", 0.0),
-        ("attach database ':memory:' as other", 0.0),
-        ("select 1; drop table sold", 0.0),
-        ("pragma writable_schema = 1", 0.0),
-        ("select load_extension('x')", 0.0),
-        (
-            "with recursive n(x) as (select 1 union all select x + 1 from n) select max(x) from n",
-            0.0,
-        ),
-        ("select zeroblob(2000000000)", 0.0),
-        ("select 'a\0b'", 0.0),
-        ("", 0.0),
-    ],
-)
-def test_a_query_is_right_if_it_selects_the_accepted_rows_and_can_do_nothing_else(
-    databases: Path, query: str, value: float
-) -> None:
-    task = Task(id="q", question="?", images=(), answers=("select 'cake'",), source="bird")
-    asked = replace(trajectory(said(query)), task=replace(task, metadata={"db_id": "shop"}))
-    part = ExecutionMatch(databases, seconds=0.3)
-    before = (databases / "shop" / "shop.sqlite").read_bytes()
-    assert asyncio.run(part(asked)).value == value
-    assert (databases / "shop" / "shop.sqlite").read_bytes() == before
-
-
-@pytest.mark.parametrize(("db_id", "accepted"), [("../shop", "select 1"), ("shop", "select no")])
-def test_a_database_that_is_missing_is_no_fault_of_the_policy(
-    databases: Path, db_id: str, accepted: str
-) -> None:
-    task = Task(id="q", question="?", images=(), answers=(accepted,), metadata={"db_id": db_id})
-    with pytest.raises(ToolDownError, match=r"found no database|accepted query cannot be run"):
-        asyncio.run(ExecutionMatch(databases)(replace(trajectory(said("select 1")), task=task)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
-from pathlib import Path
 
 from tapo_train import recipe as recipes
 from tapo_train.build.custom import custom_reward, key_of
@@ -23,7 +22,6 @@ from tapo_train.rewards.official import infoseek_match
 from tapo_train.rewards.reward import RewardFunction, Weighted
 from tapo_train.rewards.score import Part, Rule, by_rule
 from tapo_train.rewards.scoring import Scoring
-from tapo_train.rewards.sql import ExecutionMatch
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Trajectory
@@ -81,8 +79,6 @@ def _part(recipe: Recipe, toolbox: Toolbox, ending: ExitStack, name: str, part: 
         verifier = MathsVerifier()
         ending.callback(verifier.close)
         return verifier
-    if isinstance(part, recipes.Execution):
-        return ExecutionMatch(Path(part.databases), seconds=part.seconds)
     return by_rule(_rule(part))
 
 

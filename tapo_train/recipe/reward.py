@@ -56,18 +56,6 @@ class InfoSeek:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
-class Execution:
-    """1 if the answer is SQL that gives the rows of an accepted query, else 0 (BIRD, Spider)."""
-
-    name: Literal["execution"] = "execution"
-    weight: NonNegative = 1.0
-    databases: str
-    """Folder with `<db_id>/<db_id>.sqlite`; opened for reading only."""
-    seconds: Positive = 30.0
-    """[s] for a query."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
 class MultipleChoice:
     """1 if the answer chooses an accepted letter, or says an option's whole text."""
 
@@ -183,7 +171,6 @@ RewardPart = Annotated[
     | TokenF1
     | NumericMatch
     | InfoSeek
-    | Execution
     | MultipleChoice
     | Maths
     | WellFormed
