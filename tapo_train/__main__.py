@@ -44,6 +44,10 @@ COMMANDS = {
         module="tapo_train.commands.evaluate",
         summary="accuracy of a policy on a task file, with a confidence interval",
     ),
+    "collect": Command(
+        module="tapo_train.commands.collect",
+        summary="right attempts of a policy as demonstrations that sft imitates",
+    ),
     "data": Command(
         module="tapo_train.commands.data",
         summary="check task files, or turn published ones into the native form",

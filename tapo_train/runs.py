@@ -1,10 +1,9 @@
-"""What the commands do: train, warm-start, evaluate, from a checked recipe."""
+"""What the commands do: train and evaluate, from a checked recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
-from functools import partial
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -12,17 +11,7 @@ from transformers.utils import logging as transformers_logging
 from tapo_train import build
 from tapo_train.build.custom import CustomSink
 from tapo_train.data.sealed import require_open
-from tapo_train.demo.warm_start import (
-    WORLD_KINDS,
-    Progress,
-    WarmStart,
-    copying_drill,
-    record_world,
-    warm_start,
-)
 from tapo_train.learner import distributed
-from tapo_train.learner.batch import TrainingRow
-from tapo_train.learner.convert import convert_weights
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe, recipe_to_show, to_yaml
@@ -32,8 +21,7 @@ from tapo_train.report.manifest import describe_data, describe_model, describe_p
 from tapo_train.report.metrics_file import MetricsFile
 from tapo_train.report.plots import plot_metrics
 from tapo_train.report.run_folder import RunFolder
-from tapo_train.report.sinks import Sink, duration
-from tapo_train.rollout.chat import ChatFormat
+from tapo_train.report.sinks import Sink
 from tapo_train.rollout.engine import Engine
 from tapo_train.training.parts import Parts
 from tapo_train.training.resume import RECIPE, check_resumption, checkpoints_of
@@ -155,60 +143,6 @@ def make_parts(
     )
 
 
-def sft(recipe: Recipe) -> Path:
-    """Warm-start `model.path` on scripted demonstrations; the exported policy's folder."""
-    distributed.init(device=build.DEVICE)
-    folder = RunFolder(recipe.run.dir)
-    chat = build.build_chat(recipe)
-    settings = WarmStart(
-        drills=recipe.sft.drills,
-        able_updates=recipe.sft.able_updates,
-        habit_updates=recipe.sft.habit_updates,
-        trajectories_per_update=recipe.sft.trajectories_per_update,
-        micro_batch_tokens=recipe.learner.micro_batch_tokens,
-    )
-    able, habit = record_demonstrations(recipe, chat, folder)
-    policy = build.build_policy(recipe, chat, updates=settings.updates)
-    warm_start(
-        policy,
-        drill=partial(copying_drill, chat, syllables=WORLD_KINDS[recipe.sft.world].syllables),
-        able=able,
-        habit=habit,
-        settings=settings,
-        seed=recipe.run.seed,
-        report=_show,
-    )
-    export(recipe, policy, folder.export)
-    if distributed.rank() == 0 and recipe.sft.export_dtype != recipe.model.dtype:
-        convert_weights(folder.export, dtype=recipe.sft.export_dtype)
-    policy.close()
-    return folder.export
-
-
-def record_demonstrations(
-    recipe: Recipe, chat: ChatFormat, folder: RunFolder
-) -> tuple[list[TrainingRow], list[TrainingRow]]:
-    """(faultless, faulty) demonstrations in the worlds of `sft`."""
-    able: list[TrainingRow] = []
-    habit: list[TrainingRow] = []
-    for number in range(recipe.sft.worlds):
-        seed = recipe.sft.first_world_seed + number
-        if distributed.rank() == 0:
-            print(f"demonstrating in world {seed} ({number + 1}/{recipe.sft.worlds})", flush=True)
-        faultless, faulty = record_world(
-            folder.path / "worlds" / f"{seed}.rank{distributed.rank()}",
-            seed=seed,
-            questions=recipe.sft.questions_per_world,
-            chat=chat,
-            toolbox=lambda world: build.build_toolbox(recipe, world=world, decoder=chat.decoder),
-            system_prompt=recipe.data.system_prompt,
-            kind=WORLD_KINDS[recipe.sft.world],
-        )
-        able += faultless
-        habit += faulty
-    return able, habit
-
-
 def evaluate(
     recipe: Recipe, *, tasks: Path, num_questions: int = 0, out: Path | None = None
 ) -> Evaluation:
@@ -278,16 +212,3 @@ def make_sinks(recipe: Recipe, folder: RunFolder, step: int) -> list[Sink]:
             )
         )
     return sinks
-
-
-def _show(progress: Progress) -> None:
-    """A line for every hundredth update, on rank 0."""
-    if distributed.rank() == 0 and (
-        progress.update % 100 == 0 or progress.update == progress.total
-    ):
-        left = (progress.total - progress.update) * progress.seconds
-        print(
-            f"update {progress.update}/{progress.total}  nll {progress.nll:.4f}  "
-            f"{progress.tokens_per_s:.0f} tokens/s  {duration(left)} left",
-            flush=True,
-        )

@@ -23,7 +23,7 @@ LAYERS = (
     {"evaluation", "training"},
     {"demo", "inspector", "systems"},
     {"build"},
-    {"benchmarks", "runs"},
+    {"benchmarks", "collecting", "imitating", "runs"},
     {"commands", "__main__", "__init__"},
 )
 """From the bottom up; a module imports its own layer and those below."""
@@ -158,6 +158,7 @@ def test_no_module_is_called_utils() -> None:
         ["sft", "--help"],
         ["world", "--help"],
         ["analyze", "--help"],
+        ["collect", "--help"],
         ["data", "--help"],
         ["doctor", "--help"],
         ["dashboard", "--dry-run"],

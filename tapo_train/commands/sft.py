@@ -8,9 +8,9 @@ from tapo_train.commands.recipe_arguments import read_recipe, recipe_parser, say
 from tapo_train.recipe.compose import warm_start_updates
 
 DESCRIPTION = """\
-Train a policy to imitate scripted demonstrations in search worlds of its own (section sft of the
-recipe), with the same learner and the same batches as `train`, so that reinforcement learning
-starts from one that knows the format.
+Train a policy to imitate scripted demonstrations in search worlds of its own, or those that
+`collect` wrote (section sft of the recipe), with the same learner and the same batches as `train`,
+so that reinforcement learning starts from one that knows the format.
 """
 
 
@@ -18,6 +18,6 @@ def main(argv: Sequence[str]) -> None:
     """Train on demonstrations, unless it is a dry run."""
     recipe = read_recipe(recipe_parser("sft", DESCRIPTION), argv, updates=warm_start_updates)
     if recipe is not None:
-        from tapo_train import runs  # loads torch and deepspeed
+        from tapo_train import imitating  # loads torch and deepspeed
 
-        say_where(runs.sft(recipe))
+        say_where(imitating.sft(recipe))

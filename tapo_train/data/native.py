@@ -29,7 +29,7 @@ from tapo_train.data.sealed import require_open
 from tapo_train.errors import DataError
 from tapo_train.types import Image, Task
 
-__all__ = ["RESERVED", "native_drafts", "write_tasks"]
+__all__ = ["RESERVED", "keep_picture", "native_drafts", "write_tasks"]
 
 RESERVED = ("id", "prompt", *PICTURE_KEYS, "reward_model", "data_source")
 
@@ -74,7 +74,10 @@ def write_tasks(path: Path, tasks: Iterable[Task], *, image_folder: str = "image
                     raise DataError(f"task {number}: id {task.id!r} was used before", kind="twice")
                 seen.add(task.id)
                 require_open([task], doing="plain copy")
-                images = [_keep(image, path.parent, image_folder) for image in task.images]
+                images = [
+                    keep_picture(image, parent=path.parent, folder=image_folder)
+                    for image in task.images
+                ]
                 stream.write(_line(task, images) + "\n")
         partial.replace(path)
     except DataError:
@@ -112,7 +115,7 @@ def _line(task: Task, images: list[str]) -> str:
         raise DataError(f"task {task.id}: metadata is not JSON: {error}") from error
 
 
-def _keep(image: Image, parent: Path, folder: str) -> str:
+def keep_picture(image: Image, *, parent: Path, folder: str) -> str:
     """Store a picture, if it is not there yet; its path relative to the task file."""
     data = image.data
     name = f"{folder}/{image.sha256}{extension(data)}"

@@ -188,6 +188,8 @@ def training_updates(recipe: Recipe) -> int:
 def warm_start_updates(recipe: Recipe) -> int:
     """Optimizer updates of the supervised warm start, over all its phases."""
     sft = recipe.sft
+    if sft.demonstrations:
+        return sft.able_updates
     return sum(updates for _, updates in sft.drills) + sft.able_updates + sft.habit_updates
 
 

@@ -13,6 +13,9 @@ from tapo_train.recipe.values import STRICT, Count, CountOrZero
 class Sft:
     """The supervised warm start (`sft` subcommand); optimizer settings are `learner`'s."""
 
+    demonstrations: tuple[str, ...] = ()
+    """Files that `collect` wrote, imitated for able_updates; worlds, drills, habits are then left
+    out."""
     world: Literal["houses", "chains"] = "houses"
     """The demo's world, demonstrated poorly in habit; or chains of one to five text searches
     without pictures, demonstrated by someone who searches well and then guesses."""
