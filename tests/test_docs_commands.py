@@ -28,6 +28,8 @@ SHELL = {"", "sh", "bash"}
 PROGRAM = re.compile(r"^(?:\w+=\S+ )*(?:python|torchrun\b.*?) -m tapo_train (.*)$")
 
 ELSEWHERE = {
+    "collect": "test_collect.py collects",
+    "data": "test_data_formats.py checks and prepares files",
     "eval": "test_training.py evaluates what it trained",
     "export": "test_learner_checkpoint.py exports",
     "serve-engine": "test_serve_engine.py starts servers",
