@@ -91,7 +91,7 @@ def rows_of(policy: Policy, tokens: int) -> list[TrainingRow]:
     while sum(len(row.tokens) for row in rows) < tokens:
         length = int(tokens / 16 * np.exp(random.normal(-0.1, 0.45)))
         ids = random.integers(300, 1000, length)
-        start, end = layout.vision_start_token_id, layout.vision_end_token_id
+        (start,), (end,) = layout.opening, layout.closing
         shown = [start, *[layout.image_token_id] * PICTURE_TOKENS, end]
         ids[8 : 8 + len(shown)] = shown
         first, size = 20 + len(shown), length // 8

@@ -50,7 +50,7 @@ def make_row(
     first = Span(start=length, end=length + 6)
     for image in images:
         pads = [layout.image_token_id] * chat.image_tokens(image)
-        tokens += [layout.vision_start_token_id, *pads, layout.vision_end_token_id]
+        tokens += [*layout.opening, *pads, *layout.closing]
         tokens += random.integers(300, 1000, 2).tolist()
     second = Span(start=len(tokens) + 1, end=len(tokens) + 5)
     tokens += random.integers(300, 1000, 7).tolist()

@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 LAYERS = (
     {"errors", "import_path", "types"},
-    {"algos", "credit", "data", "tools"},
+    {"algos", "credit", "data", "families", "tools"},
     {"learner", "report", "rewards", "rollout"},
     {"recipe"},
     {"evaluation", "training"},

@@ -17,6 +17,7 @@ from process_environment import environment
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.algos.metrics import finalise
+from tapo_train.families.vision_shape import VisionShape
 from tapo_train.learner.balance import (
     Balanced,
     Description,
@@ -30,7 +31,7 @@ from tapo_train.learner.dealing import deal, evenness, imbalance, rank_of
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
 from tapo_train.learner.packing import best_fit
-from tapo_train.learner.shape import ModelShape, VisionShape
+from tapo_train.learner.shape import ModelShape
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.types import Span
 

@@ -22,10 +22,12 @@ PICTURE = Image(sha256="0", data=b"", width=2, height=2, ref=ImageRef(root="sha2
 LAYOUT = ModelLayout(
     image_token_id=IMAGE,
     video_token_id=VIDEO,
-    vision_start_token_id=START,
-    vision_end_token_id=END,
+    opening=(START,),
+    closing=(END,),
     merge_size=2,
-    patch_width=3,
+    dummy_shape=(4, 3),
+    dummy_grid=(1, 2, 2),
+    padding_token_id=END,
     positions=lambda tokens, types, grids: torch.arange(len(tokens)).expand(3, -1),
 )
 

@@ -71,7 +71,7 @@ def test_a_rank_computes_its_slice_and_padding_fills_the_last(tiny_qwen3_vl: Pat
     policy = make_policy(tiny_qwen3_vl, chat)
     batch = join([row(300, 5), row(400, 3)])
     inputs = model_inputs(batch, layout=policy.layout, pixels=chat.pixels, multiple_of=4)
-    end = policy.layout.vision_end_token_id
+    end = policy.layout.padding_token_id
     # 8 tokens, 3 of the smallest picture, 1 of padding that is a row of its own.
     assert inputs.input_ids[0, -2:].tolist() == [end, end]
     assert inputs.boundaries == (0, 5, 11, 12)

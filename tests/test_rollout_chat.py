@@ -189,7 +189,8 @@ def test_damaged_bytes_name_the_picture(chat: ChatFormat) -> None:
 
 
 def test_features_that_differ_from_the_promise_name_the_picture(chat: ChatFormat) -> None:
-    pixels = Pixels(MiscountingProcessor(chat.image_processor), chat.decoder, cache_bytes=2**20)
+    processor = MiscountingProcessor(chat.image_processor)
+    pixels = Pixels(chat.family, processor, chat.decoder, merge_size=2, cache_bytes=2**20)
     image = draw_image(64, 64)
     with pytest.raises(AlignmentError, match=f"{image.sha256[:12]} of 64x64 px.*promises 11"):
         pixels.process([image])

@@ -50,7 +50,7 @@ def render(tiny_qwen3_vl: Path) -> object:
 
 
 def take_apart(render: object, template: str) -> ChatTemplate:
-    return ChatTemplate(render(template), end="<|im_end|>", placeholder="<|image_pad|>")
+    return ChatTemplate(render(template), ends=("<|im_end|>",), placeholder="<|image_pad|>")
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ TAKES = {
     "reward.process": ("trajectories", "policy"),
     "data.loader": ("path",),
     "report.sink": ("step", "metrics"),
+    "model.call_reader": ("body",),
 }
 """What a run hands to the part of each field."""
 
@@ -78,6 +79,7 @@ def _checks(recipe: Recipe) -> Iterator[Callable[[], object]]:
         "credit": recipe.credit,
         "data.loader": recipe.data.loader,
         "report.sink": recipe.report.sink,
+        "model.call_reader": recipe.model.call_reader,
     }
     for where, part in named.items():
         if isinstance(part, Custom):

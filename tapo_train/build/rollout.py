@@ -35,11 +35,23 @@ def build_chat(recipe: Recipe) -> ChatFormat:
     """Messages and tokens of the recipe's model, whose folder is looked at first.
 
     Raises:
-        ConfigError: the folder is missing, incomplete or damaged.
+        ConfigError: the folder is missing, incomplete or damaged, or the recipe names tools of
+            pictures for a model that takes none.
     """
-    folder = Path(recipe.model.path)
+    folder, reader = Path(recipe.model.path), recipe.model.call_reader
     require_model_folder(folder)
-    return ChatFormat(folder, picture_cache_bytes=int(recipe.learner.picture_cache_gib * 2**30))
+    chat = ChatFormat(
+        folder,
+        picture_cache_bytes=int(recipe.learner.picture_cache_gib * 2**30),
+        read_call=custom_part(reader, where="model.call_reader") if reader else None,
+    )
+    blind = [name for name in recipe.tools.names if name != "text_search_tool"]
+    if blind and not chat.family.sees:
+        raise ConfigError(
+            f"tools.names: found {', '.join(blind)}, wanted no tool of pictures: {folder} is of "
+            f"{chat.family.name}, which takes none"
+        )
+    return chat
 
 
 def build_local_engine(

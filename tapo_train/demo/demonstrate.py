@@ -19,7 +19,6 @@ from tapo_train.demo.world.questions import Question
 from tapo_train.errors import DataError
 from tapo_train.learner.batch import TrainingRow
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.parse import parse_turn
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Span, Task
@@ -77,7 +76,7 @@ class Demonstrator:
             parts.append(turn)
             spans.append(Span(start=length, end=length + len(turn)))
             weights.append(1.0)
-            parsed = parse_turn(text)
+            parsed = self._chat.read(text)
             if not parsed.calls:
                 break
             call = parsed.calls[0]

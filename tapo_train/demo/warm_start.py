@@ -29,7 +29,7 @@ from tapo_train.data.tasks import load_tasks
 from tapo_train.demo.demonstrate import Demonstrator
 from tapo_train.demo.world.build import WorldSize, write_world
 from tapo_train.demo.world.chains import Chains
-from tapo_train.demo.world.demonstrations import FAILS_LATE, FAULTLESS, Faults
+from tapo_train.demo.world.demonstrations import FAILS_LATE, FAULTLESS, GUESSES, Faults
 from tapo_train.demo.world.lexicon import draw_name
 from tapo_train.learner.batch import TrainingRow, pack
 from tapo_train.learner.objective import supervised
@@ -66,6 +66,12 @@ WORLD_KINDS = {
         syllables=1,
         houses=48,
         habit=FAILS_LATE,
+    ),
+    "lookups": WorldKind(
+        chains=Chains(text_only=True, hops=(1, 1)),
+        syllables=2,
+        houses=48,
+        habit=GUESSES,
     ),
 }
 """By `sft.world` of a recipe."""

@@ -109,15 +109,17 @@ def _merged(weight: Tensor, first: Tensor, second: Tensor, scale: float) -> Tens
     return change.mul_(scale).add_(weight).to(weight.dtype)
 
 
-def add(model: nn.Module, *, settings: AdapterSettings, in_vision: bool) -> None:
+def add(model: nn.Module, *, settings: AdapterSettings, places: str) -> None:
     """Freeze `model` and give the linear layers that `settings` names an adapter, in place.
 
     A is drawn from `settings.seed` alone, so that all ranks and a resumed run have the same.
 
+    Args:
+        places: beginning of the names of layers that may get one.
+
     Raises:
         LearnerError: a target names no linear layer, or only ones that stay frozen or the LM head.
     """
-    places = "model." if in_vision else "model.language_model."
     layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     reachable = [name for name in layers if name.startswith(places)]
     for target in settings.targets:

@@ -1,6 +1,6 @@
 """A micro-batch -> what the model's forward pass takes.
 
-The vision tower takes part in every forward pass: where no row has a picture, the
+A vision tower takes part in every forward pass: where no row has a picture, the
 smallest possible one is appended to the last row, untrained and, as attention is
 causal, seen by no other token. Without it a rank without pictures hangs or crashes
 sharded training, and adding a zero-weighted vision output to the loss instead gives
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tapo_train.errors import LearnerError
 from tapo_train.learner.batch import MicroBatch
 from tapo_train.learner.layout import ModelLayout, PixelSource
 
@@ -31,9 +32,9 @@ class ModelInputs:
     token_types: Tensor
     """[1, S] 1 at image placeholders, 0 elsewhere."""
     positions: Tensor
-    """[3, 1, S] M-RoPE positions, each row's starting at 0."""
+    """[1, S], or [3, 1, S] of M-RoPE; each row's start at 0."""
     pixel_values: Tensor
-    """[patches, width] of the distinct pictures."""
+    """[rows, ...] of the distinct pictures."""
     grids: Tensor
     """[distinct, 3]"""
     pictures: tuple[int, ...]
@@ -65,7 +66,10 @@ def model_inputs(
 
     Raises:
         AlignmentError: image tokens and pictures of a row disagree.
+        LearnerError: several rows, of a model that takes one at a time.
     """
+    if len(batch.row_ids) > 1 and not layout.packs:
+        raise LearnerError(f"{len(batch.row_ids)} rows are packed; wanted one at a time")
     rows = [batch.input_ids[start:end] for start, end in pairwise(batch.boundaries)]
     distinct = {image.sha256: image for row in batch.images for image in row}
     place = {sha256: i for i, sha256 in enumerate(distinct)}
@@ -80,7 +84,7 @@ def model_inputs(
     if not distinct:
         rows, shown = _with_dummy(rows, shown, layout)
     if missing := -sum(map(len, rows)) % multiple_of:
-        rows = [*rows, torch.full((missing,), layout.vision_end_token_id)]
+        rows = [*rows, torch.full((missing,), layout.padding_token_id)]
         shown = [*shown, []]
     types = [(row == layout.image_token_id).long() for row in rows]
     positions = [
@@ -90,7 +94,7 @@ def model_inputs(
     return ModelInputs(
         input_ids=torch.cat(rows)[None],
         token_types=torch.cat(types)[None],
-        positions=torch.cat(positions, dim=1)[:, None],
+        positions=torch.cat(positions, dim=-1).unsqueeze(-2),
         pixel_values=pixel_values,
         grids=grids,
         pictures=tuple(i for row in shown for i in row),
@@ -102,6 +106,8 @@ def _with_dummy(
     rows: list[Tensor], shown: list[list[int]], layout: ModelLayout
 ) -> tuple[list[Tensor], list[list[int]]]:
     """The last row with the smallest picture appended; without rows, a row of it alone."""
+    if layout.dummy_grid is None:
+        return rows or [torch.tensor([layout.padding_token_id])], shown or [[]]
     dummy = torch.tensor(layout.dummy_tokens)
     if not rows:
         return [dummy], [[0]]

@@ -6,6 +6,7 @@ its processor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,69 +14,83 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tapo_train.errors import AlignmentError, LearnerError
-from tapo_train.rollout.model_folder import FAMILIES
+from tapo_train.errors import AlignmentError
+from tapo_train.families import family_of
+from tapo_train.families.family import NO_ID
 from tapo_train.types import Image
 
 PixelSource = Callable[[Sequence[Image]], Mapping[str, Tensor]]
-"""Pictures in order -> {"pixel_values": [patches, width], "image_grid_thw": [pictures, 3]}."""
+"""Pictures in order -> {"pixel_values": [rows, ...], "image_grid_thw": [pictures, 3]}."""
 
 PositionIndex = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(token ids [T], token types [T], grids [pictures, 3]) -> M-RoPE positions [3, T]."""
+"""(token ids [T], token types [T], grids [pictures, 3]) -> positions [T] or, of M-RoPE, [3, T]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelLayout:
-    """The facts about a Qwen-VL model that batches are built from."""
+    """The facts about a model that batches are built from."""
 
-    image_token_id: int
-    """Placeholder; one per merged patch."""
-    video_token_id: int | None
-    """Never trained on; a token list that holds it is refused."""
-    vision_start_token_id: int
-    vision_end_token_id: int
-    merge_size: int
-    """Patches per side that become one token."""
-    patch_width: int
-    """Numbers per patch row of `pixel_values`."""
     positions: PositionIndex
+    packs: bool = True
+    """Whether several rows may share a forward pass."""
+    image_token_id: int = NO_ID
+    """Placeholder; one per feature."""
+    video_token_id: int | None = None
+    """Never trained on; a token list that holds it is refused."""
+    opening: tuple[int, ...] = ()
+    closing: tuple[int, ...] = ()
+    """Ids before and after a picture's placeholders."""
+    merge_size: int = 1
+    """Patches per side that become one token."""
+    dummy_shape: tuple[int, ...] = (0,)
+    """Of the smallest picture's pixels."""
+    dummy_grid: tuple[int, int, int] | None = None
+    """[patches] t, h, w of the smallest picture; None: the model takes no pictures."""
+    padding_token_id: int = 0
+    """Fills a row that nobody sees."""
 
     @classmethod
     def of(cls, model: Any) -> ModelLayout:
-        """Read the layout of a Qwen2.5-VL or Qwen3-VL model.
+        """Read the layout of a model.
 
         Raises:
-            LearnerError: the model lacks M-RoPE or the ids of its vision tokens.
+            ConfigError: it is of no known family.
         """
-        config = model.config
-        body = model.model
-        if config.model_type not in FAMILIES:
-            raise LearnerError(
-                f"model type is {config.model_type!r}; wanted one of {', '.join(FAMILIES)}, whose "
-                "packed rows are known not to see each other"
-            )
-        vision = config.vision_config
-        channels = getattr(vision, "in_channels", None) or vision.in_chans
+        config, body = model.config, model.model
+        family = family_of(config.model_type)
+
+        def positions(tokens: Tensor, token_types: Tensor, grids: Tensor) -> Tensor:
+            return family.positions(body, tokens, token_types, grids)
+
+        ids = family.picture_ids(config)
+        if ids is None:
+            return cls(positions=positions, packs=family.packs)
+        shape, grid = ids.smallest
         return cls(
-            image_token_id=config.image_token_id,
-            video_token_id=config.video_token_id,
-            vision_start_token_id=config.vision_start_token_id,
-            vision_end_token_id=config.vision_end_token_id,
-            merge_size=vision.spatial_merge_size,
-            patch_width=channels * vision.temporal_patch_size * vision.patch_size**2,
-            positions=_position_index(body),
+            positions=positions,
+            packs=family.packs,
+            image_token_id=ids.image,
+            video_token_id=ids.video,
+            opening=ids.opening,
+            closing=ids.closing,
+            merge_size=ids.merge_size,
+            dummy_shape=shape,
+            dummy_grid=grid,
+            padding_token_id=ids.closing[-1],
         )
 
     @property
     def dummy_tokens(self) -> tuple[int, ...]:
-        """Start, one placeholder, end: the smallest picture there is."""
-        return (self.vision_start_token_id, self.image_token_id, self.vision_end_token_id)
+        """The smallest picture there is; empty where there are none."""
+        if self.dummy_grid is None:
+            return ()
+        placeholders = math.prod(self.dummy_grid) // self.merge_size**2
+        return (*self.opening, *[self.image_token_id] * placeholders, *self.closing)
 
     def dummy_picture(self) -> tuple[Tensor, Tensor]:
-        """Pixels [merge^2, width] of zeros and grid [1, 3] of the smallest picture."""
-        side = self.merge_size
-        pixels = torch.zeros(side * side, self.patch_width)
-        return pixels, torch.tensor([[1, side, side]])
+        """Pixels of zeros and grid [1, 3] of the smallest picture; nothing where there are none."""
+        grids = [] if self.dummy_grid is None else [self.dummy_grid]
+        return torch.zeros(self.dummy_shape), torch.tensor(grids, dtype=torch.int64).view(-1, 3)
 
     def check_alignment(self, tokens: Tensor, grids: Tensor, *, where: str) -> None:
         """Stop unless every run of placeholders is as long as its picture has features.
@@ -97,15 +112,3 @@ class ModelLayout:
                 f"{where}: runs of image tokens have lengths {runs.tolist()}, the pictures have "
                 f"{features.tolist()} features; wanted the same, in order"
             )
-
-
-def _position_index(body: Any) -> PositionIndex:
-    """The model's own position function, for one trajectory."""
-
-    def positions(tokens: Tensor, token_types: Tensor, grids: Tensor) -> Tensor:
-        answer: Tensor = body.get_rope_index(
-            tokens[None], token_types[None], image_grid_thw=grids if len(grids) else None
-        )[0]
-        return answer[:, 0]
-
-    return positions

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import LearnerError
+from tapo_train.families import family_of
 from tapo_train.learner import adapter, engine
 from tapo_train.learner.attention import PACKED, Boundaries
 from tapo_train.learner.head import LogprobHead
 from tapo_train.learner.inputs import ModelInputs
 from tapo_train.learner.sequence import ALONE, SequenceGroup
 from tapo_train.learner.settings import LearnerSettings
+from tapo_train.rollout.model_folder import family_in
 
 
 class PackedModel(nn.Module):
@@ -30,6 +32,7 @@ class PackedModel(nn.Module):
     def __init__(self, model: Any, sequence: SequenceGroup = ALONE) -> None:
         super().__init__()
         self.model = model
+        self.family = family_of(model.config.model_type)
         self.sequence = sequence
 
     def forward(
@@ -37,11 +40,15 @@ class PackedModel(nn.Module):
     ) -> Tensor:
         """Log-probabilities and entropies [2, K]; see `LogprobHead` for the keywords."""
         body, part = self.model.model, self.sequence.part(inputs.input_ids.shape[1])
+
+        def placed(features: Sequence[Tensor]) -> list[Tensor]:
+            shown = [features[i] for i in inputs.pictures]
+            return self.sequence.features(shown, inputs.token_types[0], part)
+
         hidden = body(
             input_ids=inputs.input_ids[:, part],
-            position_ids=inputs.positions[:, :, part],
-            mm_token_type_ids=inputs.token_types[:, part],
-            mm_encoder_outputs={"image": self._seen(inputs, part)},
+            position_ids=inputs.positions[..., part],
+            **self.family.body_inputs(body, inputs, part, placed),
             use_cache=False,
             boundaries=Boundaries.of(inputs.boundaries, inputs.input_ids.device),
             sequence=self.sequence,
@@ -51,21 +58,6 @@ class PackedModel(nn.Module):
             hidden[0, trained_index[own] - part.start], targets[own], **head
         )
         return self.sequence.all_entries(answer, own, len(targets))
-
-    def _seen(self, inputs: ModelInputs, part: slice) -> Any:
-        """The tower's output at the placeholders in `part`."""
-        seen = self.model.model.get_image_features(
-            inputs.pixel_values, inputs.grids, return_dict=True
-        )
-
-        def placed(features: Sequence[Tensor]) -> list[Tensor]:
-            shown = [features[i] for i in inputs.pictures]
-            return self.sequence.features(shown, inputs.token_types[0], part)
-
-        seen.pooler_output = placed(seen.pooler_output)
-        if hasattr(seen, "deepstack_features"):
-            seen.deepstack_features = [placed(layer) for layer in seen.deepstack_features]
-        return seen
 
 
 class PatchProjection(nn.Conv3d):
@@ -87,22 +79,26 @@ def load(folder: Path, *, settings: LearnerSettings, device: torch.device) -> An
     Raises:
         LearnerError: its head has a bias.
     """
+    family = family_in(folder)
     with engine.sharded_loading(settings=settings, device=device):
-        model = AutoModelForImageTextToText.from_pretrained(
+        model = getattr(transformers, family.auto_class).from_pretrained(
             folder,
             dtype=torch.bfloat16 if settings.precision == "bf16" else torch.float32,
-            attn_implementation={"text_config": PACKED, "vision_config": "sdpa"},
+            attn_implementation=family.attention(PACKED),
         )
     if model.lm_head.bias is not None:
         raise LearnerError(f"{folder}: the LM head has a bias; wanted none")
     model.lm_head = LogprobHead.around(model.lm_head)
-    projection = model.model.visual.patch_embed.proj
-    if projection.kernel_size == projection.stride:
-        projection.__class__ = PatchProjection
+    if family.patch_projection is not None:
+        projection = model.model.get_submodule(family.patch_projection)
+        if projection.kernel_size == projection.stride:
+            projection.__class__ = PatchProjection
     if settings.adapter is not None:
-        adapter.add(model, settings=settings.adapter, in_vision=not settings.freeze_vision)
+        places = family.language if settings.freeze_vision else ""
+        adapter.add(model, settings=settings.adapter, places=f"model.{places}")
     elif settings.freeze_vision:
-        model.model.visual.requires_grad_(False)
+        for tower in family.tower:
+            model.model.get_submodule(tower).requires_grad_(False)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model

@@ -1,4 +1,4 @@
-"""The size of a Qwen-VL model as a few integers, and the arithmetic it takes.
+"""The size of a model as a few integers, and the arithmetic it takes.
 
 Formulas over the numbers of `config.json`: no model is built, nothing is downloaded. They
 serve the balance over ranks, the memory model and the benchmarks' floors.
@@ -15,68 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from tapo_train.errors import ConfigError
+from tapo_train.families import family_of
+from tapo_train.families.vision_shape import VisionShape
 
 BACKWARD = 2
 """A backward pass computes two products for each of the forward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VisionShape:
-    """The vision tower."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    mlp_matrices: int
-    """3 with a gate (Qwen2.5-VL), 2 without (Qwen3-VL)."""
-    patch_width: int
-    """Numbers per patch."""
-    merge_size: int
-    """Patches per side that become one token."""
-    out: int
-    """Width of the language model."""
-    mergers: int
-    """1, and one for each layer whose features go to the language model as well."""
-    window: int | None
-    """[patches] a windowed layer attends to; None if every layer sees the whole picture."""
-    full_layers: int
-    """Layers that see the whole picture."""
-    positions: int
-    """Rows of the table of learned positions; 0 without one."""
-
-    @property
-    def layer_weights(self) -> int:
-        """Elements of one layer's matrices."""
-        return 4 * self.hidden**2 + self.mlp_matrices * self.hidden * self.intermediate
-
-    @property
-    def merger_weights(self) -> int:
-        """Elements of one merger's matrices."""
-        wide = self.hidden * self.merge_size**2
-        return wide * wide + wide * self.out
-
-    @property
-    def weights(self) -> int:
-        """Elements of all matrices and tables."""
-        return (
-            self.layers * self.layer_weights
-            + self.mergers * self.merger_weights
-            + (self.patch_width + self.positions) * self.hidden
-        )
-
-    def forward_flop(self, patches: int) -> float:
-        """FLOP of a forward pass over one picture."""
-        dense = self.layers * self.layer_weights + self.patch_width * self.hidden
-        merged = self.mergers * self.merger_weights / self.merge_size**2
-        seen = self.full_layers * patches
-        if self.window is not None:
-            seen += (self.layers - self.full_layers) * min(self.window, patches)
-        return patches * (2.0 * (dense + merged) + 4.0 * self.hidden * seen)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A language model with a vision tower."""
+    """A language model, and its vision tower if there is one."""
 
     layers: int
     hidden: int
@@ -91,7 +39,11 @@ class ModelShape:
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
-        """Read a Hugging Face configuration of the Qwen2.5-VL or Qwen3-VL family."""
+        """Read a Hugging Face configuration.
+
+        Raises:
+            ConfigError: the model is of no known family.
+        """
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         return cls(
@@ -103,7 +55,7 @@ class ModelShape:
             head_dim=head_dim,
             vocabulary=text.vocab_size,
             is_tied=bool(config.tie_word_embeddings),
-            vision=_vision(config.vision_config),
+            vision=family_of(config.model_type).vision_shape(config),
         )
 
     @classmethod
@@ -118,7 +70,7 @@ class ModelShape:
             return cls.of(_Section(json.loads(path.read_bytes())))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ConfigError(
-                f"{path}: {type(error).__name__}: {error}; wanted a Qwen-VL one"
+                f"{path}: {type(error).__name__}: {error}; wanted all numbers of a model"
             ) from error
 
     @property
@@ -177,26 +129,6 @@ class _Section:
     def get_text_config(self) -> _Section:
         """Where the language model's numbers are; Qwen2.5-VL once wrote them outside."""
         return _Section(self._values.get("text_config") or self._values)
-
-
-def _vision(vision: Any) -> VisionShape:
-    channels = getattr(vision, "in_channels", None) or vision.in_chans
-    windowed = getattr(vision, "fullatt_block_indexes", None)
-    deep = getattr(vision, "deepstack_visual_indexes", None) or ()
-    side = vision.window_size // vision.patch_size if windowed is not None else 0
-    return VisionShape(
-        layers=vision.depth,
-        hidden=vision.hidden_size,
-        intermediate=vision.intermediate_size,
-        mlp_matrices=2 if windowed is None else 3,
-        patch_width=channels * vision.temporal_patch_size * vision.patch_size**2,
-        merge_size=vision.spatial_merge_size,
-        out=vision.out_hidden_size,
-        mergers=1 + len(deep),
-        window=None if windowed is None else side * side,
-        full_layers=vision.depth if windowed is None else len(windowed),
-        positions=getattr(vision, "num_position_embeddings", 0),
-    )
 
 
 QWEN3_VL_4B = ModelShape(

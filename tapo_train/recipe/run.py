@@ -79,13 +79,16 @@ class Model:
     """The policy that is trained."""
 
     path: str
-    """Hugging Face folder of a Qwen2.5-VL or Qwen3-VL model. Pictures are resized as its
-    preprocessor_config.json says (`size`, in pixels of area), in training and ever after."""
+    """Hugging Face folder of a model of a known family (docs/models.md). Pictures are resized as
+    its preprocessor_config.json says (`size`, in pixels of area), in training and ever after."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of learner and engine. bfloat16 keeps float32 master weights in the optimizer."""
     freeze_vision: bool = True
     """Leave the vision tower as it is. (SenseNova-MARS trains so.)"""
     lora: Lora = field(default_factory=Lora)
+    call_reader: CustomOrPath | None = None
+    """Reads what stands between `<tool_call>` and `</tool_call>`: `(body: str) -> (name,
+    arguments)`, ValueError in words for the policy. None: the form the chat template asks for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -16,9 +16,10 @@ class Sft:
     demonstrations: tuple[str, ...] = ()
     """Files that `collect` wrote, imitated for able_updates; worlds, drills, habits are then left
     out."""
-    world: Literal["houses", "chains"] = "houses"
+    world: Literal["houses", "chains", "lookups"] = "houses"
     """The demo's world, demonstrated poorly in habit; or chains of one to five text searches
-    without pictures, demonstrated by someone who searches well and then guesses."""
+    without pictures, demonstrated by someone who searches well and then guesses; or one search
+    each, by someone who guesses half of the time."""
     worlds: Count = 8
     """Worlds demonstrated in, of the seeds first_world_seed, first_world_seed + 1, …"""
     first_world_seed: CountOrZero = 1000

@@ -34,7 +34,7 @@ from tapo_train.rollout.chat import ChatFormat, Tokens
 from tapo_train.rollout.clock import PlayClock
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
-from tapo_train.rollout.parse import ParsedCall, parse_turn
+from tapo_train.rollout.parse import ParsedCall
 from tapo_train.rollout.transcript import Transcript
 from tapo_train.rollout.written import Written
 from tapo_train.tools.base import ToolContext, ToolRequest
@@ -159,17 +159,18 @@ class Episode:
         """Append what was sampled, and read it."""
         is_cut = completion.finished == "length"
         decoded = self._chat.decode(completion.tokens if is_cut else completion.tokens[:-1])
-        parsed = parse_turn(decoded.text)
-        if not parsed.calls:
+        parsed = self._chat.read(decoded.text)
+        calls = tuple(self._typed(call) for call in parsed.calls)
+        if not calls:
             self._answer = parsed.answer
         return Written(
             span=self._transcript.append_sampled(completion),
             decoded=decoded,
-            calls=parsed.calls,
-            requests=[self._read(call) for call in parsed.calls],
+            calls=calls,
+            requests=[self._read(call) for call in calls],
             num_images=len(self._transcript.images),
             versions=completion.versions,
-            stop=self._stop_before_tools(is_cut, bool(parsed.calls)),
+            stop=self._stop_before_tools(is_cut, bool(calls)),
         )
 
     def _record(
@@ -183,7 +184,7 @@ class Episode:
             Turn(
                 index=len(turns),
                 span=written.span,
-                text=written.decoded.text,
+                text=self._chat.template.opening + written.decoded.text,
                 calls=calls,
                 observation_span=observation_span,
                 num_images_before=written.num_images,
@@ -216,6 +217,12 @@ class Episode:
         context = ToolContext(images=self._transcript.images, task=self._task, trajectory=self._id)
         runs = [self._run_call(request, context) for request in requests]
         return [await runs[0]] if len(runs) == 1 else await asyncio.gather(*runs)
+
+    def _typed(self, call: ParsedCall) -> ParsedCall:
+        """The call with values of the types its tool wants, where the dialect knows texts alone."""
+        if not self._chat.reads_texts or call.arguments is None:
+            return call
+        return replace(call, arguments=self._toolbox.typed(call.name, call.arguments))
 
     def _read(self, call: ParsedCall) -> ToolRequest:
         if call.error is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,14 @@ import PIL.Image
 import tokenizers
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoProcessor
+from transformers import AutoConfig, AutoProcessor, AutoTokenizer
 
 from tapo_train.errors import AlignmentError, RolloutError
+from tapo_train.families.family import NO_ID
 from tapo_train.rollout.byte_text import ByteText, DecodedText
-from tapo_train.rollout.model_folder import require_known_family
+from tapo_train.rollout.dialects import DIALECTS, ReadCall, read_xml
+from tapo_train.rollout.model_folder import family_in
+from tapo_train.rollout.parse import ParsedTurn, parse_turn
 from tapo_train.rollout.pixels import Pixels
 from tapo_train.rollout.template import ChatTemplate, Message, Schema
 from tapo_train.tools.images import ImageDecoder
@@ -33,30 +37,16 @@ from tapo_train.types import Image, Observation, Task
 
 Tokens = npt.NDArray[np.int32]
 
-END = "<|im_end|>"
-PLACEHOLDER = "<|image_pad|>"
-BANNED = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    PLACEHOLDER,
-    "<|video_pad|>",
-)
-"""A sampled placeholder would promise an image that is not there; a sampled
-`<|im_start|>` would open a message the policy may not write; `<|endoftext|>` would be a
-second way to end a turn."""
-
 PICTURE_CACHE_BYTES = 512 * 2**20
 """Where no recipe says more."""
 
 
 class ChatFormat:
-    """Prompts, observations and decoded turns of one model folder (Qwen-VL families).
+    """Prompts, observations and decoded turns of one model folder.
 
     Args:
         picture_cache_bytes: for the learner's processed pictures.
+        read_call: reads what stands in a call; None: the form that the template asks for.
 
     Raises:
         ConfigError: the model is of no known family.
@@ -64,23 +54,44 @@ class ChatFormat:
             not read, or the tokenizer is not byte-level or lacks the control tokens.
     """
 
-    def __init__(self, model: Path, *, picture_cache_bytes: int = PICTURE_CACHE_BYTES) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        picture_cache_bytes: int = PICTURE_CACHE_BYTES,
+        read_call: ReadCall | None = None,
+    ) -> None:
         self.model = model
-        require_known_family(model)
-        self._processor: Any = AutoProcessor.from_pretrained(model)
-        self._tokenizer: Any = self._processor.tokenizer
+        self.family = family_in(model)
+        loader = AutoProcessor if self.family.sees else AutoTokenizer
+        self._processor: Any = loader.from_pretrained(model)
+        self._tokenizer: Any = self._processor.tokenizer if self.family.sees else self._processor
         self._plain = _plain_tokenizer(self._tokenizer)
         self._text = ByteText(self._tokenizer)
-        self.image_processor: Any = self._processor.image_processor
+        self.image_processor: Any = getattr(self._processor, "image_processor", None)
+        """None without pictures."""
+        config = AutoConfig.from_pretrained(model)
+        vocabulary = int(config.get_text_config().vocab_size)  # rows of the head, padding included
         self.decoder = ImageDecoder()
         """Decodes every picture of this process, for policy and tools."""
-        self._pixels = Pixels(self.image_processor, self.decoder, cache_bytes=picture_cache_bytes)
-        self.template = ChatTemplate(self._render, end=END, placeholder=PLACEHOLDER)
-        self.end_token_id = self._control_id(END)
-        self.image_token_id = self._control_id(PLACEHOLDER)
-        vocabulary = _vocabulary_size(model)
+        pictures = self.family.picture_ids(config)
+        self._pixels = Pixels(
+            self.family,
+            self.image_processor,
+            self.decoder,
+            merge_size=pictures.merge_size if pictures else 1,
+            cache_bytes=picture_cache_bytes,
+        )
+        ends = (self.family.end,) if self.family.end else self._special_texts()
+        placeholder = self.family.placeholder
+        self.template = ChatTemplate(self._render, ends=ends, placeholder=placeholder)
+        self._read_call = read_call or self._dialect()
+        self.reads_texts = self._read_call is read_xml
+        """Whether arguments are read as texts, whatever they mean to the tool."""
+        self.end_token_id = self._control_id(self.template.pieces.end)
+        self.image_token_id = NO_ID if placeholder is None else self._control_id(placeholder)
         self.banned_token_ids = self._banned(vocabulary)
-        """Ids at -inf in the sampled distribution: see BANNED, and ids without a text."""
+        """Ids at -inf in the sampled distribution: see `Family.banned`, and ids without a text."""
         self.sampled_ids = np.setdiff1d(np.arange(vocabulary), self.banned_token_ids)
         self.control_token_ids = tuple(sorted(self._tokenizer.added_tokens_decoder))
         """Ids that no text from outside may become, special to the tokenizer or not."""
@@ -140,6 +151,17 @@ class ChatFormat:
     def decode(self, tokens: Tokens) -> DecodedText:
         """Text of [L] ids with the way back from characters to tokens."""
         return self._text.decode(tokens)
+
+    def read(self, text: str) -> ParsedTurn:
+        """The calls and the answer of a turn, in the model's dialect; offsets are in `text`."""
+        opening = self.template.opening
+        parsed = parse_turn(opening + text, self._read_call)
+        shift = len(opening)
+        calls = tuple(
+            replace(call, start=max(0, call.start - shift), end=call.end - shift)
+            for call in parsed.calls
+        )
+        return replace(parsed, said=parsed.said[shift:], calls=calls)
 
     def image_tokens(self, image: Image) -> int:
         """Number of placeholders of a picture."""
@@ -203,11 +225,28 @@ class ChatFormat:
         for index, added in self._tokenizer.added_tokens_decoder.items():
             if str(added) == token:
                 return int(index)
-        raise RolloutError(f"{self.model}: the tokenizer has no {token}; wanted a Qwen-VL one")
+        raise RolloutError(
+            f"{self.model}: the tokenizer has no {token}; wanted one of {self.family.name}"
+        )
+
+    def _dialect(self) -> ReadCall:
+        if self.template.dialect is None:
+            raise RolloutError(
+                f"{self.model}: chat template: it asks for calls in a form that is not known; "
+                f"wanted one of {', '.join(DIALECTS)}, or model.call_reader"
+            )
+        return DIALECTS[self.template.dialect]
+
+    def _special_texts(self) -> tuple[str, ...]:
+        added = self._tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special)
 
     def _banned(self, vocabulary: int) -> tuple[int, ...]:
         added = self._tokenizer.added_tokens_decoder.items()
-        named = {int(index) for index, token in added if str(token) in BANNED}
+        banned = self.family.banned
+        if banned is None:
+            banned = tuple(t for t in self._special_texts() if t != self.template.pieces.end)
+        named = {int(index) for index, token in added if str(token) in banned}
         nameless = {index for index in range(vocabulary) if index not in self._text}
         return tuple(sorted(named | nameless))
 
@@ -229,8 +268,3 @@ def _plain_tokenizer(tokenizer: Any) -> tokenizers.Tokenizer:
         plain.normalizer = backend.normalizer
     plain.pre_tokenizer = backend.pre_tokenizer
     return plain
-
-
-def _vocabulary_size(model: Path) -> int:
-    """Rows of the language-model head, padding included."""
-    return int(AutoConfig.from_pretrained(model).get_text_config().vocab_size)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import transformers
 from torch.nn.functional import linear
-from transformers import AutoModelForImageTextToText
 
 from tapo_train.errors import EngineError
 from tapo_train.rollout.chat import ChatFormat
@@ -39,7 +39,9 @@ class HfEngine:
     ) -> None:
         self._chat = chat
         self._device = device
-        self._model: Any = AutoModelForImageTextToText.from_pretrained(chat.model, dtype=dtype)
+        self._model: Any = getattr(transformers, chat.family.auto_class).from_pretrained(
+            chat.model, dtype=dtype
+        )
         self._model.to(device).eval()
         self._banned = torch.tensor(chat.banned_token_ids, device=device)
         self._shared = torch.Generator(device).manual_seed(seed)
@@ -151,17 +153,12 @@ class HfEngine:
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image], *, use_cache: bool
     ) -> Any:
         """What the model without its head makes of a prompt, from one pass."""
-        # The model keeps the position offset of its last pictures on itself and would
-        # apply it to a sequence without pictures.
-        self._model.model.rope_deltas = None
         ids = torch.from_numpy(tokens).long().to(self._device)[None]
         pixels = {key: value.to(self._device) for key, value in self._chat.pixels(images).items()}
-        return self._model.model(
-            input_ids=ids,
-            mm_token_type_ids=(ids == self._chat.image_token_id).int(),
-            use_cache=use_cache,
-            **pixels,
-        )
+        types = (ids == self._chat.image_token_id).long()
+        body = self._model.model
+        beside = self._chat.family.prompt_inputs(body, ids, types, pixels)
+        return body(input_ids=ids, use_cache=use_cache, **beside)
 
 
 def _draw(scores: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

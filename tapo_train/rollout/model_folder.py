@@ -8,9 +8,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from tapo_train.errors import ConfigError
+from tapo_train.families import Family, family_of
 
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-"""Model types whose packing, positions, pictures and chat are known and tested."""
 _CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
 
@@ -51,8 +50,11 @@ def require_model_folder(folder: Path) -> None:
             ) from error
 
 
-def require_known_family(folder: Path) -> None:
-    """Refuse a model whose rows could leak into each other, or whose pictures are read otherwise.
+def family_in(folder: Path) -> Family:
+    """The family of the model in a folder.
+
+    A model of another family would be trained on rows that leak into each other, or on pictures
+    that are read otherwise.
 
     Raises:
         ConfigError: its configuration names no known model type, or cannot be read.
@@ -62,11 +64,7 @@ def require_known_family(folder: Path) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))["model_type"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"model.path: {path} names no model type ({error!r})") from error
-    if found not in FAMILIES:
-        raise ConfigError(
-            f"model.path: found a model of type {found!r} in {folder}; wanted one of "
-            f"{', '.join(FAMILIES)} (Qwen2.5-VL, Qwen3-VL)"
-        )
+    return family_of(found, where=f" in {folder}")
 
 
 def _indexed(folder: Path) -> set[str]:

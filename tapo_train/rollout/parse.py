@@ -1,4 +1,4 @@
-"""Reading one assistant turn: `<think>`, Hermes `<tool_call>` blocks, `<answer>`.
+"""Reading one assistant turn: `<think>`, `<tool_call>` blocks, `<answer>`.
 
     <think>small, zoom in</think>
     <tool_call>{"name": "text_search_tool", "arguments": {"query": "Velor"}}</tool_call>
@@ -17,14 +17,13 @@ import json
 import re
 import sys
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
 
+from tapo_train.rollout.dialects import ReadCall, read_hermes
 from tapo_train.types import JsonObject
 
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 THINK_TAGS = {"<think>": "</think>", "<thinking>": "</thinking>"}
-CALL_KEYS = frozenset({"name", "arguments"})
 
 _OPENING = re.compile("|".join([CALL_OPEN, ANSWER_OPEN, *THINK_TAGS]))
 _JSON_TOKENS = re.compile(r'(?:[^"<\\]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
@@ -70,18 +69,21 @@ class _Blocks:
     unclosed_thought: int | None = None
 
 
-def parse_turn(text: str) -> ParsedTurn:
+def parse_turn(text: str, read: ReadCall = read_hermes) -> ParsedTurn:
     """Read a turn.
 
     Blocks do not nest: a call runs to the closing tag after its JSON, or to the next closing
     tag where it is not JSON. A `<tool_call>` that is never closed, or stands in a thought that
     is never closed, is a malformed call if the turn holds neither a complete call nor an
     answer, and plain text otherwise.
+
+    Args:
+        read: the dialect that calls are written in.
     """
     blocks = _blocks(text)
     said = _blanked(text, blocks.thoughts)
     answer = _last_between(said, ANSWER_OPEN, ANSWER_CLOSE)
-    calls = [_read_call(text, start, end) for start, end in blocks.calls]
+    calls = [_read_call(text, start, end, read) for start, end in blocks.calls]
     if not calls and answer is None and (lost := _lost_call(text, blocks)):
         calls = [lost]
     return ParsedTurn(said=said, calls=tuple(calls), answer=answer)
@@ -159,52 +161,12 @@ def _lost_call(text: str, blocks: _Blocks) -> ParsedCall | None:
     return ParsedCall(name="", arguments=None, start=start, end=len(text), error=error)
 
 
-def _read_call(text: str, start: int, end: int) -> ParsedCall:
+def _read_call(text: str, start: int, end: int, read: ReadCall) -> ParsedCall:
     try:
-        name, arguments = _read_body(text[start + len(CALL_OPEN) : end - len(CALL_CLOSE)])
-    except (ValueError, RecursionError) as error:
-        # RecursionError: json recurses once per bracket, and the policy chooses how many.
-        said = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-        message = f"the tool call is not valid JSON: {said}"
-        return ParsedCall(name="", arguments=None, start=start, end=end, error=message)
+        name, arguments = read(text[start + len(CALL_OPEN) : end - len(CALL_CLOSE)])
+    except ValueError as error:
+        return ParsedCall(name="", arguments=None, start=start, end=end, error=str(error))
     return ParsedCall(name=name, arguments=arguments, start=start, end=end)
-
-
-def _read_body(body: str) -> tuple[str, JsonObject]:
-    value = json.loads(body, parse_constant=_refuse_constant)
-    if not isinstance(value, dict):
-        raise ValueError(f'wanted an object with "name" and "arguments", got {_kind(value)}')
-    if not isinstance(value.get("name"), str):
-        raise ValueError('"name" must be a string')
-    if unknown := sorted(value.keys() - CALL_KEYS):
-        raise ValueError(f'only "name" and "arguments" are allowed, got also {unknown[0]!r}')
-    arguments = _object(value.get("arguments"))
-    # A lone surrogate ("\ud800") is legal JSON but cannot be written to any file.
-    json.dumps([value, arguments], ensure_ascii=False).encode()
-    return value["name"], arguments
-
-
-def _object(arguments: Any) -> JsonObject:
-    """Arguments as the credit stage reads them, too: none may be null or "", and some are text."""
-    if isinstance(arguments, str) and arguments.strip():
-        try:
-            arguments = json.loads(arguments, parse_constant=_refuse_constant)
-        except ValueError as error:
-            raise ValueError(f'"arguments" must be an object, got a string ({error})') from error
-    if arguments is None or (isinstance(arguments, str) and not arguments.strip()):
-        return {}
-    if not isinstance(arguments, dict):
-        raise ValueError(f'"arguments" must be an object, got {_kind(arguments)}')
-    return arguments
-
-
-def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a JSON number")
-
-
-def _kind(value: Any) -> str:
-    names = {list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number")
 
 
 def _last_between(text: str, start: str, end: str) -> str | None:

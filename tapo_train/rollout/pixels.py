@@ -15,6 +15,7 @@ import PIL.Image
 import torch
 
 from tapo_train.errors import AlignmentError, DataError, ToolError
+from tapo_train.families import Family
 from tapo_train.tools.images import ImageDecoder
 from tapo_train.types import Image
 
@@ -54,14 +55,26 @@ class Pixels:
     """Decodes and processes pictures with the model's own image processor.
 
     Args:
-        image_processor: of the model folder; its size limits decide the grid.
+        family: how the processor is asked.
+        image_processor: of the model folder; its size limits decide the grid. None: a model
+            without pictures.
+        merge_size: patches per side that become one token.
         decoder: the one of this process, which the tools use as well.
         cache_bytes: for processed pictures.
     """
 
-    def __init__(self, image_processor: Any, decoder: ImageDecoder, *, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        family: Family,
+        image_processor: Any,
+        decoder: ImageDecoder,
+        *,
+        merge_size: int,
+        cache_bytes: int,
+    ) -> None:
+        self._family = family
         self._processor = image_processor
-        self._merge = int(image_processor.merge_size) ** 2
+        self._merge = merge_size**2
         self._decoder = decoder
         self._processed: RecentlyUsed[tuple[torch.Tensor, torch.Tensor]] = RecentlyUsed(
             limit_bytes=cache_bytes
@@ -71,14 +84,13 @@ class Pixels:
         """Placeholders of a picture, computed from its size alone.
 
         Raises:
-            AlignmentError: the processor takes no picture of this shape.
+            AlignmentError: the model takes no picture of this shape, or none at all.
         """
         try:
-            patches = self._processor.get_number_of_image_patches(image.height, image.width, {})
-        except (ValueError, ZeroDivisionError) as error:
+            return self._family.num_tokens(self._processor, height=image.height, width=image.width)
+        except AlignmentError as error:
             size = f"{image.width}x{image.height} px"
             raise AlignmentError(f"image {image.sha256[:12]} of {size}: {error}") from error
-        return int(patches) // self._merge
 
     def rgb(self, image: Image) -> PIL.Image.Image:
         """The decoded picture; transparency becomes white."""
@@ -94,7 +106,7 @@ class Pixels:
         return rgb
 
     def process(self, images: Sequence[Image]) -> dict[str, torch.Tensor]:
-        """`pixel_values` [sum of patches, D] and `image_grid_thw` [N, 3]; {} without pictures.
+        """`pixel_values` [sum of rows, ...] and `image_grid_thw` [N, 3]; {} without pictures.
 
         Raises:
             AlignmentError: a picture's features differ in number from its placeholders.
@@ -108,8 +120,7 @@ class Pixels:
         }
 
     def _process(self, image: Image) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
-        batch = self._processor(images=[self.rgb(image)], return_tensors="pt")
-        values, grid = batch["pixel_values"], batch["image_grid_thw"]
+        values, grid = self._family.process(self._processor, self.rgb(image))
         found, wanted = int(grid.prod()) // self._merge, self.num_tokens(image)
         if found != wanted:
             raise AlignmentError(

@@ -31,6 +31,7 @@ Render = Callable[[list[Message], Sequence[Schema]], str]
 
 SYSTEM, QUESTION, REPLY, TOOL = (f"⟦{name}⟧" for name in ("SYSTEM", "QUESTION", "REPLY", "TOOL"))
 OPEN, CLOSE = "<tool_response>", "</tool_response>"
+_EXAMPLE = re.compile(r"<tool_call>(.*?)</tool_call>", re.DOTALL)
 
 HERMES_TOOLS = """\
 # Tools
@@ -62,7 +63,7 @@ class TemplatePieces:
     after: str
     """After the last tool text or picture, up to where the next turn starts."""
     picture: str
-    """One picture, with a single placeholder."""
+    """One picture, with a single placeholder; "" where there are none."""
 
 
 class ChatTemplate:
@@ -70,25 +71,29 @@ class ChatTemplate:
 
     Args:
         render: the tokenizer's template with the generation prompt.
-        end: text of the token that closes a message.
-        placeholder: text of the picture placeholder.
+        ends: texts of the tokens that may close a message.
+        placeholder: text of the picture placeholder; None: a template of texts alone.
 
     Raises:
         RolloutError: the template is not prefix-stable, or drops tool texts or pictures.
     """
 
-    def __init__(self, render: Render, *, end: str, placeholder: str) -> None:
-        self._render = render
+    def __init__(self, render: Render, *, ends: Sequence[str], placeholder: str | None) -> None:
+        self._render = render if placeholder is not None else _of_texts(render)
+        render = self._render
         parameters = {"type": "object", "properties": {}}
         function = {"name": TOOL, "description": TOOL, "parameters": parameters}
         probe = {"type": "function", "function": function}
         head = [_system(SYSTEM), _user(QUESTION, 0)]
         shown = render(head, [probe])
         self._renders_tools = TOOL in shown
-        _require_json_calls(shown)
+        self.dialect = _dialect_of(shown)
+        """Name of the form that calls are asked for in; None: a form that is not known."""
+        self.opening = _thought_opened(render(head, []))
+        """What the template writes of each turn itself, such as `<think>`."""
         tool_role = render([*head, _reply(), _tool_message(TOOL, 0)], [])
         self._tool_role = OPEN in tool_role.partition(REPLY)[2]
-        self.pieces = self._cut_pieces(end, placeholder)
+        self.pieces = self._cut_pieces(ends, placeholder)
         self._check_second_round()
 
     def prompt(
@@ -106,12 +111,14 @@ class ChatTemplate:
     def _appended(self, *rounds: Sequence[tuple[str, int]]) -> str:
         """What rounds of (tool text, number of pictures) add after the first reply."""
         messages = [_system(SYSTEM), _user(QUESTION, 0)]
-        prefix = self._render(messages, []) + REPLY
+        prefix = self._render(messages, []).removesuffix(self.opening)
         for answers in rounds:
             messages += [_reply(), *self._tool_messages(answers)]
         text = self._render(messages, [])
-        _require_prefix(prefix, text)
-        return text[len(prefix) :]
+        # Where the template opens a thought, it writes earlier turns in another way. What was
+        # sampled is kept as it is, so only what comes after the reply counts.
+        _require_prefix(prefix if self.opening else prefix + REPLY, text)
+        return text[text.index(REPLY) + len(REPLY) :]
 
     def _tool_messages(self, answers: Sequence[tuple[str, int]]) -> list[Message]:
         if self._tool_role:
@@ -122,11 +129,23 @@ class ChatTemplate:
             content += [_text(opening + text), *_pictures(num_images)]
         return [{"role": "user", "content": [*content, _text(f"\n{CLOSE}")]}]
 
-    def _cut_pieces(self, end: str, placeholder: str) -> TemplatePieces:
+    def _cut_pieces(self, ends: Sequence[str], placeholder: str | None) -> TemplatePieces:
         before, after = _split_once(self._appended([(TOOL, 0)]), TOOL, "one tool answer")
-        if not before.startswith(end):
+        end = max((end for end in ends if before.startswith(end)), key=len, default=None)
+        if end is None:
+            wanted = " or ".join(map(repr, ends))
             found = before[:40]
-            raise RolloutError(f"chat template: a reply is closed by {found!r}; wanted {end!r}")
+            raise RolloutError(f"chat template: a reply is closed by {found!r}; wanted {wanted}")
+        picture = "" if placeholder is None else self._picture(before, after, placeholder)
+        double = self._appended([(TOOL, 0), (TOOL, 0)])
+        _require_around(before + TOOL, double, TOOL + after, "two tool answers")
+        between = double[len(before + TOOL) : len(double) - len(TOOL + after)]
+        return TemplatePieces(
+            end=end, before=before[len(end) :], between=between, after=after, picture=picture
+        )
+
+    def _picture(self, before: str, after: str, placeholder: str) -> str:
+        """What a picture of a tool answer is rendered as."""
         pictured = self._appended([(TOOL, 1)])
         _require_around(before + TOOL, pictured, after, "a tool answer with a picture")
         picture = pictured[len(before + TOOL) : len(pictured) - len(after)]
@@ -135,34 +154,49 @@ class ChatTemplate:
                 f"chat template: a picture of a tool answer is rendered as {picture!r}; "
                 f"wanted one {placeholder}"
             )
-        double = self._appended([(TOOL, 0), (TOOL, 0)])
-        _require_around(before + TOOL, double, TOOL + after, "two tool answers")
-        between = double[len(before + TOOL) : len(double) - len(TOOL + after)]
-        return TemplatePieces(
-            end=end, before=before[len(end) :], between=between, after=after, picture=picture
-        )
+        return picture
 
     def _check_second_round(self) -> None:
         """The text around the second observation must be that around the first."""
         pieces = self.pieces
         observation = pieces.end + pieces.before + TOOL + pieces.after
-        found = self._appended([(TOOL, 0)], [(TOOL, 0)])
-        _require_prefix(observation + REPLY + observation, found)
-        _require_prefix(found, observation + REPLY + observation)
+        first, _, second = self._appended([(TOOL, 0)], [(TOOL, 0)]).partition(REPLY)
+        if self.opening:
+            _require_prefix(observation.removesuffix(self.opening), first)
+        else:
+            _require_prefix(observation, first)
+            _require_prefix(first, observation)
+        _require_prefix(observation, second)
+        _require_prefix(second, observation)
 
 
-def _require_json_calls(shown: str) -> None:
-    """Raise unless every example of a call in a rendered prompt is a JSON object.
+def _of_texts(render: Render) -> Render:
+    """The template of a model without pictures, which takes contents as texts, not as parts."""
 
-    A policy that obeys another form, such as Qwen3.5's `<function=name>`, would never call a tool.
+    def joined(message: Message) -> Message:
+        content = message["content"]
+        if not isinstance(content, str):
+            content = "".join(part["text"] for part in content)
+        return {**message, "content": content}
+
+    return lambda messages, schemas: render([joined(message) for message in messages], schemas)
+
+
+def _dialect_of(shown: str) -> str | None:
+    """The form of every example of a call in a rendered prompt; None if it is not known.
+
+    A policy that obeys another form than the one that is read would never call a tool.
     """
-    for example in re.findall(r"<tool_call>(.*?)</tool_call>", shown, flags=re.DOTALL):
-        written = example.strip()
-        if written and not written.startswith("{"):
-            raise RolloutError(
-                f"chat template: it asks for calls such as {written[:60]!r}; wanted a JSON object "
-                "with name and arguments inside <tool_call></tool_call>, the only form that is read"
-            )
+    written = {example.strip() for example in _EXAMPLE.findall(shown)} - {""}
+    if all(example.startswith("{") for example in written):
+        return "hermes"
+    return "xml" if all(example.startswith("<function=") for example in written) else None
+
+
+def _thought_opened(prompt: str) -> str:
+    """The `<think>` that a prompt ends with, and the white space around it."""
+    found = re.search(r"<think>\s*\Z", prompt)
+    return found.group() if found else ""
 
 
 def _system(text: str) -> Message:

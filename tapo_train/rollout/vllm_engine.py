@@ -252,7 +252,6 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "max_num_seqs": options.max_num_seqs,
         "gpu_memory_utilization": options.memory_fraction,
         "enforce_eager": _is_eager(options),
-        "limit_mm_per_prompt": {"image": options.max_images, "video": 0},
         "logprobs_mode": "processed_logprobs",
         # As the learner's head: logits rounded to bf16 are off by hundredths of a nat.
         "hf_overrides": {"head_dtype": "float32"},
@@ -263,6 +262,8 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         "generation_config": "vllm",
         "use_tqdm_on_load": False,
     }
+    if chat.family.sees:
+        arguments["limit_mm_per_prompt"] = {"image": options.max_images, "video": 0}
     if options.can_sleep:
         arguments["enable_sleep_mode"] = True
     if options.seeded:

@@ -37,8 +37,11 @@ class InputBuilder:
 
     def __init__(self, chat: ChatFormat, engine: Any, *, cache_bytes: int) -> None:
         self._chat = chat
-        self._processor = engine.renderer.get_mm_processor()
-        self._options = self._processor.info.ctx.get_merged_mm_kwargs({})
+        self._processor: Any = None
+        self._options: dict[str, Any] = {}
+        if chat.family.sees:
+            self._processor = engine.renderer.get_mm_processor()
+            self._options = self._processor.info.ctx.get_merged_mm_kwargs({})
         self._features: RecentlyUsed[tuple[Any, int]] = RecentlyUsed(limit_bytes=cache_bytes)
 
     def build(self, id: str, tokens: npt.NDArray[np.int32], images: Sequence[Image]) -> Any:

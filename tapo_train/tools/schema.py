@@ -6,12 +6,13 @@ tokens in every prompt: titles, examples, and that no further arguments are allo
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-__all__ = ["complaint", "function_schema"]
+__all__ = ["complaint", "function_schema", "typed_text"]
 
 _UNSAID = {"title", "examples", "$schema", "$id", "$comment", "$defs", "definitions"}
 """Definitions are shown where they are referred to."""
@@ -46,6 +47,22 @@ def function_schema(
         del shown["additionalProperties"]
     function = {"name": name, "description": description, "parameters": parameters | shown}
     return {"type": "function", "function": function}
+
+
+def typed_text(text: str, schema: Mapping[str, Any]) -> Any:
+    """The value that a text stands for: itself where a text is allowed, else what it is as JSON."""
+    kinds = [schema, *schema.get("anyOf", ()), *schema.get("oneOf", ())]
+    named = [kind for k in kinds for kind in _as_list(k.get("type"))]
+    if not named or "string" in named:
+        return text
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+def _as_list(kind: Any) -> list[Any]:
+    return kind if isinstance(kind, list) else [] if kind is None else [kind]
 
 
 class _EndlessError(Exception):

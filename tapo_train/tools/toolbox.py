@@ -25,7 +25,7 @@ from tapo_train.tools.images import ImageDecoder, ResultPictures
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
 from tapo_train.tools.recording import Replay
-from tapo_train.tools.schema import complaint, function_schema
+from tapo_train.tools.schema import complaint, function_schema, typed_text
 from tapo_train.tools.threads import TOOLS, DaemonThreads
 from tapo_train.types import Observation, Outcome, Task
 
@@ -123,6 +123,19 @@ class Toolbox:
         except ValidationError as error:
             return ToolRequest(name=name, error=complaint(name, error))
         return ToolRequest(name=name, tool=policy.tool, arguments=checked)
+
+    def typed(self, name: str, texts: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments that were written as texts, as JSON where the tool's schema wants no text.
+
+        What is not JSON stays as it is, and is what the policy is told about.
+        """
+        policy = self._policies.get(name)
+        if policy is None:
+            return dict(texts)
+        tool = policy.tool
+        schema = function_schema(tool.name, tool.description, tool.arguments_model)
+        known = schema["function"]["parameters"]["properties"]
+        return {key: typed_text(text, known.get(key, {})) for key, text in texts.items()}
 
     async def execute(self, request: ToolRequest, context: ToolContext) -> Observation:
         """Run one call; every way it can end is an outcome of the observation.

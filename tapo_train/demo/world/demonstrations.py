@@ -74,6 +74,17 @@ FAILS_LATE = Faults(
     late_guess=0.5,
 )
 """Searches well and then guesses: the habit of a world of chains."""
+GUESSES = Faults(
+    guess_closed=0.5,
+    guess_open=0.5,
+    search_unzoomed=0,
+    give_up=0,
+    wrong_panel=0,
+    stop_early=0,
+    vague_query=0.1,
+    late_guess=0.2,
+)
+"""Knows how to search and as often as not does not: the habit of a world of one search."""
 
 Script = Generator[str, Observation, None]
 """Yields the text of a turn; is sent what the tool answered."""

@@ -48,7 +48,7 @@ def chat_identity(chat: ChatFormat) -> str:
         "end": chat.end_token_id,
         "image": chat.image_token_id,
         "template": [pieces.end, pieces.before, pieces.between, pieces.after, pieces.picture],
-        "pixels": chat.image_processor.to_dict(),
+        "pixels": chat.image_processor.to_dict() if chat.family.sees else None,
     }
     return sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
