@@ -1,0 +1,55 @@
+"""Every family: rows that are packed are as if alone, and what is learned is what is exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from learner_rows import make_policy, make_row
+from tiny_families import BUILDERS, build
+
+from tapo_train.learner.batch import join
+from tapo_train.learner.engine import end_process_group
+from tapo_train.learner.objective import supervised
+from tapo_train.rollout.chat import ChatFormat
+from tapo_train.rollout.hf_engine import HfEngine
+
+PACKED = 1e-5
+"""[nat] packed and alone, in float32."""
+REFERENCE = 1e-4
+"""[nat] the learner and transformers' own model."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group() -> Iterator[None]:
+    yield
+    end_process_group()
+
+
+@pytest.mark.parametrize("kind", BUILDERS)
+def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
+    kind: str, tmp_path: Path
+) -> None:
+    chat = ChatFormat(build(kind, tmp_path))
+    policy = make_policy(chat.model, chat, learning_rate=0.1)
+    sizes: list[list[tuple[int, int]]] = [[], [], []]
+    if chat.family.sees:
+        sizes = [[(64, 96)], [], [(64, 64), (96, 64)]]
+    rows = [make_row(chat, policy.layout, seed=i, sizes=size) for i, size in enumerate(sizes)]
+    reference = HfEngine(chat)
+    for _ in range(2):
+        alone = [policy.logprobs(join([row])).numpy() for row in rows]
+        if chat.family.packs:
+            packed = policy.logprobs(join(rows)).numpy()
+            np.testing.assert_allclose(packed, np.concatenate(alone), atol=PACKED, rtol=0)
+        for row in rows:
+            ours = policy.score(row.tokens, row.images)
+            theirs = reference.score(row.tokens, row.images)
+            np.testing.assert_allclose(ours, theirs, atol=REFERENCE, rtol=0)
+        policy.update([join([row]) for row in rows], supervised)
+        moved = np.abs(policy.logprobs(join([rows[0]])).numpy() - alone[0]).max()
+        assert moved > 100 * REFERENCE
+        reference.load_weights(policy.named_weights(), version=1)
+    policy.close()
