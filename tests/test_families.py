@@ -28,7 +28,7 @@ def process_group() -> Iterator[None]:
     end_process_group()
 
 
-@pytest.mark.parametrize("kind", BUILDERS)
+@pytest.mark.parametrize("kind", list(BUILDERS))
 def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
     kind: str, tmp_path: Path
 ) -> None:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+import transformers
+from tokenizers import AddedToken
+from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
 from tapo_train.demo.tiny.chat_template import CHAT_TEMPLATE
 from tapo_train.demo.tiny.corpus import tokenizer_texts
-from tapo_train.demo.tiny.model import NUM_MERGES, VOCABULARY
-from tapo_train.demo.tiny.tokenizer import SPECIAL_TOKENS, build_tokenizer
+from tapo_train.demo.tiny.model import MAX_PIXELS, MIN_PIXELS, NUM_MERGES, VOCABULARY
+from tapo_train.demo.tiny.tokenizer import build_tokenizer
 from tapo_train.demo.world.lexicon import SYLLABLES
 
-TEXT = {
+TEXT: Mapping[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 64,
     "intermediate_size": 128,
@@ -33,39 +29,143 @@ TEXT = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+TOWER: Mapping[str, Any] = {
+    "depth": 2,
+    "hidden_size": 32,
+    "num_heads": 2,
+    "out_hidden_size": 64,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+}
+QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
+GLM_PICTURE = "<|begin_of_image|><|image|><|end_of_image|>"
+SIZE = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
 
 
 @cache
 def tokenizer() -> Any:
-    """The demo's, with the ids of its control tokens."""
-    return build_tokenizer(tokenizer_texts(), syllables=SYLLABLES, num_merges=NUM_MERGES)
+    """The demo's, and GLM's names of the tokens around a picture."""
+    made = build_tokenizer(tokenizer_texts(), syllables=SYLLABLES, num_merges=NUM_MERGES)
+    glm = ["<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|video|>"]
+    made.add_tokens([AddedToken(token, special=True) for token in glm])
+    return made
 
 
-def control_ids() -> dict[str, int]:
-    """Of the tokenizer's control tokens."""
-    return {token: tokenizer().convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+def _id(token: str) -> int:
+    return int(tokenizer().convert_tokens_to_ids(token))
 
 
-def text_model(kind: str) -> Any:
-    """A causal language model of `kind`."""
-    made = {
-        "llama": (LlamaForCausalLM, LlamaConfig),
-        "qwen2": (Qwen2ForCausalLM, Qwen2Config),
-        "qwen3": (Qwen3ForCausalLM, Qwen3Config),
+def _rope(**more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **more}}
+
+
+def _text(kind: str, **more: Any) -> Any:
+    """A causal language model, `kind` as in `KindForCausalLM`."""
+    config = getattr(transformers, f"{kind}Config")(**TEXT, **_rope(), **more)
+    return getattr(transformers, f"{kind}ForCausalLM")(config)
+
+
+def _seeing(kind: str, text: Mapping[str, Any], vision: Mapping[str, Any], **ids: int) -> Any:
+    """A model with a tower, `kind` as in `KindForConditionalGeneration`."""
+    config = getattr(transformers, f"{kind}Config")(
+        text_config={**TEXT, **text},
+        vision_config={**TOWER, **vision},
+        tie_word_embeddings=True,
+        **ids,
+    )
+    return getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+
+
+def _qwen_ids() -> dict[str, int]:
+    return {
+        "image_token_id": _id("<|image_pad|>"),
+        "video_token_id": _id("<|video_pad|>"),
+        "vision_start_token_id": _id("<|vision_start|>"),
+        "vision_end_token_id": _id("<|vision_end|>"),
     }
-    model, config = made[kind]
-    ids = {"eos_token_id": control_ids()["<|im_end|>"], "bos_token_id": None}
-    return model(config(**TEXT, **ids))
 
 
-BUILDERS = {kind: (lambda kind=kind: text_model(kind)) for kind in ("llama", "qwen2", "qwen3")}
+def _qwen3_vl_moe() -> Any:
+    text = {
+        **_rope(mrope_section=[8, 4, 4], mrope_interleaved=True),
+        **EXPERTS,
+        "decoder_sparse_step": 1,
+    }
+    vision = {
+        "intermediate_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0],
+    }
+    return _seeing("Qwen3VLMoe", text, vision, **_qwen_ids())
+
+
+def _qwen3_5() -> Any:
+    text = {
+        **_rope(mrope_section=[4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    }
+    vision = {"intermediate_size": 64, "patch_size": 16, "num_position_embeddings": 64}
+    return _seeing("Qwen3_5", text, vision, **_qwen_ids())
+
+
+def _glm4v() -> Any:
+    ids = {
+        "image_token_id": _id("<|image|>"),
+        "video_token_id": _id("<|video|>"),
+        "image_start_token_id": _id("<|begin_of_image|>"),
+        "image_end_token_id": _id("<|end_of_image|>"),
+    }
+    text = _rope(mrope_section=[4, 2, 2], partial_rotary_factor=0.5)
+    vision = {"intermediate_size": 64, "patch_size": 14, "image_size": 112}
+    return _seeing("Glm4v", text, vision, **ids)
+
+
+def _qwen_processor(patch: int) -> Any:
+    options = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "size": SIZE}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(**options),
+        tokenizer=tokenizer(),
+        video_processor=Qwen3VLVideoProcessor(**options),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def _glm_processor() -> Any:
+    options = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2, "size": SIZE}
+    return transformers.Glm4vProcessor(
+        image_processor=transformers.Glm4vImageProcessor(**options),
+        tokenizer=tokenizer(),
+        video_processor=transformers.Glm4vVideoProcessor(**options),
+        chat_template=CHAT_TEMPLATE.replace(QWEN_PICTURE, GLM_PICTURE),
+    )
+
+
+BUILDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
+    "llama": (partial(_text, "Llama"), tokenizer),
+    "qwen2": (partial(_text, "Qwen2"), tokenizer),
+    "qwen3": (partial(_text, "Qwen3"), tokenizer),
+    "qwen3_moe": (partial(_text, "Qwen3Moe", **EXPERTS), tokenizer),
+    "qwen3_vl_moe": (_qwen3_vl_moe, partial(_qwen_processor, 16)),
+    "qwen3_5": (_qwen3_5, partial(_qwen_processor, 16)),
+    "glm4v": (_glm4v, _glm_processor),
+}
+"""Model type -> how its model and its processor are made."""
 
 
 def build(kind: str, out: Path) -> Path:
     """Write the folder of a tiny random model."""
     torch.manual_seed(0)
-    BUILDERS[kind]().save_pretrained(out)
-    own = tokenizer()
-    own.chat_template = CHAT_TEMPLATE
+    model, processor = BUILDERS[kind]
+    made = model()
+    made.generation_config.eos_token_id = _id("<|im_end|>")
+    made.save_pretrained(out)
+    own = processor()
+    own.chat_template = own.chat_template or CHAT_TEMPLATE
     own.save_pretrained(out)
     return out

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL and Qwen3-VL."""
+"""Qwen2.5-VL, Qwen3-VL and its mixtures of experts, Qwen3.5."""
 
 from __future__ import annotations
 
@@ -25,7 +25,16 @@ QWEN2_5_VL = GridPictures(
 )
 QWEN3_VL = GridPictures(
     name="Qwen3-VL",
-    model_types=("qwen3_vl",),
+    model_types=("qwen3_vl", "qwen3_vl_moe"),
+    end="<|im_end|>",
+    banned=BANNED,
+    placeholder=PLACEHOLDER,
+)
+QWEN3_5 = GridPictures(
+    name="Qwen3.5",
+    model_types=("qwen3_5", "qwen3_5_moe"),
+    # Three of four layers carry a state from token to token and know no boundaries of rows.
+    packs=False,
     end="<|im_end|>",
     banned=BANNED,
     placeholder=PLACEHOLDER,
