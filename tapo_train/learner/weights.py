@@ -23,6 +23,8 @@ GATHER_ELEMENTS = 64 * 2**20
 SHARD_SIZE = "50GB"
 """Of a weight file; transformers' own limit."""
 HEAD = "lm_head.weight"
+EXPERTS = ".experts."
+"""In the name of a stack of expert weights."""
 _LAYER = re.compile(r".*?\.(?:layers|blocks)\.\d+(?=\.|$)")
 _REWRITTEN = ("config.json", "generation_config.json")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
@@ -33,7 +35,8 @@ def named_weights(model: Any, *, settings: LearnerSettings) -> Iterator[tuple[st
 
     A head tied to the embedding follows it under its own name, as an engine that repacks
     weights keeps a copy of the head. All ranks must iterate to the end; a tensor is valid
-    until the next one is asked for.
+    until the next one is asked for. Experts, which transformers keep stacked, are given as they
+    are saved.
     """
     head, layers = model.lm_head.weight, adapter.adapted_layers(model)
     for bucket in _buckets(model):
@@ -43,6 +46,9 @@ def named_weights(model: Any, *, settings: LearnerSettings) -> Iterator[tuple[st
                     continue
                 is_adapted = name.endswith(".weight") and name.removesuffix(".weight") in layers
                 weight = parameter.data
+                if EXPERTS in name:
+                    yield from revert_weight_conversion(model, {name: weight}).items()
+                    continue
                 yield name, layers[name.removesuffix(".weight")].merged() if is_adapted else weight
                 if parameter is head and name != HEAD:
                     yield HEAD, weight
@@ -82,7 +88,7 @@ def model_files(model: Any, *, source: Path, settings: LearnerSettings) -> Model
     whole = {
         name: tensor.detach().to("cpu", copy=True)
         for name, tensor in named_weights(model, settings=settings)
-        if name in names and distributed.rank() == 0
+        if (name in names or EXPERTS in name) and distributed.rank() == 0
     }
     if distributed.rank() != 0:
         return ModelFiles(tensors={}, texts={})

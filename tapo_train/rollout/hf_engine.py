@@ -102,6 +102,11 @@ class HfEngine:
         if self._queue:
             raise EngineError(f"load_weights needs an idle engine; {len(self._queue)} in flight")
         given = dict(weights)
+        if any(".experts." in name for name in given):
+            # As they are saved, one by one; transformers keep them stacked.
+            kind, config = type(self._model), self._model.config
+            loaded = kind.from_pretrained(None, config=config, state_dict=given)
+            given = loaded.state_dict()
         differing = sorted(given.keys() ^ self._model.state_dict().keys())
         if differing:
             raise EngineError(
