@@ -82,12 +82,25 @@ class ChatFormat:
             merge_size=pictures.merge_size if pictures else 1,
             cache_bytes=picture_cache_bytes,
         )
+        self._cut_template(read_call)
+        self._number_tokens(vocabulary)
+
+    def _cut_template(self, read_call: ReadCall | None) -> None:
+        """The template's pieces, their tokens, and the form of calls."""
         ends = (self.family.end,) if self.family.end else self._special_texts()
-        placeholder = self.family.placeholder
-        self.template = ChatTemplate(self._render, ends=ends, placeholder=placeholder)
+        self.template = ChatTemplate(self._render, ends=ends, placeholder=self.family.placeholder)
         self._read_call = read_call or self._dialect()
         self.reads_texts = self._read_call is read_xml
         """Whether arguments are read as texts, whatever they mean to the tool."""
+        pieces = self.template.pieces
+        self._before, self._between = self._trusted(pieces.before), self._trusted(pieces.between)
+        self._after = self._trusted(pieces.after)
+        self.picture_tokens = self._trusted(pieces.picture)
+        """[T] one picture, not expanded, with what stands around it."""
+
+    def _number_tokens(self, vocabulary: int) -> None:
+        """Ids of the tokens that mean something, and of those that are never sampled."""
+        placeholder = self.family.placeholder
         self.end_token_id = self._control_id(self.template.pieces.end)
         self.image_token_id = NO_ID if placeholder is None else self._control_id(placeholder)
         self.banned_token_ids = self._banned(vocabulary)
@@ -97,13 +110,6 @@ class ChatFormat:
         """Ids that no text from outside may become, special to the tokenizer or not."""
         self._is_control = np.zeros(self.control_token_ids[-1] + 1, dtype=bool)
         self._is_control[list(self.control_token_ids)] = True
-        pieces = self.template.pieces
-        self._before, self._between = self._trusted(pieces.before), self._trusted(pieces.between)
-        self._after, self.picture_tokens = (
-            self._trusted(pieces.after),
-            self._trusted(pieces.picture),
-        )
-        """[T] of the second: one picture, not expanded, with what stands around it."""
 
     def prompt(self, task: Task, *, system_prompt: str, tool_schemas: Sequence[Schema]) -> Tokens:
         """[T] system prompt with tools, the task's pictures and question; placeholders expanded.
