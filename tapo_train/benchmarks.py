@@ -32,7 +32,7 @@ from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.parts import Play
 from tapo_train.types import Task
 
-__all__ = ["Benchmark", "evaluate_benchmarks"]
+__all__ = ["Benchmark", "evaluate_benchmarks", "outside_player"]
 
 CHUNK = 64
 """Attempts that are played and then written, where nobody says more."""
@@ -68,6 +68,20 @@ def local_player(recipe: Recipe, toolbox: Toolbox, ending: ExitStack) -> Player:
         playable=lambda tasks: build.playable_tasks(recipe, tasks, chat, toolbox),
         described=describe_model(recipe.model.path),
     )
+
+
+def outside_player(endpoint: build.Endpoint) -> MakePlayer:
+    """A model that somebody serves, with the recipe's prompt, tools and limits."""
+
+    def make(recipe: Recipe, toolbox: Toolbox, ending: ExitStack) -> Player:
+        score = build.build_scoring(recipe, toolbox, ending)
+        return Player(
+            play=build.build_outside_play(recipe, endpoint, toolbox, score, ending),
+            playable=list,
+            described={"endpoint": endpoint.url, "model": endpoint.model},
+        )
+
+    return make
 
 
 def evaluate_benchmarks(

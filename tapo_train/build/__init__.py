@@ -20,6 +20,7 @@ from tapo_train.build.learner import (
     learner_settings,
 )
 from tapo_train.build.memory import require_memory
+from tapo_train.build.outside import Endpoint, build_outside_play
 from tapo_train.build.probe import build_probe
 from tapo_train.build.questions import (
     build_order,
@@ -43,6 +44,7 @@ from tapo_train.build.tools import build_audit, build_toolbox
 
 __all__ = [
     "DEVICE",
+    "Endpoint",
     "build_advantage",
     "build_audit",
     "build_chat",
@@ -54,6 +56,7 @@ __all__ = [
     "build_interruption",
     "build_objective",
     "build_order",
+    "build_outside_play",
     "build_play",
     "build_player",
     "build_policy",

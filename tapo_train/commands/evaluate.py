@@ -60,7 +60,10 @@ def _on_tasks(arguments: argparse.Namespace) -> str:
 
 
 def _on_benchmarks(arguments: argparse.Namespace) -> str:
-    model, out = _named(arguments, "model"), _named(arguments, "out")
+    out = _named(arguments, "out")
+    model = None if arguments.endpoint else _named(arguments, "model")
+    if arguments.endpoint and not (arguments.endpoint_model and arguments.recipe):
+        raise ConfigError("eval: --endpoint wants --endpoint-model NAME and --recipe FILE as well")
     named = [one.partition("=") for one in arguments.benchmarks.split(",")]
     files = {name: Path(path) for name, _, path in named}
     absent = [f"{name}={path}" for name, path in files.items() if not name or not path.exists()]
@@ -78,12 +81,20 @@ def _on_benchmarks(arguments: argparse.Namespace) -> str:
 
     if "WORLD_SIZE" in os.environ:
         distributed.init(device=build.DEVICE)
+    outside = arguments.endpoint and benchmarks.outside_player(
+        build.Endpoint(
+            url=arguments.endpoint,
+            model=arguments.endpoint_model,
+            key_variable=arguments.endpoint_key or "",
+        )
+    )
     return benchmarks.evaluate_benchmarks(
         recipe,
         [benchmarks.Benchmark(name, path) for name, path in files.items()],
         out=out,
         repeats=arguments.repeats,
         num_questions=arguments.questions,
+        make_player=outside or benchmarks.local_player,
     )
 
 
@@ -125,11 +136,11 @@ def _recipe(arguments: argparse.Namespace) -> Path:
     return path
 
 
-def eval_overrides(model: Path, tasks: Path, overrides: Sequence[str]) -> list[str]:
+def eval_overrides(model: Path | None, tasks: Path, overrides: Sequence[str]) -> list[str]:
     """The user's overrides, after those that model and task file bring along."""
     folder = tasks if tasks.is_dir() else tasks.parent
     found = {key: folder / name for key, name in _INDEXES.items() if (folder / name).is_file()}
-    implied = {"model.path": model, **found}
+    implied = {**({} if model is None else {"model.path": model}), **found}
     return [*(f"{key}={quoted(value)}" for key, value in implied.items()), *overrides]
 
 
@@ -144,6 +155,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--benchmarks", metavar="A=FILE,B=FILE", help="several, with tables")
     parser.add_argument(
         "--repeats", type=int, default=1, metavar="K", help="attempts at a question of a benchmark"
+    )
+    parser.add_argument("--endpoint", metavar="URL", help="in place of --model: …/v1 of a server")
+    parser.add_argument("--endpoint-model", metavar="NAME", help="as the server calls it")
+    parser.add_argument(
+        "--endpoint-key", metavar="VARIABLE", help="environment variable that holds its key"
     )
     parser.add_argument("--compare", nargs=2, metavar="DIR", help="two folders of --benchmarks")
     parser.add_argument("--recipe", metavar="FILE", help="default: recipe.yaml in the model folder")
