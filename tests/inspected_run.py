@@ -147,6 +147,8 @@ def write_run(run: Path, steps: Sequence[Sequence[dict[str, Any]]], **credit: An
         (run / "images" / f"{name}.png").write_bytes(RED_PNG)
     recipe = {"credit": {"name": "tapo", **credit}, "model": {"path": "nowhere"}}
     (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    rows = [{"step": step, "time": 1.0, "reward/mean": 0.1 * step} for step in range(len(steps))]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from algos_batches import padded_batch
+from PIL import Image as Pillow
 from test_rewards import trajectory
 
 from tapo_train.algos.losses import TokenBatch
@@ -37,6 +38,7 @@ from tapo_train.types import Span, Task
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "recipes" / "demo_cpu.yaml"
+EXAMPLES = [path.stem for path in (ROOT / "docs" / "examples").glob("*.py")]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
     yield
     for name in set(sys.modules) - before:
-        if name in {"cispo", "reg_grpo", "kind_judge", "otel_sink"}:
+        if name in set(EXAMPLES):
             del sys.modules[name]
 
 
@@ -188,6 +190,38 @@ def test_ranks_deal_out_whole_groups_and_every_row_once() -> None:
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     assert any({0, 2, 6} <= set(batch) for batch in batches)
     assert any({1, 4} <= set(batch) for batch in batches)
+
+
+def test_an_advantage_of_one_file_is_the_place_among_the_attempts() -> None:
+    advantage = build_advantage(recipe("algo.advantage.custom=ranked:ranked").algo.advantage)
+    totals = [("a", 3.0), ("b", 9.0), ("a", 1.0), ("a", 1.0), ("b", 9.0)]
+    rows = [RewardRow(group=group, total=total, tokens=(1,)) for group, total in totals]
+    lost = RewardRow(group="a", total=0.0, tokens=(1,), left_out=True)
+    assert advantage([*rows, lost]).rows.tolist() == [1.0, 0.0, -0.5, -0.5, 0.0, 0.0]
+
+
+def test_a_credit_stage_of_one_file_blames_late_turns_most() -> None:
+    chosen = recipe("credit=custom", "credit.path=late_blame:late_blame")
+    require_custom_parts(chosen)
+    rows = [
+        CreditRow(id=name, group="g", correct=0.0, advantage=advantage, num_turns=3)
+        for name, advantage in (("bad", -2.0), ("good", 1.0))
+    ]
+    found = build_credit(chosen)(rows).step_advantages
+    assert [turns.tolist() for turns in found] == [[-0.5, -1.0, -2.0], [1.0, 1.0, 1.0]]
+
+
+def test_a_data_set_of_one_file_has_pictures_and_several_answers(tmp_path: Path) -> None:
+    Pillow.new("RGB", (8, 6), "red").save(tmp_path / "red.png")
+    lines = "question,answer,picture\nWhich colour?,red|crimson,red.png\n"
+    (tmp_path / "colours.csv").write_text(lines)
+    (task,) = custom_loader(Custom(path="csv_tasks:csv_tasks"))(tmp_path / "colours.csv")
+    assert (task.id, task.question, task.answers) == (
+        "colours-0",
+        "Which colour?",
+        ("red", "crimson"),
+    )
+    assert (task.source, task.images[0].width, task.images[0].height) == ("colours", 8, 6)
 
 
 class _Collector(BaseHTTPRequestHandler):

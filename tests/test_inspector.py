@@ -230,6 +230,14 @@ def test_another_credit_stage_is_said_and_given_no_reasons(tmp_path: Path) -> No
     assert all(turn["reason"] is None for turn in turns)
 
 
+def test_a_library_of_the_whole_batch_is_said_and_given_no_reasons(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [four_attempts()], scope="batch")
+    write_pages(run, tmp_path / "out")
+    assert "credit.scope=batch" in data(tmp_path / "out", "run")["notes"][0]
+    turns = data(tmp_path / "out", "step_000000/q_0000")["attempts"][2]["turns"]
+    assert all(turn["reason"] is None for turn in turns)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -5,23 +5,23 @@ Needs Chromium and playwright (extra `dev`); skipped with a message where they a
 
 from __future__ import annotations
 
-import shutil
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import chromium, needs_chromium, shoot, visit
 from inspected_run import HOSTILE, call, four_attempts, view, write_run
 
+from tapo_train.inspector.report import write_report
 from tapo_train.inspector.run_pages import write_pages
+from tapo_train.inspector.runs import read_run
 
-playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (Debian: apt install chromium)"),
-    pytest.mark.slow,
-]
-FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run")
+pytestmark = [needs_chromium, pytest.mark.slow]
+PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
+MOST_BYTES = 150_000
 OPEN_S = 3.0
 FILTER_MS = 100.0
 TRIES = 5
@@ -30,10 +30,8 @@ TRIES = 5
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +69,6 @@ def page(browser: Any, pages: Path) -> Iterator[Any]:
     opened.close()
     assert not complaints
     assert asked and all(url.startswith(pages.as_uri() + "/") for url in asked)
-
-
-def visit(page: Any, pages: Path, where: str, wanted: str) -> None:
-    """Open a deep link and wait for what it shows."""
-    page.goto(f"{pages.as_uri()}/index.html#/{where}")
-    page.wait_for_selector(wanted)
 
 
 def test_numbers_and_reasons_on_the_page_are_those_of_the_dump(page: Any, pages: Path) -> None:
@@ -202,3 +194,43 @@ def test_a_phone_needs_no_sideways_scrolling(browser: Any, pages: Path) -> None:
         visit(opened, pages, where, "h1")
         assert opened.evaluate("document.documentElement.scrollWidth") <= 390
     opened.close()
+
+
+def test_the_pictures_of_the_docs_can_be_taken_and_are_small(
+    browser: Any, pages: Path, tmp_path: Path
+) -> None:
+    """TAPO_SCREENSHOTS_OF=runs/demo writes docs/pictures from step 20 of the demo."""
+    run = os.environ.get("TAPO_SCREENSHOTS_OF")
+    out, step, attempt = (PICTURES, 20, 0) if run else (tmp_path, 1, 2)
+    if run:
+        pages = tmp_path / "pages"
+        write_pages(Path(run), pages, first=step, last=step)
+    report = tmp_path / "report.html"
+    write_report([read_run(Path(run) if run else pages.parent)], report)
+    opened = browser.new_page(viewport={"width": 1000, "height": 900}, color_scheme="light")
+    question = f"step_{step - 1:06d}/q_0000"
+    visit(opened, pages, f"{question}/{attempt}", ".is-corrected")
+    opened.locator(".turn").first.scroll_into_view_if_needed()
+    opened.locator(".reason summary").first.click()
+    shoot(opened, out / "attempt.png")
+    opened.select_option("#colour", "entropy")
+    opened.locator("#legend").scroll_into_view_if_needed()
+    shoot(opened, out / "tokens.png")
+    visit(opened, pages, question, ".side-by-side")
+    shoot(opened, out / "question.png")
+    visit(opened, pages, f"step_{step - 1:06d}", ".question")
+    shoot(opened, out / "step.png")
+    opened.goto(report.as_uri())
+    opened.locator("img").first.scroll_into_view_if_needed()
+    shoot(opened, out / "report.png")
+    opened.close()
+    taken = ("attempt", "tokens", "question", "step", "report")
+    sizes = {name: (out / f"{name}.png").stat().st_size for name in taken}
+    assert all(1000 < size <= MOST_BYTES for size in sizes.values()), sizes
+    named = set(re.findall(r"\]\(pictures/(\w+)\.png\)", _docs()))
+    assert named <= set(taken)
+    assert all((PICTURES / f"{name}.png").stat().st_size <= MOST_BYTES for name in named)
+
+
+def _docs() -> str:
+    return "".join(path.read_text(encoding="utf-8") for path in PICTURES.parent.glob("*.md"))

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chromium import chromium, needs_chromium
 from closing_tool import FAULTY, IDLE_TOOL, NOTES, notes
+from dump_and_page import compare
 from process_environment import ROOT, environment
 from safetensors import safe_open
 
 from tapo_train.build.limits import PROBE_TOLERANCE
+from tapo_train.inspector.run_pages import write_pages
 from tapo_train.report.catalogue import require_known
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -103,27 +106,54 @@ def digest_of_weights(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
+WIDE = ("credit.scope=batch", "credit.theta=0.1", "credit.alpha_min=0")
+"""What is like a call of any question's success: what 32 attempts call depends on the machine."""
+
+
+@pytest.fixture(scope="module")
+def corrected_run(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps in which TAPO acted."""
+    out = tmp_path_factory.mktemp("corrected") / "acting"
+    train(small_world, out, "rollout/engine=hf", "run.steps=2", "credit=tapo", *WIDE)
+    return out
+
+
+@needs_chromium
+def test_the_pages_of_a_run_show_the_numbers_of_its_dump(
+    corrected_run: Path, tmp_path: Path
+) -> None:
+    write_pages(corrected_run, tmp_path)
+    with chromium() as browser:
+        page = browser.new_page()
+        found = [
+            compare(page, tmp_path, corrected_run, step, number)
+            for step in range(2)
+            for number in range(4)
+        ]
+    assert sum(held["attempts"] for held in found) == 32
+    assert sum(held["corrected"] for held in found) > 0
+    assert sum(held["tokens"] for held in found) > 200
+
+
 def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
-    small_world: Path, tmp_path: Path
+    small_world: Path, tmp_path: Path, corrected_run: Path
 ) -> None:
     engine = ("rollout/engine=hf", "run.steps=2")
     without = train(small_world, tmp_path / "none", *engine, "credit=none")
     idle = train(small_world, tmp_path / "idle", *engine, "credit=tapo", "credit.beta=0")
-    # What is like a call of any question's success: what 32 attempts call depends on the machine.
-    wide = ("credit.scope=batch", "credit.theta=0.1", "credit.alpha_min=0")
-    acting = train(small_world, tmp_path / "acting", *engine, "credit=tapo", *wide)
+    acting = read_rows(corrected_run)
     require_known(name for row in acting for name in row if name != "step")
     for ours, theirs in zip(without, idle, strict=True):
         assert ours == {name: theirs[name] for name in ours}
     weights = {name: digest_of_weights(tmp_path / name / "export") for name in ("none", "idle")}
     assert weights["none"] == weights["idle"]
     assert sum(row["tapo/n_fail_steps_corrected"] for row in acting) > 0, "nothing to correct"
-    with_clock = (tmp_path / "acting" / "metrics.jsonl").read_text().splitlines()
+    with_clock = (corrected_run / "metrics.jsonl").read_text().splitlines()
     for row in map(json.loads, with_clock):
         assert row["tapo/time_s"] == row["time/credit_s"] > 0
         assert row["tapo/time_frac"] == pytest.approx(row["time/credit_s"] / row["time/step_s"])
     assert '"tapo/time_' not in (tmp_path / "none" / "metrics.jsonl").read_text()
-    assert digest_of_weights(tmp_path / "acting" / "export") != weights["none"]
+    assert digest_of_weights(corrected_run / "export") != weights["none"]
 
 
 def test_without_staleness_a_stream_is_the_run_of_plain_steps_bit_for_bit(

@@ -99,9 +99,13 @@ def _recipe(run: Path) -> tuple[TapoOptions | None, list[str], dict[str, Any], s
         note = f"credit={name}: advantages are shown; reasons are those of TAPO and left out."
         return None, [note], values, text
     try:
-        return _TAPO.validate_json(json.dumps(credit)), [], values, text
+        options = _TAPO.validate_json(json.dumps(credit))
     except ValidationError as error:
         raise DataError(f"{path}: credit: {error}; wanted the options of TAPO") from error
+    if options.scope == "batch":
+        note = "credit.scope=batch: calls of other questions decide, too; reasons are left out."
+        return None, [note], values, text
+    return options, [], values, text
 
 
 def _model_of(recipe: dict[str, Any]) -> list[Path]:
