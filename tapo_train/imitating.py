@@ -39,7 +39,7 @@ def sft(recipe: Recipe) -> Path:
         able_updates=recipe.sft.able_updates,
         habit_updates=0 if is_collected else recipe.sft.habit_updates,
         trajectories_per_update=recipe.sft.trajectories_per_update,
-        micro_batch_tokens=recipe.learner.micro_batch_tokens,
+        micro_batch_tokens=build.packed_tokens(recipe, chat.family),
     )
     able, habit = (
         (collected_demonstrations(recipe, chat), list[TrainingRow]())

@@ -19,6 +19,7 @@ from tapo_train.build.learner import (
     build_sharing,
     learner_settings,
 )
+from tapo_train.build.limits import packed_tokens
 from tapo_train.build.memory import require_memory
 from tapo_train.build.outside import Endpoint, build_outside_play
 from tapo_train.build.probe import build_probe
@@ -73,6 +74,7 @@ __all__ = [
     "engine_server",
     "is_recomputed_in_passing",
     "learner_settings",
+    "packed_tokens",
     "require_custom_parts",
     "require_memory",
     "playable_splits",

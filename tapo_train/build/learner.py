@@ -7,7 +7,10 @@ from pathlib import Path
 
 from tapo_train.build.algo import is_over_groups
 from tapo_train.build.device import DEVICE
+from tapo_train.build.limits import packed_tokens
 from tapo_train.build.rollout import sleeps_in_update
+from tapo_train.errors import ConfigError
+from tapo_train.families import Family, family_of
 from tapo_train.learner.balance import Balanced, Kept, RowCost, RowExchange
 from tapo_train.learner.isolation import require_isolation
 from tapo_train.learner.policy import Policy
@@ -45,6 +48,8 @@ def build_policy(
     """
     if updates is None:
         updates = training_updates(recipe)
+    if not chat.family.packs:
+        require_alone(recipe, chat.family)
     policy = Policy(
         Path(recipe.model.path),
         settings=learner_settings(recipe, updates),
@@ -55,8 +60,27 @@ def build_policy(
         measure_entropy=recipe.algo.entropy_coef > 0,
         on_progress=on_progress,
     )
-    require_isolation(policy, [chat.plain(text) for text in PACKED_TEXTS])
+    if chat.family.packs:
+        require_isolation(policy, [chat.plain(text) for text in PACKED_TEXTS])
     return policy
+
+
+def require_alone(recipe: Recipe, family: Family) -> None:
+    """Refuse what needs several rows in one forward pass, or a row over several ranks.
+
+    Raises:
+        ConfigError: the recipe wants it of a family whose rows go alone.
+    """
+    if recipe.learner.sequence_parallel > 1:
+        raise ConfigError(
+            f"learner.sequence_parallel: found {recipe.learner.sequence_parallel}, wanted 1: "
+            f"{family.name} carries a state from token to token, which no slice can begin with"
+        )
+    if is_over_groups(recipe):
+        raise ConfigError(
+            f"algo.loss: found one over groups, wanted one of single trajectories: rows of "
+            f"{family.name} go through the model one at a time"
+        )
 
 
 def build_reference(
@@ -88,7 +112,8 @@ def build_reference(
 
 def build_exchange(recipe: Recipe, policy: Policy) -> RowExchange:
     """Which rank trains which rows."""
-    budget, sequence = recipe.learner.micro_batch_tokens, policy.sequence
+    family = family_of(policy.model.config.model_type)
+    budget, sequence = packed_tokens(recipe, family), policy.sequence
     whole = is_over_groups(recipe)
     if not recipe.learner.balance:
         return Kept(budget_tokens=budget, sequence=sequence, whole_groups=whole)

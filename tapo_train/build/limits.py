@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tapo_train.families import Family
 from tapo_train.recipe.compose import Recipe
 from tapo_train.rollout.limits import Limits
 
@@ -18,6 +19,11 @@ def limits_of(recipe: Recipe) -> Limits:
         max_tokens=rollout.max_tokens,
         max_parallel_calls=rollout.max_parallel_calls,
     )
+
+
+def packed_tokens(recipe: Recipe, family: Family) -> int:
+    """[tokens] of a micro-batch; 1, so that each row goes alone, where rows cannot be packed."""
+    return recipe.learner.micro_batch_tokens if family.packs else 1
 
 
 def probe_tolerance(recipe: Recipe) -> float:

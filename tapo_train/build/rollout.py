@@ -11,7 +11,7 @@ import torch
 from tapo_train import recipe as recipes
 from tapo_train.build.custom import custom_part
 from tapo_train.build.device import DEVICE
-from tapo_train.build.limits import limits_of
+from tapo_train.build.limits import limits_of, packed_tokens
 from tapo_train.errors import ConfigError
 from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe
@@ -188,7 +188,7 @@ def build_process(
             engine=engine,
             score=score,
             sampling=Sampling(temperature=recipe.rollout.temperature, seed=seed),
-            budget_tokens=recipe.learner.micro_batch_tokens,
+            budget_tokens=packed_tokens(recipe, chat.family),
             driver=driver,
         ),
     )

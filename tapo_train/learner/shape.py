@@ -29,6 +29,7 @@ class ModelShape:
     layers: int
     hidden: int
     intermediate: int
+    """Width that a token goes through: of its experts together, in a mixture of them."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -36,6 +37,8 @@ class ModelShape:
     is_tied: bool
     """Whether head and embedding are one matrix."""
     vision: VisionShape
+    all_experts: int | None = None
+    """Width of all experts together; None without."""
 
     @classmethod
     def of(cls, config: Any) -> ModelShape:
@@ -46,10 +49,16 @@ class ModelShape:
         """
         text = config.get_text_config()
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        experts = getattr(text, "num_experts", None)
         return cls(
             layers=text.num_hidden_layers,
             hidden=text.hidden_size,
-            intermediate=text.intermediate_size,
+            intermediate=(
+                text.num_experts_per_tok * text.moe_intermediate_size
+                if experts
+                else text.intermediate_size
+            ),
+            all_experts=experts * text.moe_intermediate_size if experts else None,
             heads=text.num_attention_heads,
             kv_heads=text.num_key_value_heads,
             head_dim=head_dim,
@@ -76,8 +85,11 @@ class ModelShape:
     @property
     def layer_weights(self) -> int:
         """Elements of one layer's matrices."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return attention + 3 * self.hidden * self.intermediate
+        return self._attention_weights + 3 * self.hidden * (self.all_experts or self.intermediate)
+
+    @property
+    def _attention_weights(self) -> int:
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
 
     @property
     def head_weights(self) -> int:
@@ -103,7 +115,8 @@ class ModelShape:
             trained: tokens whose log-probability is computed.
             patches: of each of its pictures.
         """
-        dense = 2.0 * tokens * self.layers * self.layer_weights
+        used = self._attention_weights + 3 * self.hidden * self.intermediate
+        dense = 2.0 * tokens * self.layers * used
         attention = 2.0 * self.layers * self.heads * self.head_dim * tokens * (tokens + 1)
         head = 2.0 * trained * self.head_weights
         return dense + attention + head + sum(self.vision.forward_flop(n) for n in patches)
