@@ -20,16 +20,16 @@ export OMP_NUM_THREADS=1
 
 launch() { $PY -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m tapo_train "$@"; }
 
-# Asks the first test questions, writes the trajectories to $2 and the figures to $2.txt.
+# Asks the first test questions and writes the trajectories to $2.
 measure() {
-  [ -s "$2.txt" ] || OMP_NUM_THREADS=2 $PY -m tapo_train eval --model "$1" --recipe $RECIPE \
-    --tasks $WORLD/test.jsonl --questions "$QUESTIONS" --out "$2" >"$2.txt"
-  cat "$2.txt"
+  [ -s "$2" ] || OMP_NUM_THREADS=2 $PY -m tapo_train eval --model "$1" --recipe $RECIPE \
+    --tasks $WORLD/test.jsonl --questions "$QUESTIONS" --out "$2"
 }
 
 started=$SECONDS
 mkdir -p runs
 if [ "$MODEL" = runs/smollm2 ]; then
+  $PY -c 'import gguf' 2>/dev/null || $PY -m pip install -q -e '.[pretrained]'
   $PY scripts/fetch_smollm2.py $MODEL
 fi
 [ -f $WORLD/world.json ] ||
@@ -48,5 +48,6 @@ echo "== after"
 measure $RUN/export runs/demo_text_after.jsonl
 
 echo
-$PY scripts/compare_answers.py runs/demo_text_before.jsonl runs/demo_text_after.jsonl
+$PY scripts/compare_answers.py published=runs/demo_text_published.jsonl \
+  before=runs/demo_text_before.jsonl after=runs/demo_text_after.jsonl
 echo "policy: $RUN/export, metrics: $RUN/metrics.jsonl, wall time: $((SECONDS - started)) s"
