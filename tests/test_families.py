@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from learner_rows import make_policy, make_row
+from process_environment import environment
 from tiny_families import BUILDERS, build
 
 from tapo_train.learner.batch import join
@@ -16,6 +19,7 @@ from tapo_train.learner.objective import supervised
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.hf_engine import HfEngine
 
+WORKER = Path(__file__).with_name("family_engine_worker.py")
 PACKED = 1e-5
 """[nat] packed and alone, in float32."""
 REFERENCE = 1e-4
@@ -53,3 +57,17 @@ def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
         assert moved > 100 * REFERENCE
         reference.load_weights(policy.named_weights(), version=1)
     policy.close()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["qwen3", "glm4v"])
+def test_the_engine_agrees_before_and_after_three_syncs(kind: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(WORKER), str(tmp_path / "model"), kind],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0 and "agreed" in done.stdout, done.stdout + done.stderr[-4000:]
