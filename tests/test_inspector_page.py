@@ -219,12 +219,12 @@ def test_the_pictures_of_the_docs_can_be_taken_and_are_small(
     visit(opened, pages, question, ".side-by-side")
     shoot(opened, out / "question.png")
     visit(opened, pages, f"step_{step - 1:06d}", ".question")
-    shoot(opened, out / "step.png")
+    shoot(opened, out / "questions.png")
     opened.goto(report.as_uri())
     opened.locator("img").first.scroll_into_view_if_needed()
     shoot(opened, out / "report.png")
     opened.close()
-    taken = ("attempt", "tokens", "question", "step", "report")
+    taken = ("attempt", "tokens", "question", "questions", "report")
     sizes = {name: (out / f"{name}.png").stat().st_size for name in taken}
     assert all(1000 < size <= MOST_BYTES for size in sizes.values()), sizes
     named = set(re.findall(r"\]\(pictures/(\w+)\.png\)", _docs()))
