@@ -42,8 +42,6 @@ from tapo_train.types import Task
 
 QUESTIONS, ROLLOUTS, CALLS = 8, 4, 3
 SLOTS = 8
-SKIPPED = 2
-"""Updates at the beginning, when more is begun than trained."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,25 +119,26 @@ def stream(turn_s: float, *, staleness: int, apart: bool) -> Stream:
     )
 
 
-def seconds_per_update(rounds: Stream, update_s: float, updates: int) -> float:
-    """[s]"""
+def seconds_per_update(rounds: Stream, update_s: float, updates: int, *, skipped: int) -> float:
+    """[s] After those at the beginning, when what was begun together becomes complete together."""
     ends = []
-    for step in range(SKIPPED + updates):
+    for step in range(skipped + updates):
         rounds(step)
         time.sleep(update_s)
         ends.append(time.perf_counter())
     rounds.close()
-    return (ends[-1] - ends[SKIPPED - 1]) / updates
+    return (ends[-1] - ends[skipped - 1]) / updates
 
 
 def measure(case: Case, updates: int) -> list[Measure]:
     """The case's ways to take, beside taking turns."""
     turn_s = case.rollout_s * SLOTS / (QUESTIONS * ROLLOUTS * (CALLS + 1))
     taken = partial(seconds_per_update, update_s=case.update_s, updates=updates)
-    synchronous = taken(stream(turn_s, staleness=0, apart=True))
+    synchronous = taken(stream(turn_s, staleness=0, apart=True), skipped=1)
     found = []
     for staleness, apart, most in case.ways:
-        value = taken(stream(turn_s, staleness=staleness, apart=apart))
+        skipped = 2 * (staleness + 1)
+        value = taken(stream(turn_s, staleness=staleness, apart=apart), skipped=skipped)
         works = (case.rollout_s, case.update_s)
         bound = max(works) if apart else sum(works)
         place = "apart" if apart else "same_device"
