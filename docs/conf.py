@@ -17,8 +17,6 @@ html_title = "tapo_train"
 html_copy_source = False
 html_show_sphinx = False
 myst_heading_anchors = 3
-# Python has no name for them that a page could lead to.
-nitpicky = False
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 autodoc_default_options = {"members": True, "undoc-members": False}

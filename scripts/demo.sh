@@ -44,3 +44,4 @@ echo
 echo "test accuracy: $(printf '%.2f -> %.2f' "$before" "$accuracy") ($questions)"
 echo "policy: $RUN/export"
 echo "metrics: $RUN/metrics.jsonl, trajectories: $RUN/rollouts and $RUN/tokens"
+echo "look at every attempt: $PY -m tapo_train inspect $RUN, then $RUN/inspect/index.html"

@@ -16,7 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from inspected_run import four_attempts, row_of, write_run
+from inspected_run import RED_PNG, four_attempts, row_of, write_run
 
 from tapo_train.__main__ import COMMANDS, main
 from tapo_train.recipe.compose import load_recipe
@@ -86,6 +86,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (desk / "rollouts.jsonl").write_text(rows)
     passage = json.dumps({"id": "1", "contents": '"Tower"\nIt is high.'})
     (desk / "wiki-18.jsonl").write_text(passage + "\n")
+    (desk / "photographs").mkdir()
+    (desk / "photographs" / "red.png").write_bytes(RED_PNG)
     more = {"id": ["2"], "title": ["Tower"], "text": ["It is low."]}
     pyarrow.parquet.write_table(pyarrow.table(more), desk / "more.parquet")
     (desk / "data").mkdir()

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(f"inspect: --out {out} is a file; wanted a folder")
     first, last = _range(arguments.steps)
     written = write_pages(source, out, first=first, last=last)
-    print(f"{written} steps: {out}/index.html")
+    print(f"{written} step{'s' if written > 1 else ''}: {out}/index.html")
     if arguments.serve is not None:
         serve(out, arguments.serve, lambda: write_pages(source, out, first=first, last=last))
 
