@@ -108,7 +108,7 @@ def test_the_loss_of_one_file_is_the_packages_own() -> None:
 def regression(beta: float = 1.0) -> Any:
     chosen = recipe(
         "algo/loss=custom",
-        "algo.loss.path=reg_grpo:reg_grpo",
+        "algo.loss.path=tapo_train.systems.deepvideo:reg_grpo",
         f"algo.loss.arguments={{beta: {beta}}}",
     )
     assert is_over_groups(chosen)

@@ -47,6 +47,8 @@ DOORS = {
     "rich": {"report/live_console.py"},
     "mcp": {"tools/mcp.py", "tools/mcp_answer.py"},
     "math_verify": {"rewards/maths.py"},
+    # The second writes the invented videos.
+    "av": {"tools/video_frames.py", "systems/invented_videos.py"},
 }
 
 FILE_LINES = 300

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +17,7 @@ from tapo_train.recipe.compose import load_recipe
 from tapo_train.report.catalogue import require_known
 from tapo_train.runs import train
 from tapo_train.systems.invented_databases import write_databases
+from tapo_train.systems.invented_videos import write_videos
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (
@@ -23,7 +27,8 @@ SMALL = (
     "run.wandb=disabled",
     "rollout/engine=hf",
     "rollout.rollouts_per_question=2",
-    "rollout.max_turns=3",
+    "rollout.max_turns=2",
+    "rollout.max_turn_tokens=40",
     "data.questions_per_step=2",
     "data.validation=[]",
 )
@@ -55,10 +60,80 @@ def databases(folder: Path) -> list[str]:
     ]
 
 
+def pictures(folder: Path) -> list[str]:
+    """A world with pictures, for the policy of 1.6 M parameters."""
+    houses = WorldSize(
+        train_houses=6,
+        validation_houses=4,
+        test_houses=4,
+        train_questions=4,
+        validation_questions=1,
+        test_questions=1,
+    )
+    write_world(folder, 1, houses)
+    places = ("corpus.jsonl", "image_index.jsonl")
+    corpus, index = (f"{folder}/{name}" for name in places)
+    train = f"data.train=[{folder}/train.jsonl]"
+    return [train, f"tools.corpus={corpus}", f"tools.image_index={index}"]
+
+
+def judged_chains(folder: Path) -> list[str]:
+    """The chains, and a judge that says yes."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), SaysYes)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}/v1"
+    return [*chains(folder), f"reward.parts.judged.endpoint='{address}'"]
+
+
+class SaysYes(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        message = {"message": {"role": "assistant", "content": "<judge>Yes</judge>"}}
+        body = json.dumps({"choices": [message]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def videos(folder: Path) -> list[str]:
+    write_videos(folder, 1, count=2)
+    tool = "tapo_train.systems.vital:FrameSamplingTool"
+    arguments = f"{{videos: {folder}, longest_px: 64}}"
+    return [
+        f"data.train=[{folder}/train.jsonl]",
+        f"tools.extra=[{{path: '{tool}', arguments: {arguments}}}]",
+        # What the tiny policy says is no interval; by this, attempts differ.
+        "reward.parts.mixed={name: custom, path: 'rewarding:mixed_for_some'}",
+        "reward.parts.mixed.arguments={one_of: 1}",
+    ]
+
+
+def two_searches(folder: Path) -> list[str]:
+    """The chains, with two tools that know half of the corpus each."""
+    made = chains(folder)
+    halves = {"first_half_tool": "(?i)^[a-l]", "second_half_tool": "(?i)^[m-z]"}
+    corpus = f"description: Find., corpus: '{folder}/corpus.jsonl'"
+    tools = [
+        f"{{path: 'tapo_train.systems.playground:SearchTool', arguments: "
+        f"{{name: {name}, {corpus}, titles: '{titles}'}}}}"
+        for name, titles in halves.items()
+    ]
+    return [*made, f"tools.extra=[{', '.join(tools)}]"]
+
+
 DATA: Mapping[str, Callable[[Path], list[str]]] = {
     "vsrm": chains,
     "igpo": chains,
     "mtir_sql": databases,
+    "rl_factory": judged_chains,
+    "imagent": pictures,
+    "vital": videos,
+    "playground": two_searches,
 }
 """What makes a recipe's data in a folder and says where it is."""
 
@@ -66,6 +141,10 @@ LOGS = {
     "vsrm": "process/steps",
     "igpo": "process/earned",
     "mtir_sql": "process/left_out/no_query",
+    "rl_factory": "reward/part/judged",
+    "imagent": "process/left_out",
+    "vital": "policy/regression",
+    "playground": "rollout/calls/text_search_tool",
 }
 """A metric that only this system logs, and which is not 0."""
 

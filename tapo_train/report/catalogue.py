@@ -88,6 +88,7 @@ METRICS: dict[str, str] = {
     "kl/<estimator>": "[nat] that estimate of the same: k1 is unbiased, k2 and k3 are >= 0",
     "policy/kl": "[nat] k3 estimate between old and new policy per trained token",
     "policy/ratio_minus_one": "mean of the probability ratio, minus one",
+    "policy/regression": "mean squared distance to the advantage (Reg-GRPO)",
     "policy/clip_high": "share of trained tokens held by the upper clip",
     "policy/clip_low": "share of trained tokens held by the lower clip",
     "policy/clip_dual": "share of trained tokens held by the dual clip",

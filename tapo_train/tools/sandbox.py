@@ -18,16 +18,17 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tapo_train.data.images import FORMATS
-from tapo_train.errors import ToolDownError, ToolRefusedError
+from tapo_train.errors import DataError, ToolDownError, ToolRefusedError
 from tapo_train.tools.images import image_from_bytes
 from tapo_train.tools.sandbox_worker import (
+    FRAMES,
     PAGE,
     PICTURE,
     QUERY,
@@ -37,6 +38,7 @@ from tapo_train.tools.sandbox_worker import (
     REQUEST,
 )
 from tapo_train.tools.threads import queueing
+from tapo_train.tools.video_frames import pieces
 from tapo_train.types import Image
 
 __all__ = ["WORKERS", "Sandbox", "SandboxLimits"]
@@ -127,6 +129,27 @@ class Sandbox:
         found: dict[str, Any] = json.loads(self._ask(QUERY, max_bytes, request)[2])
         return found
 
+    def frames(
+        self, video: Path, times_s: Sequence[float], *, longest_px: int
+    ) -> tuple[float, list[tuple[float, Image]]]:
+        """Duration of a video [s], and (time [s], frame) for each time; see `video_frames`.
+
+        Raises:
+            ToolRefusedError: it is none, damaged, or takes too long.
+        """
+        request = json.dumps({"video": str(video), "times_s": list(times_s)}).encode()
+        answer = self._ask(FRAMES, longest_px, request, num=len(times_s))[2]
+        try:
+            duration_s, found = pieces(answer)
+        except DataError as error:
+            self._refuse(str(error))
+        if len(found) != len(times_s) or not all(_is_png_of(p, w, h) for _, w, h, p in found):
+            self._refuse("the worker's answer is not the frames it was asked for")
+        return duration_s, [
+            (time_s, image_from_bytes(png, width=width, height=height))
+            for time_s, width, height, png in found
+        ]
+
     def close(self) -> None:
         """End the workers, when they are done; a later call starts others. Tools may share it."""
         # One at a time: two that each held some of the seats would wait for each other's.
@@ -137,10 +160,11 @@ class Sandbox:
                 self._idle.pop().kill()
             self._seats.release(self._num_seats)
 
-    def _ask(self, kind: int, limit: int, data: bytes) -> tuple[int, int, bytes]:
-        """Width, height and bytes of the answer."""
+    def _ask(self, kind: int, limit: int, data: bytes, *, num: int = 1) -> tuple[int, int, bytes]:
+        """Width, height and bytes of the answer, which holds so many pictures."""
         request = REQUEST.pack(kind, limit, len(data)) + data
-        most = 4 * limit * limit + _OVERHEAD if kind == PICTURE else 4 * (limit + _OVERHEAD)
+        of_pictures = num * 4 * limit * limit + _OVERHEAD
+        most = of_pictures if kind in (PICTURE, FRAMES) else 4 * (limit + _OVERHEAD)
         with self._seat(), self._worker() as worker:
             try:
                 status, width, height, said = worker.exchange(request, most, self.limits.timeout_s)
@@ -185,7 +209,7 @@ class Sandbox:
         if len(data) > self.limits.max_bytes:
             self._refuse(f"a {what} of {len(data)} bytes; at most {self.limits.max_bytes}")
 
-    def _refuse(self, reason: str) -> None:
+    def _refuse(self, reason: str) -> NoReturn:
         self.counts["refused"] += 1
         raise ToolRefusedError(reason)
 

@@ -1,8 +1,10 @@
-"""The process that opens what strangers sent: pictures, pages, queries. Killed when it takes too
-long.
+"""The process that opens what strangers sent: pictures, pages, queries, videos.
+
+Killed when it takes too long.
 
 It gets bytes over its standard input, which is a socket, and answers with bytes: no
-pickles, no names; of files it reads the database that our side names, and writes none.
+pickles, no names; of files it reads the database or video that our side names, and
+writes none.
 `sandbox.py` starts it; it ends when the other side does. An exception that is not foreseen ends it
 too, which the other side sees and records.
 """
@@ -22,6 +24,7 @@ from tapo_train.errors import DataError
 from tapo_train.tools.images import REDUCING_GAP, encode_png, on_white
 from tapo_train.tools.page_text import html_to_text
 from tapo_train.tools.sqlite_query import answer_query
+from tapo_train.tools.video_frames import answer_frames
 
 REQUEST = struct.Struct(">BII")
 """Kind, limit (longest side of the answer [px], or characters; of a query, bytes), length of what
@@ -30,7 +33,7 @@ REPLY = struct.Struct(">BIII")
 """Status, width, height, length of what follows."""
 READY = b"!"
 """Said once, before the first request is read."""
-PICTURE, PAGE, QUERY = 0, 1, 2
+PICTURE, PAGE, QUERY, FRAMES = 0, 1, 2, 3
 DONE, REFUSED = 0, 1
 MAX_ASPECT = 100
 """Longest over shortest side; vision processors refuse thinner strips."""
@@ -77,6 +80,8 @@ def answer(kind: int, limit: int, data: bytes, limits: ImageLimits, max_side: in
             return _reply(DONE, 0, 0, text.encode())
         if kind == QUERY:
             return _reply(DONE, 0, 0, answer_query(data))
+        if kind == FRAMES:
+            return _reply(DONE, 0, 0, answer_frames(data, longest_px=limit))
         pixels = reencoded(data, longest_px=limit, limits=limits, max_side=max_side)
         return _reply(DONE, pixels.width, pixels.height, encode_png(pixels))
     except DataError as error:

@@ -1,6 +1,7 @@
 """A regression on the advantage, after Reg-GRPO (DeepVideo-R1, arXiv 2506.07464), without a clip.
 
-    algo/loss=custom algo.loss.path=reg_grpo:reg_grpo algo.aggregation=seq-mean-token-sum
+    algo: {loss: {name: custom, path: tapo_train.systems.deepvideo:reg_grpo}}
+    algo.aggregation: seq-mean-token-sum
 
 With s_i = beta sum_t log(pi / pi_old) of trajectory i, what the policy says of its advantage is
 s_i minus the mean of its question's trajectories; the loss is the squared distance to the
