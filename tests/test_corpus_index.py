@@ -276,3 +276,16 @@ def test_a_corpus_is_read_passage_by_passage(tmp_path: Path) -> None:
     assert [next(reading).text, next(reading).text] == ["kafo", "nito"]
     with pytest.raises(DataError, match=r"a\.jsonl:3"):
         next(reading)
+
+
+def test_texts_of_a_folder_come_in_the_order_of_their_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever order the file system has: ids and ties hang on it."""
+    (tmp_path / "b").mkdir()
+    for name in ("c.txt", "b/a.txt", "a.md"):
+        (tmp_path / name).write_text(name)
+    listed = sorted(tmp_path.rglob("*"), reverse=True)
+    monkeypatch.setattr(Path, "rglob", lambda self, pattern: iter(listed))
+    found = [passage.id for passage in read_passages([tmp_path])]
+    assert found == ["a.md#1", "b/a.txt#1", "c.txt#1"]

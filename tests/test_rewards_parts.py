@@ -239,7 +239,9 @@ def judging() -> Iterator[Any]:
 
 def judge_of(server: Any, *, retries: int = 0) -> Judge:
     host = f"127.0.0.1:{server.server_address[1]}"
-    client = HttpClient(allowed=AllowedHosts.parse([host]), key="sesame")
+    client = HttpClient(
+        allowed=AllowedHosts.parse([host]), headers={"Authorization": "Bearer sesame"}
+    )
     tool = JudgeTool("judge", client, endpoint=f"http://{host}/v1", model="m")
     limits = {"judge": ToolLimits(retries=retries, concurrency=4)}
     toolbox = Toolbox([tool], deadline_s=30.0, limits=limits)

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -164,6 +165,23 @@ def test_connections_beyond_the_bound_are_closed(monkeypatch: pytest.MonkeyPatch
         while not said.endswith(b'\r\n\r\n{"result": []}'):
             said += (more := first.recv(65536))
             assert more, said
+
+
+def test_a_seat_is_free_again_when_its_connection_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search_server, "MAX_CONNECTIONS", 1)
+    body = b'{"queries": []}'
+    once = b"POST /retrieve HTTP/1.0\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with running(SearchServer(CorpusIndex(PASSAGES), host="127.0.0.1", port=0)) as url:
+        for _ in range(3):
+            # The thread of the one before may need a moment to end.
+            said = b""
+            for _ in range(200):
+                with suppress(ConnectionError):
+                    said = said_to(url, once, body)
+                if said:
+                    break
+                time.sleep(0.01)
+            assert said.endswith(b'{"result": []}')
 
 
 FOREIGN = {"q iron": [("1", '"Iron"\nFe is <b>a</b> metal'), ("2", "bare line")]}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tapo_train.build.services import key_from
 from tapo_train.credit.assigners import CreditAssigner
 from tapo_train.credit.result import CreditResult, result_of
 from tapo_train.credit.steps import CreditRow
@@ -123,14 +123,7 @@ def key_of(part: JudgePart) -> str:
     Raises:
         ConfigError: the variable is empty or not set.
     """
-    if part.key_variable is None:
-        return ""
-    key = os.environ.get(part.key_variable, "")
-    if not key:
-        raise ConfigError(
-            f"reward.parts: key_variable is {part.key_variable!r}, which is empty or not set here"
-        )
-    return key
+    return key_from(part.key_variable, field="reward.parts: key_variable")
 
 
 def custom_reward(part: CustomPart, ending: ExitStack | None = None) -> Part:

@@ -62,12 +62,16 @@ from tapo_train.recipe.rollout import (
     VllmSettings,
 )
 from tapo_train.recipe.run import Data, Lora, Mixture, Model, Probe, Run
+from tapo_train.recipe.services import PageSettings, ServiceSettings, SummarySettings
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import McpServerSettings, ToolLimitSettings, Tools
 from tapo_train.recipe.values import STRICT
 from tapo_train.recipe.watch import WatchSettings
 
 __all__ = [
+    "PageSettings",
+    "ServiceSettings",
+    "SummarySettings",
     "Advantage",
     "Algo",
     "CallPenalty",

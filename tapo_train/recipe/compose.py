@@ -29,6 +29,7 @@ from yaml import YAMLError
 from tapo_train.errors import ConfigError
 from tapo_train.recipe import Recipe
 from tapo_train.recipe.problems import GROUPS, cross_field_problems, explain, nearest
+from tapo_train.recipe.services import hide_services
 from tapo_train.tools.addresses import HIDDEN, shown, shown_text
 
 __all__ = [
@@ -134,6 +135,7 @@ def recipe_to_show(recipe: Recipe) -> dict[str, Any]:
         for part in filter(None, parts.values()):
             if "endpoint" in part:
                 part["endpoint"] = shown(part["endpoint"])
+    hide_services(tools)
     for server in tools["mcp"]:
         server["env"] = dict.fromkeys(server["env"], HIDDEN)
     return content

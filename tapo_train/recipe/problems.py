@@ -233,8 +233,9 @@ def _proximal_problems(recipe: Recipe) -> Iterable[str]:
 
 def _tool_problems(recipe: Recipe) -> Iterable[str]:
     tools = recipe.tools
-    needs = {"text_search_tool": ("corpus", tools.corpus or tools.text_endpoint)}
-    needs["image_search_tool"] = ("image_index", tools.image_index or tools.image_endpoint)
+    texts = tools.corpus or tools.text_endpoint or tools.text_service
+    pictures = tools.image_index or tools.image_endpoint or tools.image_service
+    needs = {"text_search_tool": ("corpus", texts), "image_search_tool": ("image_index", pictures)}
     for tool, (name, value) in needs.items():
         if tool in tools.names and value is None:
             yield f"tools.{name}: found nothing, wanted a file because tools.names has {tool}"
@@ -243,6 +244,11 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
             f"tools.text_endpoint_form: found {tools.text_endpoint_form} without "
             "tools.text_endpoint, wanted the address of a server that speaks it"
         )
+    for kind in ("text", "image"):
+        if getattr(tools, f"{kind}_endpoint") and getattr(tools, f"{kind}_service"):
+            yield f"tools.{kind}_service: found it beside tools.{kind}_endpoint, wanted one of them"
+    if tools.pages and not (tools.text_endpoint or tools.text_service):
+        yield "tools.pages: found it without tools.text_endpoint and tools.text_service, wanted one"
     try:
         AllowedHosts.parse(tools.allowed_hosts)
         for name in ("text_endpoint", "image_endpoint"):

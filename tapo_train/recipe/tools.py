@@ -10,6 +10,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.recipe.custom import CustomOrPath
+from tapo_train.recipe.services import PageSettings, ServiceSettings
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
 
 
@@ -85,8 +86,14 @@ class Tools:
     text_endpoint_form: Literal["results", "retrieve"] = "results"
     """What text_endpoint speaks. results: query and top_k, answered by results; retrieve: that of
     Search-R1 and its kin, queries, topk and return_scores, answered by result."""
+    text_service: ServiceSettings | None = None
+    """A service of others (Serper, SerpAPI, Jina, or any that answers JSON) in place of corpus."""
+    pages: PageSettings | None = None
+    """Read the pages that results of the text search lead to; none: their snippets are shown."""
     image_endpoint: str | None = None
     """http(s) address of a picture search (POST a picture) in place of image_index."""
+    image_service: ServiceSettings | None = None
+    """A reverse picture search of others (SerpAPI, Serper, json) in place of image_index."""
     allowed_hosts: tuple[str, ...] = ()
     """`host` or `host:port` of further servers that results may be fetched from although they are
     private; the endpoints' own are allowed. Any public host may be fetched from, ports 80, 443."""

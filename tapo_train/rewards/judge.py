@@ -27,7 +27,9 @@ from tapo_train.rewards.matching import exact_match
 from tapo_train.rewards.penalties import observed_texts
 from tapo_train.rewards.score import Score
 from tapo_train.tools.base import ToolContext
+from tapo_train.tools.endpoints import completion_of
 from tapo_train.tools.net import HttpClient
+from tapo_train.tools.page_text import defused
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Image, Observation, Outcome, Trajectory
 
@@ -125,11 +127,7 @@ def prompt_of(template: str, trajectory: Trajectory, *, max_chars: int = 16_000)
         "observations": observed[-max_chars:],
     }
     # One pass: a placeholder inside a quotation stays text.
-    return _PLACEHOLDER.sub(lambda found: _defused(quoted[found[1]]), template)
-
-
-def _defused(text: str) -> str:
-    return text.replace("<", "\u2039").replace(">", "\u203a")
+    return _PLACEHOLDER.sub(lambda found: defused(quoted[found[1]]), template)
 
 
 def verdict_of(text: str) -> bool:
@@ -193,7 +191,9 @@ class JudgeTool:
         message = {"role": "user", "content": _content(arguments.prompt, images)}
         body = json.dumps({**self._body, "messages": [message]}).encode()
         fetched = await self._client.post(self._endpoint, body, content_type="application/json")
-        return Observation(text="yes" if verdict_of(_said(fetched.data)) else "no")
+        return Observation(
+            text="yes" if verdict_of(completion_of(fetched.data, who="the judge")) else "no"
+        )
 
 
 def _content(prompt: str, images: Sequence[Image]) -> Any:
@@ -208,17 +208,6 @@ def _content(prompt: str, images: Sequence[Image]) -> Any:
         *({"type": "image_url", "image_url": {"url": url}} for url in pictures),
         {"type": "text", "text": prompt},
     ]
-
-
-def _said(data: bytes) -> str:
-    """The text of a chat completion; a server's answer may be anything."""
-    try:
-        text = json.loads(data)["choices"][0]["message"]["content"]
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
-        raise ToolDownError(f"the judge's answer is no chat completion: {data[:120]!r}") from error
-    if not isinstance(text, str):
-        raise ToolDownError(f"the judge's answer has no text: {data[:120]!r}")
-    return text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from urllib.parse import parse_qsl, urlsplit, urlunsplit
 
@@ -112,14 +112,15 @@ def shown(url: str) -> str:
     )
 
 
-def shown_text(text: str, *, secrets_of: str = "") -> str:
+def shown_text(text: str, *, secrets_of: str = "", secrets: Sequence[str] = ()) -> str:
     """A text as it may be written anywhere: each address in it as `shown`.
 
     Args:
         secrets_of: an address whose secrets are hidden wherever they stand, too.
+        secrets: the same, if they are long enough to be any.
     """
     text = _ADDRESS.sub(lambda found: shown(found[0]), text)
-    for secret in _secrets(secrets_of):
+    for secret in (*_secrets(secrets_of), *(s for s in secrets if len(s) >= SHORTEST_SECRET)):
         text = text.replace(secret, HIDDEN)
     return text
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -91,7 +91,12 @@ def is_packed(headers: Mapping[str, str]) -> bool:
 
 
 async def refusal(
-    status: int, headers: Mapping[str, str], chunks: AsyncIterator[bytes], *, url: str
+    status: int,
+    headers: Mapping[str, str],
+    chunks: AsyncIterator[bytes],
+    *,
+    url: str,
+    secrets: Sequence[str] = (),
 ) -> ToolError:
     """The error for a status that is neither success nor redirect, with what the server says."""
     said = b""
@@ -101,7 +106,7 @@ async def refusal(
             if len(said) >= _SAID_BYTES:
                 break
     # Some servers repeat the key that they refuse.
-    words = shown_text(said.decode("utf-8", "replace"), secrets_of=url)
+    words = shown_text(said.decode("utf-8", "replace"), secrets_of=url, secrets=secrets)
     words = "".join(c if c.isprintable() else " " for c in words)
     message = f"HTTP {status} {' '.join(words.split())[:200]}".rstrip()
     if status in _BUSY or status >= 500:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -66,7 +66,7 @@ class HttpClient:
 
     Args:
         allowed: hosts that may be private because the recipe names them.
-        key: sent as bearer token to the hosts that are `allowed` by name, and nowhere else.
+        headers: sent to the hosts that are `allowed` by name, and nowhere else: keys.
         forbidden: if not empty, nothing is fetched at all, and this is why.
         resolve, connect: replaced in tests, so that no packet leaves the machine.
     """
@@ -76,14 +76,14 @@ class HttpClient:
         *,
         allowed: AllowedHosts | None = None,
         limits: FetchLimits | None = None,
-        key: str = "",
+        headers: Mapping[str, str] | None = None,
         forbidden: str = "",
         resolve: Resolve = system_resolver,
         connect: Connect = direct_transport,
     ) -> None:
         self._allowed = allowed or AllowedHosts()
         self._limits = limits or FetchLimits()
-        self._key = key
+        self._own_headers = dict(headers or {})
         self._forbidden = forbidden
         self._resolve = resolve
         self._connections = Connections(connect)
@@ -139,8 +139,8 @@ class HttpClient:
         headers = {"Accept-Encoding": "gzip", "User-Agent": "tapo_train"}
         if content_type:
             headers["Content-Type"] = content_type
-        if self._key and self._allowed.names(host, port):
-            headers["Authorization"] = f"Bearer {self._key}"
+        if self._allowed.names(host, port):
+            headers |= self._own_headers
         request = httpx.Request(
             method,
             url,
@@ -170,7 +170,9 @@ class HttpClient:
         if status in _REDIRECTS and "location" in headers:
             return status, headers["location"]
         if not 200 <= status < 300:
-            raise await refusal(status, headers, response.aiter_raw(), url=url)
+            raise await refusal(
+                status, headers, response.aiter_raw(), url=url, secrets=self._secrets()
+            )
         declared = headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared) > self._limits.max_bytes:
             raise self._too_large(f"announced {declared} bytes")
@@ -179,6 +181,10 @@ class HttpClient:
             body.add(chunk)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         return Fetched(url=url, content_type=kind, data=body.whole())
+
+    def _secrets(self) -> list[str]:
+        """Pieces of the headers' values, as a server may repeat them."""
+        return [word for value in self._own_headers.values() for word in value.split()]
 
     def _too_large(self, found: str) -> ToolRefusedError:
         return ToolRefusedError(

@@ -53,6 +53,11 @@ def readable(text: str, *, max_chars: int) -> str:
     return text[:max_chars].rstrip() + CUT if is_cut else text
 
 
+def defused(text: str) -> str:
+    """`text` that can open and close no section of a prompt."""
+    return text.replace("<", "\u2039").replace(">", "\u203a")
+
+
 def numbered(passages: Sequence[str], *, max_chars: int) -> str:
     """The passages on lines of their own, with their ranks, in `max_chars` together.
 

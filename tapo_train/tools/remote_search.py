@@ -16,21 +16,23 @@ thumbnail that cannot be had or is refused is left out, and its title says so.
 from __future__ import annotations
 
 import asyncio
-import json
-import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from pydantic import BaseModel
 
 from tapo_train.data.images import extension
-from tapo_train.errors import ToolDownError, ToolError, ToolRefusedError, ToolStatusError
+from tapo_train.errors import ToolError, ToolRefusedError
 from tapo_train.tools.addresses import shown
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.contamination import Contamination
+from tapo_train.tools.endpoints import Request, asked
 from tapo_train.tools.image_search import ImageSearchArguments
 from tapo_train.tools.images import indexed_image
 from tapo_train.tools.net import HttpClient
 from tapo_train.tools.page_text import numbered, readable
+from tapo_train.tools.pages import PageReader
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.tools.search_answer import (
     FoundPicture,
@@ -40,19 +42,34 @@ from tapo_train.tools.search_answer import (
     found_texts,
     retrieved_texts,
 )
+from tapo_train.tools.services import CONTENT_TYPES, PictureService, Service
 from tapo_train.tools.text_search import TextSearchArguments
 from tapo_train.types import Image, Observation
 
-__all__ = ["RemoteImageSearch", "RemoteTextSearch", "Results", "Retrieve"]
+__all__ = [
+    "RemoteImageSearch",
+    "RemoteTextSearch",
+    "Results",
+    "Retrieve",
+    "ServiceTexts",
+    "TextForm",
+]
 
 MAX_TITLE_CHARS = 200
-_CONTENT_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp"}
-ABOUT_THE_QUERY = frozenset({400, 413, 414})
-"""Statuses of an endpoint that judge what the policy asked for; any other 4xx judges the recipe."""
-_ABOUT_THE_ACCOUNT = re.compile(
-    r"credit|quota|billing|payment|subscription|balance|api.?key|unauthori[sz]ed|expired", re.I
-)
-"""What services say with status 400 where they mean 401 or 402."""
+
+
+class TextForm(Protocol):
+    """What a text search sends and reads."""
+
+    @property
+    def label(self) -> str:
+        """For the tool's version."""
+
+    def request(self, endpoint: str, query: str, *, top_k: int) -> Request:
+        """What is asked."""
+
+    def read(self, data: bytes) -> list[FoundText]:
+        """What came back."""
 
 
 class Results:
@@ -60,9 +77,9 @@ class Results:
 
     label = "endpoint"
 
-    def request(self, query: str, *, top_k: int) -> dict[str, object]:
-        """What is posted, as JSON."""
-        return {"query": query, "top_k": top_k}
+    def request(self, endpoint: str, query: str, *, top_k: int) -> Request:
+        """As the module says."""
+        return Request.posting(endpoint, {"query": query, "top_k": top_k})
 
     def read(self, data: bytes) -> list[FoundText]:
         """What came back."""
@@ -74,13 +91,34 @@ class Retrieve:
 
     label = "retrieve"
 
-    def request(self, query: str, *, top_k: int) -> dict[str, object]:
-        """What is posted, as JSON; scores asked for, since some servers know no other answer."""
-        return {"queries": [query], "topk": top_k, "return_scores": True}
+    def request(self, endpoint: str, query: str, *, top_k: int) -> Request:
+        """Scores asked for, since some servers know no other answer."""
+        asked_for = {"queries": [query], "topk": top_k, "return_scores": True}
+        return Request.posting(endpoint, asked_for)
 
     def read(self, data: bytes) -> list[FoundText]:
         """What came back."""
         return retrieved_texts(data)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceTexts:
+    """A service that is described by paths; it has an address of its own."""
+
+    service: Service
+
+    @property
+    def label(self) -> str:
+        """Name and description."""
+        return f"{self.service.label}:{self.service.version()}"
+
+    def request(self, endpoint: str, query: str, *, top_k: int) -> Request:
+        """As described."""
+        return self.service.asking({"query": query, "top_k": top_k})
+
+    def read(self, data: bytes) -> list[FoundText]:
+        """What came back."""
+        return self.service.texts(data)
 
 
 class RemoteTextSearch:
@@ -97,31 +135,33 @@ class RemoteTextSearch:
         sandbox: Sandbox,
         contamination: Contamination,
         *,
-        form: Results | Retrieve | None = None,
+        form: TextForm | None = None,
+        pages: PageReader | None = None,
         top_k: int = 3,
         max_chars: int = 8192,
     ) -> None:
         self._endpoint = endpoint
-        self._form = form or Results()
+        self._form: TextForm = form or Results()
+        self._pages = pages
         self._client = client
         self._sandbox = sandbox
         self._contamination = contamination
         self._top_k = top_k
         self._max_chars = max_chars
         kept = f"top_k={top_k} max_chars={max_chars} {contamination.version}"
+        kept += f" {pages.version()}" if pages else ""
         self.version = f"2 {self._form.label}={shown(endpoint)} {kept}"
         self.reads = contamination.reads
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
-        asked = self._form.request(arguments.query, top_k=self._top_k)
-        request = json.dumps(asked).encode()
-        data = await _asked(
-            self._client, self._endpoint, request, "application/json", query=arguments.query
-        )
+        request = self._form.request(self._endpoint, arguments.query, top_k=self._top_k)
+        data = await asked(self._client, request, query=arguments.query)
+        results = self._form.read(data)[: self._top_k]
+        texts = await asyncio.gather(*(self._text(found, arguments.query) for found in results))
         passages = []
-        for found in self._form.read(data)[: self._top_k]:
-            title, text = readable(found.title, max_chars=MAX_TITLE_CHARS), await self._text(found)
+        for found, text in zip(results, texts, strict=True):
+            title = readable(found.title, max_chars=MAX_TITLE_CHARS)
             if self._contamination.admits(context.task, url=found.url, text=f"{title}\n{text}"):
                 passages.append(f"{title}: {text}" if title else text)
         if not passages:
@@ -131,9 +171,14 @@ class RemoteTextSearch:
     async def close(self) -> None:
         """Close the client's connections, and end the sandbox's workers."""
         await self._client.close()
+        if self._pages is not None:
+            await self._pages.close()
         await asyncio.to_thread(self._sandbox.close)
 
-    async def _text(self, found: FoundText) -> str:
+    async def _text(self, found: FoundText, query: str) -> str:
+        told = await self._pages.told(query, found.url) if self._pages else ""
+        if told:
+            return readable(told, max_chars=self._max_chars)
         if found.text or not found.html:
             return readable(found.text, max_chars=self._max_chars)
         page = found.html.encode("utf-8", "replace")
@@ -162,10 +207,12 @@ class RemoteImageSearch:
         sandbox: Sandbox,
         contamination: Contamination,
         *,
+        service: PictureService | None = None,
         top_k: int = 3,
         thumbnail_side_px: int = 64,
         thumbnail_s: float = 10.0,
     ) -> None:
+        self._service = service
         self._endpoint = endpoint
         self._client = client
         self._sandbox = sandbox
@@ -174,22 +221,16 @@ class RemoteImageSearch:
         self._side_px = thumbnail_side_px
         self._fetch_s = thumbnail_s
         kept = f"top_k={top_k} side={thumbnail_side_px} {contamination.version}"
-        self.version = f"2 endpoint={shown(endpoint)} {kept}"
+        form = f"{service.service.label}:{service.service.version()}" if service else "endpoint"
+        self.version = f"2 {form}={shown(endpoint)} {kept}"
         self.reads = contamination.reads | {"picture"}
 
     async def run(self, arguments: ImageSearchArguments, context: ToolContext) -> Observation:
         """Titles, then the thumbnails that could be had, in the same order."""
         image = indexed_image(context, arguments.img_idx, tool=self.name)
-        separator = "&" if "?" in self._endpoint else "?"
-        data = await _asked(
-            self._client,
-            f"{self._endpoint}{separator}top_k={self._top_k}",
-            image.data,
-            _CONTENT_TYPES[extension(image.data)],
-        )
         results = [
             found
-            for found in found_pictures(data)[: self._top_k]
+            for found in (await self._found(image))[: self._top_k]
             if self._contamination.admits(context.task, url=found.url, text=found.title)
         ]
         if not results:
@@ -203,7 +244,18 @@ class RemoteImageSearch:
     async def close(self) -> None:
         """Close the client's connections, and end the sandbox's workers."""
         await self._client.close()
+        if self._service is not None:
+            await self._service.close()
         await asyncio.to_thread(self._sandbox.close)
+
+    async def _found(self, image: Image) -> list[FoundPicture]:
+        if self._service is not None:
+            return await self._service.found(image)
+        separator = "&" if "?" in self._endpoint else "?"
+        url = f"{self._endpoint}{separator}top_k={self._top_k}"
+        kind = CONTENT_TYPES[extension(image.data)]
+        posted = Request(url=url, body=image.data, content_type=kind)
+        return found_pictures(await asked(self._client, posted))
 
     async def _thumbnail(self, found: FoundPicture) -> Image | None:
         try:
@@ -225,30 +277,3 @@ def _titles(results: Sequence[FoundPicture], pictures: Sequence[Image | None]) -
         title = readable(found.title, max_chars=MAX_TITLE_CHARS)
         lines.append(f"Title {rank}: {title}{'' if picture else ' (no picture)'}")
     return "\n".join([*lines, "Thumbnails:"])
-
-
-async def _asked(
-    client: HttpClient, endpoint: str, content: bytes, content_type: str, *, query: str = ""
-) -> bytes:
-    """The answer of an endpoint of the recipe.
-
-    Args:
-        query: the policy's words, which a server may repeat.
-
-    Raises:
-        ToolStatusError: it says "no" to what the policy asks for.
-        ToolDownError: it is down, or says "no" to the recipe: to its key, its path, its form.
-    """
-    try:
-        return (await client.post(endpoint, content, content_type=content_type)).data
-    except ToolStatusError as error:
-        words = str(error).replace(query, "")
-        if error.status in ABOUT_THE_QUERY and not _ABOUT_THE_ACCOUNT.search(words):
-            raise
-        raise ToolDownError(
-            f"its endpoint refuses the recipe's requests (key, account, address or form): {error}",
-            retryable=False,
-        ) from error
-    except ToolRefusedError as error:
-        # Where the endpoint leads is not the policy's doing either.
-        raise ToolDownError(f"its endpoint: {error}", retryable=False) from error

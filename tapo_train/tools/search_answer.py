@@ -16,14 +16,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from tapo_train.errors import ToolDownError, ToolRefusedError
+from tapo_train.errors import ToolRefusedError
 from tapo_train.tools.corpus import title_and_text
+from tapo_train.tools.endpoints import ABSENT, another_form, json_of, value_at
 
 __all__ = [
     "FoundPicture",
@@ -65,13 +65,25 @@ class FoundPicture:
     url: str
 
 
-def found_texts(data: bytes) -> list[FoundText]:
+def found_texts(
+    data: bytes,
+    *,
+    results: str = "results",
+    fields: Mapping[str, str] | None = None,
+    nothing: str = "",
+) -> list[FoundText]:
     """The results of a text search, in order.
+
+    Args:
+        results: path of their list.
+        fields: paths of title, text, html and url within a result; none: by their usual names.
+        nothing: words of an answer without a list that mean there are none.
 
     Raises:
         ToolDownError: another form, or results without anything to read.
     """
-    return _readable(data, [_found_text(result) for result in _results(data, "results")])
+    found = _results(data, results, nothing=nothing)
+    return _readable(data, [_found_text(_renamed(result, fields or {})) for result in found])
 
 
 def retrieved_texts(data: bytes) -> list[FoundText]:
@@ -80,7 +92,8 @@ def retrieved_texts(data: bytes) -> list[FoundText]:
     Raises:
         ToolDownError: another form, or documents without anything to read.
     """
-    return _readable(data, [_found_text(_document(hit)) for hit in _results(data, "result")])
+    hits = _results(data, "result", is_per_query=True)
+    return _readable(data, [_found_text(_document(hit)) for hit in hits])
 
 
 def _document(hit: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -105,18 +118,24 @@ def _found_text(result: Mapping[str, Any]) -> FoundText:
 
 def _readable(data: bytes, found: list[FoundText]) -> list[FoundText]:
     if found and not any(result.text or result.html for result in found):
-        raise _another_form(data, f"its {len(found)} results hold neither text nor html")
+        raise another_form(data, f"its {len(found)} results hold neither text nor html")
     return found
 
 
-def found_pictures(data: bytes) -> list[FoundPicture]:
-    """The results of a picture search, in order.
+def found_pictures(
+    data: bytes,
+    *,
+    results: str = "results",
+    fields: Mapping[str, str] | None = None,
+    nothing: str = "",
+) -> list[FoundPicture]:
+    """The results of a picture search, in order; arguments as of `found_texts`.
 
     Raises:
         ToolDownError: another form, or results without anything to see.
     """
     found = []
-    for result in _results(data, "results"):
+    for result in (_renamed(one, fields or {}) for one in _results(data, results, nothing=nothing)):
         said = [text for name in THUMBNAILS if (text := _text(result.get(name)))]
         inside = next((text for text in said if not _WEB.match(text)), "")
         there = next((text for text in said if _WEB.match(text)), "")
@@ -129,7 +148,7 @@ def found_pictures(data: bytes) -> list[FoundPicture]:
             )
         )
     if found and not any(r.title or r.thumbnail or r.thumbnail_url for r in found):
-        raise _another_form(data, f"its {len(found)} results hold neither title nor thumbnail")
+        raise another_form(data, f"its {len(found)} results hold neither title nor thumbnail")
     return found
 
 
@@ -147,26 +166,35 @@ def bytes_of_base64(text: str) -> bytes:
         raise ToolRefusedError(f"a picture that is no base64: {error}") from error
 
 
-def _results(data: bytes, name: Literal["results", "result"]) -> list[Mapping[str, Any]]:
-    try:
-        answer = json.loads(data.decode(json.detect_encoding(data), "replace"))
-    except (ValueError, RecursionError) as error:
-        raise _another_form(data, f"it is not JSON ({type(error).__name__}: {error})") from error
-    if not isinstance(answer, dict) or name not in answer:
-        raise _another_form(data, f"wanted an object with {name}")
-    results = answer[name]
-    if name == "result" and isinstance(results, list) and results:
+def _results(
+    data: bytes, path: str, *, nothing: str = "", is_per_query: bool = False
+) -> list[Mapping[str, Any]]:
+    answer = json_of(data)
+    results = value_at(answer, path)
+    if results is ABSENT:
+        if nothing and nothing.encode() in data:
+            return []
+        raise another_form(data, f"wanted an object with {path}")
+    if is_per_query and isinstance(results, list) and results:
         if len(results) > 1:
-            raise _another_form(data, f"result: found {len(results)} lists for one query")
+            raise another_form(data, f"{path}: found {len(results)} lists for one query")
         results = results[0]
     if results is None:  # how some languages write an empty list
         return []
     if not isinstance(results, list):
-        raise _another_form(data, f"{name}: found {type(results).__name__}, wanted a list")
+        raise another_form(data, f"{path}: found {type(results).__name__}, wanted a list")
     objects: list[Mapping[str, Any]] = [result for result in results if isinstance(result, dict)]
     if any(result is not None for result in results) and not objects:
-        raise _another_form(data, f"{name}: wanted objects")
+        raise another_form(data, f"{path}: wanted objects")
     return objects
+
+
+def _renamed(result: Mapping[str, Any], fields: Mapping[str, str]) -> Mapping[str, Any]:
+    """A result with what stands at the paths of `fields` under their names."""
+    if not fields:
+        return result
+    found = {name: value_at(result, path) for name, path in fields.items()}
+    return {name: value for name, value in found.items() if value is not ABSENT}
 
 
 def _said(result: Mapping[str, Any], names: tuple[str, ...]) -> str:
@@ -179,8 +207,3 @@ def _text(value: Any) -> str:
         return value.strip()
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return str(value) if is_number else ""
-
-
-def _another_form(data: bytes, problem: str) -> ToolDownError:
-    said = f"its answer of {len(data)} bytes has another form: {problem}"
-    return ToolDownError(said[:300], retryable=False)

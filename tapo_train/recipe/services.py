@@ -1,0 +1,91 @@
+"""Search services of others, and the pages their results lead to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from tapo_train.recipe.values import STRICT, Count
+from tapo_train.tools.addresses import HIDDEN, shown
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class ServiceSettings:
+    """A service that answers JSON: a known one by name, or described by paths."""
+
+    name: Literal["serper", "serpapi", "jina", "json"] = "json"
+    """A known one needs no more than its key; jina searches texts only. json: as described."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the key, {key} below; none: no key."""
+    url: str | None = None
+    """http(s) address; none: that of the known service."""
+    method: Literal["GET", "POST"] = "POST"
+    """json: how it is asked. POST sends request as JSON, GET in the address."""
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """json: fields to send; {query}, {top_k}, {picture} (its address) and {key} are filled in."""
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """json: headers to send, {key} filled in."""
+    results: str = "results"
+    """json: path of the list of results, as data.items."""
+    fields: Mapping[Literal["title", "text", "html", "url", "thumbnail"], str] = field(
+        default_factory=dict
+    )
+    """json: paths within a result, where its names are not the usual ones."""
+    nothing: str = ""
+    """json: words of an answer without a list that mean nothing was found."""
+    upload: str | None = None
+    """http(s) address a picture is posted to for an address that the service can fetch it from;
+    needed by a picture search."""
+    uploaded: str = "url"
+    """Path of that address in the answer."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class SummarySettings:
+    """An OpenAI-compatible endpoint that summarises pages."""
+
+    endpoint: str
+    """http(s) address that ends before /chat/completions."""
+    model: str
+    """As the endpoint calls it."""
+    words: Count = 150
+    """Most words of a summary, as it is told."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Of the request beside model and messages, as {temperature: 0}."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds its key; none: no key is sent."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class PageSettings:
+    """Pages of a text search's results, read in place of their snippets."""
+
+    reader: Literal["direct", "jina"] = "direct"
+    """direct: fetched and reduced to their words here; jina: by Jina's reader."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the reader's key; none: no key is sent."""
+    max_chars: Count = 20_000
+    """[characters] of a page that are read."""
+    summary: SummarySettings | None = None
+    """What makes of a page what it says about the query; none: the page's beginning is shown."""
+
+
+def hide_services(tools: dict[str, Any]) -> None:
+    """Take out of the plain values of `tools` what may be a secret of its services."""
+    for service in filter(None, (tools["text_service"], tools["image_service"])):
+        for name in ("url", "upload"):
+            service[name] = service[name] and shown(service[name])
+        for name in ("headers", "request"):
+            told = service[name].items()
+            service[name] = {key: value if _is_template(value) else HIDDEN for key, value in told}
+    summary = (tools["pages"] or {}).get("summary")
+    if summary:
+        summary["endpoint"] = shown(summary["endpoint"])
+
+
+def _is_template(value: Any) -> bool:
+    """Whether a value says only where others go."""
+    return isinstance(value, str) and "{" in value
