@@ -128,6 +128,8 @@ def _section_of(hint: Any, content: Any) -> Any:
     if not isinstance(hint, types.UnionType):
         return hint if is_dataclass(hint) else None
     members = [member for member in get_args(hint) if is_dataclass(member)]
+    if len(members) == 1:  # a section that may be left out
+        return members[0] if content is not None else None
     name = content.get("name") if isinstance(content, Mapping) else None
     named = [m for m in members if name in get_args(get_type_hints(m)["name"])]
     return next(iter([*named, *members]), None)
