@@ -40,6 +40,7 @@ SECTIONS = (
     ("a part of your own, wherever one may stand", recipe.Custom),
     ("tools", recipe.Tools),
     ("tools.text_service and tools.image_service", recipe.ServiceSettings),
+    ("tools.dense", recipe.DenseSettings),
     ("tools.pages", recipe.PageSettings),
     ("tools.pages.summary", recipe.SummarySettings),
     ("tools.limits, by the tool's name", recipe.ToolLimitSettings),

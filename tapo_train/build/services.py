@@ -1,4 +1,4 @@
-"""From a recipe to search services, with keys from the environment."""
+"""From a recipe to search services and embedders, with keys from the environment."""
 
 from __future__ import annotations
 
@@ -6,17 +6,29 @@ import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import Recipe
-from tapo_train.recipe.services import PageSettings, ServiceSettings
+from tapo_train.recipe.services import DenseSettings, PageSettings, ServiceSettings
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
+from tapo_train.tools.corpus_index import CorpusIndex
+from tapo_train.tools.dense_index import HybridIndex
+from tapo_train.tools.embedders import Embedder, EndpointEmbedder, FolderEmbedder
 from tapo_train.tools.net import FetchLimits, HttpClient
 from tapo_train.tools.pages import JINA, PageReader, Summariser
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.tools.services import PICTURE_SERVICES, TEXT_SERVICES, Service
+from tapo_train.tools.text_search import TextIndex
 
-__all__ = ["build_client_of", "build_page_reader", "build_service", "key_from"]
+__all__ = [
+    "build_client_of",
+    "build_embedder",
+    "build_page_reader",
+    "build_service",
+    "build_text_index",
+    "key_from",
+]
 
 
 def key_from(variable: str | None, *, field: str) -> str:
@@ -29,6 +41,40 @@ def key_from(variable: str | None, *, field: str) -> str:
     if variable is not None and not key:
         raise ConfigError(f"{field} is {variable!r}, which is empty or not set here")
     return key
+
+
+def build_embedder(dense: DenseSettings, *, forbidden: str = "") -> Embedder:
+    """What makes vectors of texts.
+
+    Args:
+        forbidden: why no endpoint may be asked; "" if it may.
+    """
+    prefixes = {"query_prefix": dense.query_prefix, "passage_prefix": dense.passage_prefix}
+    if dense.folder is not None:
+        return FolderEmbedder(Path(dense.folder), **prefixes)
+    endpoint, field = dense.endpoint or "", "tools.dense.endpoint"
+    key = key_from(dense.key_variable, field="tools.dense.key_variable")
+    client = HttpClient(
+        allowed=AllowedHosts.parse([host_of_endpoint(endpoint, field=field)]),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+        forbidden=forbidden,
+    )
+    return EndpointEmbedder(client, endpoint=endpoint, model=dense.model, **prefixes)
+
+
+def build_text_index(recipe: Recipe, path: Path) -> TextIndex:
+    """The corpus, by words alone or by vectors, too."""
+    dense = recipe.tools.dense
+    if dense is None:
+        return CorpusIndex.load(path)
+    embedder = build_embedder(dense, forbidden=_forbidden(recipe))
+    weights = {"dense_weight": dense.weight, "words_weight": dense.words_weight}
+    return HybridIndex(path, embedder, **weights)
+
+
+def _forbidden(recipe: Recipe) -> str:
+    is_strict = recipe.tools.replay == "replay"
+    return "tools.replay=replay forbids the network" if is_strict else ""
 
 
 def build_service(settings: ServiceSettings, *, field: str) -> Service:
@@ -76,9 +122,7 @@ def build_client_of(
         allowed=AllowedHosts.parse([host_of_endpoint(address, field=field)]),
         headers=headers,
         limits=FetchLimits(timeout_s=recipe.tools.deadline_s),
-        forbidden="tools.replay=replay forbids the network"
-        if recipe.tools.replay == "replay"
-        else "",
+        forbidden=_forbidden(recipe),
     )
 
 

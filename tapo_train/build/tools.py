@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tapo_train.build.remote_tools import build_remote_tools
+from tapo_train.build.services import build_text_index
 from tapo_train.errors import ConfigError
 from tapo_train.import_path import construct, load
 from tapo_train.recipe import Custom
@@ -21,7 +22,7 @@ from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
 from tapo_train.tools.recording import Recording, Replay
 from tapo_train.tools.registry import load_tool
-from tapo_train.tools.text_search import CorpusIndex, TextSearchTool
+from tapo_train.tools.text_search import TextSearchTool
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.audit import RolloutAudit
 
@@ -56,7 +57,7 @@ def build_toolbox(
             made.append(ImageSearchTool(pictures, decoder, top_k=tools.image_top_k))
         else:
             path = _needed(corpus, "tools.corpus", name)
-            index, chars = CorpusIndex.load(path), tools.max_observation_chars
+            index, chars = build_text_index(recipe, path), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
     made += [load_tool(extra.path, extra.arguments) for extra in tools.extra]
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]

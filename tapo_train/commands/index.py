@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,8 @@ def main(argv: Sequence[str]) -> None:
     """Build or add."""
     arguments = _parser().parse_args(argv)
     started = time.monotonic()
-    what = _pictures(arguments) if arguments.action == "pictures" else _passages(arguments)
+    make = {"pictures": _pictures, "embed": _vectors}.get(arguments.action, _passages)
+    what = make(arguments)
     size = sum(file.stat().st_size for file in arguments.folder.iterdir())
     print(
         f"{what} -> {arguments.folder} "
@@ -47,6 +49,30 @@ def _pictures(arguments: argparse.Namespace) -> str:
     return f"{count} pictures of {arguments.source.name}"
 
 
+def _vectors(arguments: argparse.Namespace) -> str:
+    from tapo_train.build.services import build_embedder
+    from tapo_train.recipe.services import DenseSettings
+    from tapo_train.tools.dense_index import embed_index
+
+    settings = DenseSettings(
+        folder=None if arguments.endpoint else arguments.model,
+        endpoint=arguments.endpoint,
+        model=arguments.model,
+        key_variable=arguments.key_variable,
+        query_prefix=arguments.query_prefix,
+        passage_prefix=arguments.passage_prefix,
+    )
+
+    async def embed() -> int:
+        embedder = build_embedder(settings)
+        try:
+            return await embed_index(arguments.folder, arguments.corpus, embedder)
+        finally:
+            await embedder.close()
+
+    return f"{asyncio.run(embed())} vectors"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tapo_train index",
@@ -60,6 +86,24 @@ def _parser() -> argparse.ArgumentParser:
     add = actions.add_parser("add", help="more passages for an index, in place")
     add.add_argument("folder", type=Path, metavar="DIR")
     add.add_argument("corpus", nargs="+", type=Path, metavar="CORPUS")
+    embed = actions.add_parser("embed", help="vectors of an index's passages, for tools.dense")
+    embed.add_argument("folder", type=Path, metavar="DIR")
+    embed.add_argument(
+        "corpus",
+        nargs="+",
+        type=Path,
+        metavar="CORPUS",
+        help="its sources, in order",
+    )
+    embed.add_argument(
+        "--model",
+        required=True,
+        help="a sentence-transformers folder, or its name at the endpoint",
+    )
+    embed.add_argument("--endpoint", help="OpenAI-compatible, ends before /embeddings")
+    embed.add_argument("--key-variable", help="environment variable with the endpoint's key")
+    embed.add_argument("--query-prefix", default="", help="in front of queries")
+    embed.add_argument("--passage-prefix", default="", help="in front of passages")
     pictures = actions.add_parser("pictures", help="a new index of pictures")
     pictures.add_argument("source", type=Path, metavar="PICTURES")
     pictures.add_argument("--out", dest="folder", type=Path, required=True, metavar="DIR")

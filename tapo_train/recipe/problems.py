@@ -249,6 +249,8 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
     for kind in ("text", "image"):
         if getattr(tools, f"{kind}_endpoint") and getattr(tools, f"{kind}_service"):
             yield f"tools.{kind}_service: found it beside tools.{kind}_endpoint, wanted one of them"
+    if tools.dense and (tools.dense.folder is None) == (tools.dense.endpoint is None):
+        yield "tools.dense: found both or neither of folder and endpoint, wanted one of them"
     if tools.pages and not (tools.text_endpoint or tools.text_service):
         yield "tools.pages: found it without tools.text_endpoint and tools.text_service, wanted one"
     try:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count
+from tapo_train.recipe.values import STRICT, Count, NonNegative
 from tapo_train.tools.addresses import HIDDEN, shown
 
 
@@ -73,6 +73,28 @@ class PageSettings:
     """What makes of a page what it says about the query; none: the page's beginning is shown."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class DenseSettings:
+    """Vectors beside the words of a text index: `index embed` made them with the same model."""
+
+    folder: str | None = None
+    """A sentence-transformers folder, run on the CPU; or an endpoint:"""
+    endpoint: str | None = None
+    """http(s) address, OpenAI-compatible, that ends before /embeddings."""
+    model: str = ""
+    """As the endpoint calls it."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds the endpoint's key; none: no key is sent."""
+    query_prefix: str = ""
+    """What the model wants in front of a query, as "query: "."""
+    passage_prefix: str = ""
+    """What it wants in front of a passage."""
+    weight: NonNegative = 1.0
+    """Of the vectors' scores, brought to 0 to 1."""
+    words_weight: NonNegative = 0.5
+    """Of BM25's, brought to 0 to 1."""
+
+
 def hide_services(tools: dict[str, Any]) -> None:
     """Take out of the plain values of `tools` what may be a secret of its services."""
     for service in filter(None, (tools["text_service"], tools["image_service"])):
@@ -81,6 +103,9 @@ def hide_services(tools: dict[str, Any]) -> None:
         for name in ("headers", "request"):
             told = service[name].items()
             service[name] = {key: value if _is_template(value) else HIDDEN for key, value in told}
+    dense = tools["dense"]
+    if dense and dense["endpoint"]:
+        dense["endpoint"] = shown(dense["endpoint"])
     summary = (tools["pages"] or {}).get("summary")
     if summary:
         summary["endpoint"] = shown(summary["endpoint"])

@@ -6,6 +6,7 @@ nothing the policy writes is syntax. BM25 with k1 1.2 and b 0.75; lengths are ke
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from tapo_train.tools.corpus import Passage, read_passages
 from tapo_train.tools.index_file import TextDigest, digest_of
 from tapo_train.tools.words import spread
 
-__all__ = ["CorpusIndex", "Part", "add_to_index", "analyser", "build_index"]
+__all__ = ["CorpusIndex", "Part", "add_to_index", "analyser", "build_index", "parts_of"]
 
 FORMAT = 1
 """Of the folder: the fields, the analyser and the list of parts. Another one is refused."""
@@ -61,7 +62,7 @@ class CorpusIndex:
         """
         if not path.is_dir():
             return cls(read_passages([path]))
-        parts, opened = _parts(path), cls.__new__(cls)
+        parts, opened = parts_of(path), cls.__new__(cls)
         digests = [part.digest for part in parts]
         opened._serve(_opened(path), digests[0] if len(digests) == 1 else digest_of(digests))
         found, wanted = len(opened), sum(part.passages for part in parts)
@@ -88,6 +89,28 @@ class CorpusIndex:
 
     def ranked(self, query: str, *, top_k: int) -> list[tuple[Passage, float]]:
         """The same with their scores, greatest first."""
+        hits = self._hits(query, top_k)
+        return [(self._passage(address), score) for _, score, address in hits]
+
+    def numbered(self, query: str, *, top_k: int) -> list[tuple[int, float]]:
+        """Numbers of the best passages in the corpus, from 0, and their scores."""
+        return [(number, score) for number, score, _ in self._hits(query, top_k)]
+
+    def passage(self, number: int) -> Passage:
+        """The passage of a number."""
+        kind = tantivy.FieldType.Unsigned
+        asked = tantivy.Query.range_query(self._schema, _NUMBER, kind, number, number)
+        ((_, address),) = self._searcher.search(asked, limit=1, count=False).hits
+        return self._passage(address)
+
+    async def found(self, query: str, *, top_k: int) -> list[Passage]:
+        """As `search`, in a thread: on a large corpus the engine would wait for it otherwise."""
+        return await asyncio.to_thread(self.search, query, top_k=top_k)
+
+    async def close(self) -> None:
+        """Nothing has to be given back."""
+
+    def _hits(self, query: str, top_k: int) -> list[tuple[int, float, tantivy.DocAddress]]:
         words = self.words(query)
         if not words:
             return []
@@ -95,11 +118,9 @@ class CorpusIndex:
         asked = tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms])
         hits = self._searcher.search(asked, limit=top_k + _TIES, count=False).hits
         numbers = self._searcher.fast_field_values(_NUMBER, [address for _, address in hits])
+        found = [(int(n or 0), score, at) for (score, at), n in zip(hits, numbers, strict=True)]
         # Sums of the same float32 terms in another order differ in their last digits.
-        order = sorted(
-            zip(hits, numbers, strict=True), key=lambda found: (-round(found[0][0], 4), found[1])
-        )
-        return [(self._passage(address), score) for (score, address), _ in order[:top_k]]
+        return sorted(found, key=lambda hit: (-round(hit[1], 4), hit[0]))[:top_k]
 
     def words(self, query: str) -> list[str]:
         """The terms a query looks for: without English stop words, if there are others."""
@@ -144,7 +165,7 @@ def add_to_index(folder: Path, sources: Sequence[Path]) -> Part:
         DataError: another process adds to it, or the same passages are in it already.
     """
     CorpusIndex.load(folder)  # refuses one that an interrupted addition left behind
-    parts = _parts(folder)
+    parts = parts_of(folder)
     part = _written(_opened(folder), read_passages(sources), source=_named(sources), parts=parts)
     _write_parts(folder, [*parts, part])
     return part
@@ -224,7 +245,8 @@ def _opened(folder: Path) -> tantivy.Index:
         raise DataError(f"text index {folder}: {str(error)[:300]}; wanted it whole") from error
 
 
-def _parts(folder: Path) -> list[Part]:
+def parts_of(folder: Path) -> list[Part]:
+    """What came into an index, in order."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())

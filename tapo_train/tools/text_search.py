@@ -1,9 +1,8 @@
-"""text_search_tool: BM25 over a local corpus."""
+"""text_search_tool: passages of a corpus."""
 
 from __future__ import annotations
 
-import asyncio
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -13,7 +12,7 @@ from tapo_train.tools.corpus_index import CorpusIndex
 from tapo_train.tools.page_text import numbered
 from tapo_train.types import Observation
 
-__all__ = ["CorpusIndex", "Passage", "TextSearchArguments", "TextSearchTool"]
+__all__ = ["CorpusIndex", "Passage", "TextIndex", "TextSearchArguments", "TextSearchTool"]
 
 
 class TextSearchArguments(BaseModel):
@@ -31,6 +30,20 @@ class TextSearchArguments(BaseModel):
         return query
 
 
+class TextIndex(Protocol):
+    """What finds passages: words, words and vectors, or a server that has both."""
+
+    @property
+    def digest(self) -> str:
+        """Differs where the answers may."""
+
+    async def found(self, query: str, *, top_k: int) -> list[Passage]:
+        """The best passages, best first."""
+
+    async def close(self) -> None:
+        """Give back what it holds."""
+
+
 class TextSearchTool:
     """Search the corpus; the best passages come back numbered, best first."""
 
@@ -39,7 +52,7 @@ class TextSearchTool:
     reads: frozenset[str] = frozenset()
     arguments_model: type[BaseModel] = TextSearchArguments
 
-    def __init__(self, index: CorpusIndex, *, top_k: int = 3, max_chars: int = 8192) -> None:
+    def __init__(self, index: TextIndex, *, top_k: int = 3, max_chars: int = 8192) -> None:
         self._index = index
         self._top_k = top_k
         self._max_chars = max_chars
@@ -47,9 +60,12 @@ class TextSearchTool:
 
     async def run(self, arguments: TextSearchArguments, context: ToolContext) -> Observation:
         """Numbered passages, or a sentence that says there are none."""
-        # In a thread: on a large corpus the engine would wait for it otherwise.
-        passages = await asyncio.to_thread(self._index.search, arguments.query, top_k=self._top_k)
+        passages = await self._index.found(arguments.query, top_k=self._top_k)
         if not passages:
             return Observation(text="No results were found.")
         shown = [passage.shown() for passage in passages]
         return Observation(text=numbered(shown, max_chars=self._max_chars))
+
+    async def close(self) -> None:
+        """Close the index."""
+        await self._index.close()

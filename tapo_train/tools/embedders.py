@@ -1,0 +1,192 @@
+"""Texts to unit vectors: a sentence-transformers folder, or an OpenAI-compatible endpoint.
+
+folder      modules.json, 1_Pooling/config.json (mean or first token), weights in safetensors
+endpoint    POST …/embeddings {"model", "input": ["…"]} → {"data": [{"index", "embedding"}]}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from tapo_train.errors import DataError, ToolDownError, ToolError
+from tapo_train.tools.addresses import shown
+from tapo_train.tools.endpoints import Request, another_form, asked, json_of, value_at
+from tapo_train.tools.net import HttpClient
+from tapo_train.tools.vector_index import Floats
+
+__all__ = ["Embedder", "EndpointEmbedder", "FolderEmbedder"]
+
+_TOGETHER = 32
+"""Texts of one pass through a model."""
+_HASHED_BYTES = 1 << 20
+
+
+class Embedder(Protocol):
+    """What makes vectors of texts."""
+
+    @property
+    def version(self) -> str:
+        """Differs where the vectors may."""
+
+    async def embed(self, texts: Sequence[str], *, is_query: bool) -> Floats:
+        """[N, D] unit vectors."""
+
+    async def close(self) -> None:
+        """Give back what it holds."""
+
+
+class EndpointEmbedder:
+    """An OpenAI-compatible endpoint.
+
+    Args:
+        endpoint: ends before /embeddings.
+        query_prefix, passage_prefix: what the model wants in front of either.
+    """
+
+    def __init__(
+        self,
+        client: HttpClient,
+        *,
+        endpoint: str,
+        model: str,
+        query_prefix: str = "",
+        passage_prefix: str = "",
+    ) -> None:
+        self._client = client
+        self._url = endpoint.rstrip("/") + "/embeddings"
+        self._model = model
+        self._prefixes = (passage_prefix, query_prefix)
+        # Not the address: the same model may move.
+        self.version = f"endpoint:{model}:{passage_prefix}:{query_prefix}"
+
+    async def embed(self, texts: Sequence[str], *, is_query: bool) -> Floats:
+        """[N, D] unit vectors.
+
+        Raises:
+            ToolDownError: it is down, refuses, or answers in another form.
+        """
+        wanted = [self._prefixes[is_query] + text for text in texts]
+        request = Request.posting(self._url, {"model": self._model, "input": wanted})
+        try:
+            data = await asked(self._client, request)
+        except ToolDownError:
+            raise
+        except ToolError as error:
+            raise ToolDownError(f"{shown(self._url)}: {error}", retryable=False) from error
+        return _vectors(data, len(texts))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+
+def _vectors(data: bytes, count: int) -> Floats:
+    rows = value_at(json_of(data), "data")
+    try:
+        ordered = sorted(rows, key=lambda row: int(row["index"]))
+        vectors = np.array([row["embedding"] for row in ordered], dtype=np.float32)
+        places = [int(row["index"]) for row in ordered]
+    except (TypeError, KeyError, ValueError) as error:
+        raise another_form(data, f"wanted a list data of index and embedding ({error})") from error
+    if places != list(range(count)) or vectors.ndim != 2 or not np.isfinite(vectors).all():
+        raise another_form(data, f"wanted {count} vectors of equal length, all numbers finite")
+    return _unit(vectors)
+
+
+def _unit(vectors: Floats) -> Floats:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: Floats = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    return unit
+
+
+class FolderEmbedder:
+    """A model from a local folder, on the CPU. It runs no code of the folder.
+
+    Raises:
+        DataError: the folder is none, or pools in another way.
+    """
+
+    def __init__(self, folder: Path, *, query_prefix: str = "", passage_prefix: str = "") -> None:
+        import transformers
+
+        self._prefixes = (passage_prefix, query_prefix)
+        self._takes_first, self._longest = _pooling(folder)
+        try:
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True
+            )
+            self._model = transformers.AutoModel.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True
+            ).eval()
+        except (OSError, ValueError) as error:
+            raise DataError(f"embedder {folder}: {str(error)[:300]}") from error
+        self.version = f"folder:{_digest(folder)}:{passage_prefix}:{query_prefix}"
+
+    async def embed(self, texts: Sequence[str], *, is_query: bool) -> Floats:
+        """[N, D] unit vectors."""
+        wanted = [self._prefixes[is_query] + text for text in texts]
+        return await asyncio.to_thread(self._embedded, wanted)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+    def _embedded(self, texts: list[str]) -> Floats:
+        import torch
+
+        parts = []
+        for start in range(0, len(texts), _TOGETHER):
+            tokens = self._tokenizer(
+                texts[start : start + _TOGETHER],
+                padding=True,
+                truncation=True,
+                max_length=self._longest,
+                return_tensors="pt",
+            )
+            with torch.inference_mode():
+                hidden = self._model(**tokens).last_hidden_state  # [N, T, D]
+            mask = tokens["attention_mask"][:, :, None]
+            mean = (hidden * mask).sum(1) / mask.sum(1)
+            parts.append((hidden[:, 0] if self._takes_first else mean).float().numpy())
+        return _unit(np.concatenate(parts))
+
+
+def _pooling(folder: Path) -> tuple[bool, int]:
+    """Whether the first token stands for the text, and how many tokens are read."""
+    try:
+        pooling: dict[str, Any] = json.loads((folder / "1_Pooling" / "config.json").read_bytes())
+        limits = folder / "sentence_bert_config.json"
+        limit = json.loads(limits.read_bytes()) if limits.exists() else {}
+        modes = {
+            name for name, chosen in pooling.items() if "pooling_mode" in name and chosen is True
+        }
+        modes |= (
+            {pooling["pooling_mode"]} if isinstance(pooling.get("pooling_mode"), str) else set()
+        )
+        longest = int(limit.get("max_seq_length") or 512)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"embedder {folder}: {type(error).__name__}: {error}; wanted a sentence-transformers "
+            "folder with 1_Pooling/config.json"
+        ) from error
+    if modes in ({"pooling_mode_mean_tokens"}, {"mean"}):
+        return False, longest
+    if modes in ({"pooling_mode_cls_token"}, {"cls"}):
+        return True, longest
+    raise DataError(f"embedder {folder}: found pooling {sorted(modes)}, wanted mean or first token")
+
+
+def _digest(folder: Path) -> str:
+    """Of the configuration and the beginning of the weights."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}:{path.stat().st_size}:".encode())
+            digest.update(file.read(_HASHED_BYTES))
+    return digest.hexdigest()[:16]
