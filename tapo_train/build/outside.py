@@ -118,7 +118,7 @@ def _client(recipe: Recipe, endpoint: Endpoint) -> HttpClient:
         raise ConfigError(f"--endpoint-key: {endpoint.key_variable} is empty or not set here")
     return HttpClient(
         allowed=AllowedHosts.parse([host_of_endpoint(endpoint.url, field="--endpoint")]),
-        key=key,
+        headers={"Authorization": f"Bearer {key}"} if key else {},
         limits=FetchLimits(timeout_s=ANSWER_S),
         forbidden="tools.replay=replay forbids the network"
         if recipe.tools.replay == "replay"
