@@ -7,14 +7,18 @@ the true neighbours are then missed. A FAISS file is read by FAISS: open only wh
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import numpy.typing as npt
 
 from tapo_train.errors import DataError
+
+# At INFO it tells on every start which of its builds it found.
+logging.getLogger("faiss.loader").setLevel(logging.WARNING)
+import faiss  # noqa: E402
 
 __all__ = ["Floats", "VectorIndex", "write_vectors"]
 
