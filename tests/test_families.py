@@ -5,14 +5,18 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 from learner_rows import make_policy, make_row
 from process_environment import environment
-from tiny_families import BUILDERS, build
+from tiny_families import BUILDERS, build, text_model, tokenizer
 
+from tapo_train import families
+from tapo_train.errors import ConfigError
+from tapo_train.families import Family
 from tapo_train.learner.batch import join
 from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
@@ -56,6 +60,24 @@ def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
         moved = np.abs(policy.logprobs(join([rows[0]])).numpy() - alone[0]).max()
         assert moved > 100 * REFERENCE
         reference.load_weights(policy.named_weights(), version=1)
+    policy.close()
+
+
+def test_a_family_of_ones_own_is_an_object_and_its_place_in_the_list(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Family(name="Mistral", model_types=("mistral",))
+    monkeypatch.setitem(BUILDERS, "mistral", (partial(text_model, "Mistral"), tokenizer))
+    folder = build("mistral", tmp_path)
+    with pytest.raises(ConfigError, match=r"type 'mistral' .*; wanted one of qwen2_5_vl"):
+        ChatFormat(folder)
+    monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, mine])
+    chat = ChatFormat(folder)
+    policy = make_policy(folder, chat)
+    rows = [make_row(chat, policy.layout, seed=seed) for seed in range(2)]
+    packed = policy.logprobs(join(rows)).numpy()
+    alone = [policy.logprobs(join([row])).numpy() for row in rows]
+    np.testing.assert_allclose(packed, np.concatenate(alone), atol=PACKED, rtol=0)
     policy.close()
 
 

@@ -60,7 +60,7 @@ def _rope(**more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **more}}
 
 
-def _text(kind: str, **more: Any) -> Any:
+def text_model(kind: str, **more: Any) -> Any:
     """A causal language model, `kind` as in `KindForCausalLM`."""
     config = getattr(transformers, f"{kind}Config")(**TEXT, **_rope(), **more)
     return getattr(transformers, f"{kind}ForCausalLM")(config)
@@ -147,10 +147,10 @@ def _glm_processor() -> Any:
 
 
 BUILDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    "llama": (partial(_text, "Llama"), tokenizer),
-    "qwen2": (partial(_text, "Qwen2"), tokenizer),
-    "qwen3": (partial(_text, "Qwen3"), tokenizer),
-    "qwen3_moe": (partial(_text, "Qwen3Moe", **EXPERTS), tokenizer),
+    "llama": (partial(text_model, "Llama"), tokenizer),
+    "qwen2": (partial(text_model, "Qwen2"), tokenizer),
+    "qwen3": (partial(text_model, "Qwen3"), tokenizer),
+    "qwen3_moe": (partial(text_model, "Qwen3Moe", **EXPERTS), tokenizer),
     "qwen3_vl_moe": (_qwen3_vl_moe, partial(_qwen_processor, 16)),
     "qwen3_5": (_qwen3_5, partial(_qwen_processor, 16)),
     "glm4v": (_glm4v, _glm_processor),
