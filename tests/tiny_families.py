@@ -40,6 +40,10 @@ TOWER: Mapping[str, Any] = {
 }
 QWEN_PICTURE = "<|vision_start|><|image_pad|><|vision_end|>"
 GLM_PICTURE = "<|begin_of_image|><|image|><|end_of_image|>"
+GLM_TOKENS = (
+    *("begin_of_image", "image", "end_of_image"),
+    *("begin_of_video", "video", "end_of_video"),
+)
 SIZE = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
 
 
@@ -47,7 +51,7 @@ SIZE = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
 def tokenizer() -> Any:
     """The demo's, and GLM's names of the tokens around a picture."""
     made = build_tokenizer(tokenizer_texts(), syllables=SYLLABLES, num_merges=NUM_MERGES)
-    glm = ["<|begin_of_image|>", "<|image|>", "<|end_of_image|>", "<|video|>"]
+    glm = [f"<|{name}|>" for name in GLM_TOKENS]
     made.add_tokens([AddedToken(token, special=True) for token in glm])
     return made
 
