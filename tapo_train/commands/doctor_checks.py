@@ -93,6 +93,8 @@ def image_tokens(model: Path) -> str:
     from transformers import AutoConfig
 
     chat = _chat(model)
+    if not chat.family.sees:
+        return f"{chat.family.name} takes no pictures"
     merge = AutoConfig.from_pretrained(model).vision_config.spatial_merge_size ** 2
     counts = []
     for width, height in SIZES_PX:
@@ -113,7 +115,7 @@ def engine(model: Path) -> str:
 
     chat = _chat(model)
     sampler = _engine(chat)
-    task = _task()
+    task = _task(chat)
     prompt = chat.prompt(task, system_prompt="Answer.", tool_schemas=[])
     sampler.submit(
         GenerationRequest(
@@ -133,7 +135,7 @@ def learner(model: Path) -> str:
 
     chat = _chat(model)
     policy = _policy(model, chat)
-    task = _task()
+    task = _task(chat)
     prompt = chat.prompt(task, system_prompt="Answer.", tool_schemas=[])
     logprobs = policy.score(prompt, task.images)
     policy.close()
@@ -146,7 +148,7 @@ def agreement(model: Path) -> str:
     from tapo_train.learner.engine import end_process_group
 
     chat = _chat(model)
-    task = _task()
+    task = _task(chat)
     prompt = chat.prompt(task, system_prompt="Answer.", tool_schemas=[])
     policy, sampler = _policy(model, chat), _engine(chat)
     sampler.load_weights(policy.named_weights(), version=1)
@@ -218,8 +220,9 @@ def _policy(model: Path, chat: ChatFormat) -> Policy:
     return Policy(model, settings=settings, pixels=chat.pixels)
 
 
-def _task() -> Task:
-    return Task(id="doctor", question="What is this?", images=(_picture(96, 96),), answers=("x",))
+def _task(chat: ChatFormat) -> Task:
+    images = (_picture(96, 96),) if chat.family.sees else ()
+    return Task(id="doctor", question="What is this?", images=images, answers=("x",))
 
 
 def _picture(width: int, height: int) -> Image:
