@@ -33,6 +33,16 @@ def make_run(path: Path, rows: list[dict[str, Any]], **recipe: Any) -> Path:
     return path
 
 
+def test_runs_that_differ_in_much_are_named_by_their_folders(tmp_path: Path) -> None:
+    many = {f"field_{number}": "a value of some length" for number in range(9)}
+    rows = [row(0, reward__mean=1.0)]
+    runs = [
+        read_run(make_run(tmp_path / "plain", rows)),
+        read_run(make_run(tmp_path / "other", rows, credit=many)),
+    ]
+    assert list(variants(runs)) == [(tmp_path / name).as_posix() for name in ("plain", "other")]
+
+
 def test_a_tools_outcomes_are_weighted_by_its_calls(tmp_path: Path) -> None:
     rows = [
         {"step": 0, "tool/find/calls": 10.0, "tool/find/outcome/ok": 1.0, "tool/find/cost": 2.0},

@@ -21,6 +21,9 @@ __all__ = ["ONE_RUNS_OWN", "Run", "differences", "find_runs", "read_run", "varia
 ONE_RUNS_OWN = ("run.dir", "run.seed", "run.resume", "run.wandb")
 """Fields in which runs of one experiment differ."""
 
+LONGEST_LABEL = 60
+"""Characters; a curve has no room for more."""
+
 QUIET_S = 900.0
 """[s] without a new row after which a run that is not done counts as stopped."""
 
@@ -108,7 +111,10 @@ def differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
 
 
 def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
-    """Runs that differ in seed and folder alone, by what tells them from the others."""
+    """Runs that differ in seed and folder alone, by what tells them from the others.
+
+    Where that is too much for the legend of a curve, by the folder of the first of them.
+    """
     recipes = [
         {name: value for name, value in run.recipe.items() if name not in ONE_RUNS_OWN}
         for run in runs
@@ -118,7 +124,12 @@ def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:
     for index, run in enumerate(runs):
         label = ", ".join(f"{name}={values[index]}" for name, values in apart.items())
         found.setdefault(label or run.name, []).append(run)
-    return found if apart or len(runs) == 1 else {runs[0].name: list(runs)}
+    if not apart and len(runs) > 1:
+        return {runs[0].name: list(runs)}
+    return {
+        label if len(label) <= LONGEST_LABEL else held[0].path.as_posix(): held
+        for label, held in found.items()
+    }
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
