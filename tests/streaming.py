@@ -10,9 +10,8 @@ from rollout_world import SYSTEM_PROMPT, draw_toolbox
 from scripted_engine import ScriptedEngine
 
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.driver import EngineDriver
-from tapo_train.rollout.engine import Engine, Sampling
+from tapo_train.rollout.engine import Sampling
 from tapo_train.rollout.group import Rules
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.seats import Seats
@@ -30,9 +29,8 @@ def numbered(num: int) -> list[Task]:
 
 
 def streamed(
-    engine: Engine,
+    engine: ScriptedEngine,
     *,
-    chat: ChatFormat | None = None,
     staleness: int,
     per_step: int = 2,
     active: int | None = None,
@@ -46,17 +44,10 @@ def streamed(
     max_in_flight: int | None = None,
     interruption: Interruption | None = None,
 ) -> Stream:
-    """A stream; `apart`: the engine is stepped by a thread of its own.
-
-    Args:
-        chat: of the engine, if it is not a scripted one.
-    """
-    if chat is None:
-        assert isinstance(engine, ScriptedEngine)
-        chat = engine.chat
+    """A stream; `apart`: the engine is stepped by a thread of its own."""
     tasks = numbered(num_tasks) if tasks is None else tasks
     rules = Rules(
-        chat=chat,
+        chat=engine.chat,
         toolbox=toolbox or draw_toolbox(),
         system_prompt=SYSTEM_PROMPT,
         rollouts=rollouts,
@@ -65,7 +56,7 @@ def streamed(
         deadlines=deadlines,
         score=scoring(form=0.0),
     )
-    driver = EngineDriver(engine, end_token_id=chat.end_token_id)
+    driver = EngineDriver(engine, end_token_id=engine.chat.end_token_id)
     if apart:
         driver.start()
     return Stream(
