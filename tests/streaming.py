@@ -1,4 +1,4 @@
-"""A stream over a scripted engine, one update after another, without a learner."""
+"""A stream over an engine, one update after another, without a learner."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from rollout_world import SYSTEM_PROMPT, draw_toolbox
 from scripted_engine import ScriptedEngine
 
 from tapo_train.data.sampler import TaskSampler
+from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.driver import EngineDriver
-from tapo_train.rollout.engine import Sampling
+from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.group import Rules
 from tapo_train.rollout.limits import NEVER, Deadlines, Limits
 from tapo_train.rollout.seats import Seats
@@ -29,7 +30,7 @@ def numbered(num: int) -> list[Task]:
 
 
 def streamed(
-    engine: ScriptedEngine,
+    engine: Engine,
     *,
     staleness: int,
     per_step: int = 2,
@@ -43,11 +44,19 @@ def streamed(
     toolbox: Toolbox | None = None,
     max_in_flight: int | None = None,
     interruption: Interruption | None = None,
+    chat: ChatFormat | None = None,
 ) -> Stream:
-    """A stream; `apart`: the engine is stepped by a thread of its own."""
+    """A stream; `apart`: the engine is stepped by a thread of its own.
+
+    Args:
+        chat: of the engine; a scripted one has its own.
+    """
+    if chat is None:
+        assert isinstance(engine, ScriptedEngine)
+        chat = engine.chat
     tasks = numbered(num_tasks) if tasks is None else tasks
     rules = Rules(
-        chat=engine.chat,
+        chat=chat,
         toolbox=toolbox or draw_toolbox(),
         system_prompt=SYSTEM_PROMPT,
         rollouts=rollouts,
@@ -56,7 +65,7 @@ def streamed(
         deadlines=deadlines,
         score=scoring(form=0.0),
     )
-    driver = EngineDriver(engine, end_token_id=engine.chat.end_token_id)
+    driver = EngineDriver(engine, end_token_id=chat.end_token_id)
     if apart:
         driver.start()
     return Stream(

@@ -19,7 +19,8 @@ import pytest
 from engine_contract import AGREEMENT, changed_weights, recomputed, request_for, serve
 from fake_vllm import SECRET, serving, trainer_of, wait_until
 from process_environment import ROOT, environment
-from rollout_world import teach_calls
+from rollout_world import picture_task, teach_calls
+from streaming import streamed
 
 from tapo_train.__main__ import main
 from tapo_train.commands import serve_engine as serve_engine_command
@@ -31,6 +32,7 @@ from tapo_train.rollout.servers.engine import ServerEngine
 from tapo_train.rollout.servers.gate import authorization
 from tapo_train.rollout.servers.server import EngineServer
 from tapo_train.rollout.servers.weights import FolderWeights
+from tapo_train.types import Trajectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -225,6 +227,47 @@ def test_without_emptied_caches_tokens_would_be_of_weights_that_they_do_not_name
         _, worst = answered_under_changes(served, 2)
     assert worst > 10 * AGREEMENT
     replace_weights(served, served.engine.version + 1)
+
+
+def test_a_stream_goes_on_while_weights_change_and_each_token_is_of_the_weights_it_names(
+    served: Served,
+) -> None:
+    first, staleness = served.engine.version + 1, 2
+    references = {first: replace_weights(served, first)}
+    stream = streamed(
+        served.engine,
+        chat=served.chat,
+        staleness=staleness,
+        steps=10**6,
+        rollouts=2,
+        apart=True,
+        tasks=[picture_task(f"q{number}") for number in range(20)],
+    )
+    versions_of_steps = []
+    try:
+        for step in range(first, first + 4):
+            rolled = stream(step)
+            versions_of_steps.append(rolled.metrics["rollout/versions"])
+            references[step + 1] = replace_weights(served, step + 1)
+            for played in [t for group in rolled.groups for t in group.trajectories]:
+                require_named(references, played)
+                versions = played.token_versions()
+                assert step - staleness <= versions.min() <= versions.max() <= step
+        assert max(versions_of_steps) > 1, "none went on over an update"
+    finally:
+        stream.close()
+
+
+def require_named(references: dict[int, HfEngine], played: Trajectory) -> None:
+    """Each sampled token has the log-probability that the weights it names give it."""
+    turns = [np.arange(turn.span.start, turn.span.end) for turn in played.turns]
+    at, versions = np.concatenate(turns), played.token_versions()
+    for version in np.unique(versions).tolist():
+        slow = references[version]
+        scores = slow.processed(slow.logits(played.tokens, played.images), Sampling())
+        named = versions == version
+        expected = scores[at - 1, played.tokens[at]].numpy()[named]
+        np.testing.assert_allclose(played.logprobs[named], expected, atol=AGREEMENT, rtol=0)
 
 
 def test_killed_in_mid_answer_it_is_replaced_by_another_until_none_is_left(
