@@ -104,9 +104,10 @@ def record_demonstrations(
 
 
 def _show(progress: Progress) -> None:
-    """A line for every hundredth update, on rank 0."""
+    """A line for every hundredth update, on rank 0; for every tenth of a warm start that is short."""
+    every = min(100, max(1, progress.total // 10))
     if distributed.rank() == 0 and (
-        progress.update % 100 == 0 or progress.update == progress.total
+        progress.update % every == 0 or progress.update == progress.total
     ):
         left = (progress.total - progress.update) * progress.seconds
         print(
