@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -79,6 +80,15 @@ def test_a_family_of_ones_own_is_an_object_and_its_place_in_the_list(
     alone = [policy.logprobs(join([row])).numpy() for row in rows]
     np.testing.assert_allclose(packed, np.concatenate(alone), atol=PACKED, rtol=0)
     policy.close()
+
+
+def test_a_model_whose_biases_the_engine_would_leave_out_is_refused(tmp_path: Path) -> None:
+    file = build("glm4v", tmp_path) / "config.json"
+    config = json.loads(file.read_text())
+    del config["text_config"]["attention_bias"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"text_config\.attention_bias .*; wanted true"):
+        ChatFormat(tmp_path)
 
 
 @pytest.mark.slow

@@ -125,7 +125,11 @@ def _glm4v() -> Any:
         "image_start_token_id": _id("<|begin_of_image|>"),
         "image_end_token_id": _id("<|end_of_image|>"),
     }
-    text = _rope(mrope_section=[4, 2, 2], partial_rotary_factor=0.5)
+    # The biases are there in any case; vLLM leaves them out unless this is said.
+    text = {
+        **_rope(mrope_section=[4, 2, 2], partial_rotary_factor=0.5),
+        "attention_bias": True,
+    }
     vision = {"intermediate_size": 64, "patch_size": 14, "image_size": 112}
     return _seeing("Glm4v", text, vision, **ids)
 

@@ -100,6 +100,13 @@ class Family:
         """Attention of the learner's model, where the language model's is `packed`."""
         return {"text_config": packed, "vision_config": "sdpa"} if self.sees else packed
 
+    def check(self, config: Any) -> None:
+        """Refuse a Hugging Face configuration of which engine and learner make different models.
+
+        Raises:
+            ConfigError: it is such a one.
+        """
+
     def picture_ids(self, config: Any) -> PictureIds | None:
         """From a Hugging Face configuration; None without pictures."""
         return None

@@ -49,7 +49,7 @@ class ChatFormat:
         read_call: reads what stands in a call; None: the form that the template asks for.
 
     Raises:
-        ConfigError: the model is of no known family.
+        ConfigError: the model is of no known family, or its family refuses it.
         RolloutError: the chat template fails, is not prefix-stable or asks for calls that are
             not read, or the tokenizer is not byte-level or lacks the control tokens.
     """
@@ -71,6 +71,7 @@ class ChatFormat:
         self.image_processor: Any = getattr(self._processor, "image_processor", None)
         """None without pictures."""
         config = AutoConfig.from_pretrained(model)
+        self.family.check(config)
         vocabulary = int(config.get_text_config().vocab_size)  # rows of the head, padding included
         self.decoder = ImageDecoder()
         """Decodes every picture of this process, for policy and tools."""
