@@ -104,7 +104,7 @@ def record_demonstrations(
 
 
 def _show(progress: Progress) -> None:
-    """A line for every hundredth update, on rank 0; for every tenth of a warm start that is short."""
+    """A line for every hundredth update, on rank 0; every tenth part of a short warm start."""
     every = min(100, max(1, progress.total // 10))
     if distributed.rank() == 0 and (
         progress.update % every == 0 or progress.update == progress.total

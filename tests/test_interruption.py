@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from closing_tool import IDLE_TOOL, NOTES, notes
 from process_environment import ROOT, environment
-from test_training import (
+from whole_runs import (
     TIMEOUT_S,
     command,
     digest_of_weights,

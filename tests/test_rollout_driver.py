@@ -110,7 +110,8 @@ def test_the_requests_of_a_run_that_fails_do_not_stay_in_the_engine(chat: ChatFo
     async def play(driver: EngineDriver) -> list[Completion]:
         waiting = [asyncio.ensure_future(driver.generate(request(id))) for id in "ab"]
         try:
-            await asyncio.sleep(0)
+            while engine.most_in_flight < 2:
+                await asyncio.sleep(0.001)
             raise RuntimeError("broken")
         finally:
             for task in waiting:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from process_environment import ROOT, environment
-from test_training import command
+from whole_runs import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

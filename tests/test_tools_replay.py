@@ -18,7 +18,7 @@ import pytest
 from process_environment import ROOT, environment
 from pydantic import BaseModel
 from rollout_world import draw_image
-from test_training import digest_of_weights, train
+from whole_runs import digest_of_weights, train
 
 from tapo_train.build.tools import build_toolbox
 from tapo_train.errors import (

@@ -51,6 +51,8 @@ class Table:
     arms: tuple[Arm, ...]
     compared: tuple[tuple[str, str], ...] = ()
     """(arm, baseline) by name."""
+    together: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = ()
+    """Comparisons of several worlds as one: what it is called, and the (arm, baseline) of each."""
 
 
 def _credit(name: str, *more: str, tag: str = "", world: str = "chain") -> Arm:
@@ -58,13 +60,14 @@ def _credit(name: str, *more: str, tag: str = "", world: str = "chain") -> Arm:
     return Arm(name=label, overrides=(f"credit={name}", *more), world=world)
 
 
-def _pairs(*pairs: tuple[Arm, Arm], title: str) -> Table:
-    """Tables of (none, tapo) under several conditions."""
-    arms = tuple(arm for pair in pairs for arm in pair)
+def _pairs(*pairs: tuple[Arm, Arm], title: str, together: str = "") -> Table:
+    """Tables of (none, tapo) under several conditions; `together`: what all of them are called."""
+    compared = tuple((treated.name, plain.name) for plain, treated in pairs)
     return Table(
         title=title,
-        arms=arms,
-        compared=tuple((treated.name, plain.name) for plain, treated in pairs),
+        arms=tuple(arm for pair in pairs for arm in pair),
+        compared=compared,
+        together=((together, compared),) if together else (),
     )
 
 
@@ -84,6 +87,27 @@ _ABLATIONS = (
     _credit("tapo", "credit.theta=1", "credit.theta_by_tool={}", tag="theta-1"),
     _credit("tapo", "credit.alpha_min=0.5", tag="alpha-0.5"),
     _credit("tapo", "credit.correct_repeats=first", tag="first-repeat"),
+)
+
+
+_STAGES = ("none", "tapo", "placebo", "shrink")
+_ELSEWHERE = tuple(_credit(name, world=world) for world in ("late", "long") for name in _STAGES)
+
+
+def _in_three_worlds(stage: str, other: str) -> tuple[str, tuple[tuple[str, str], ...]]:
+    pairs = tuple((f"{world}{stage}", f"{world}{other}") for world in ("", "late-", "long-"))
+    return f"{stage} − {other}, all three", pairs
+
+
+_THREE_WORLDS = tuple(
+    _in_three_worlds(*pair)
+    for pair in (
+        ("tapo", "none"),
+        ("placebo", "none"),
+        ("shrink", "none"),
+        ("tapo", "placebo"),
+        ("tapo", "shrink"),
+    )
 )
 
 
@@ -128,6 +152,12 @@ TABLES = {
         arms=(TAPO, *_ABLATIONS),
         compared=tuple((arm.name, TAPO.name) for arm in _ABLATIONS),
     ),
+    "controls": Table(
+        title="The controls in three worlds",
+        arms=(NONE, TAPO, *_CONTROLS[:2], *_ELSEWHERE),
+        compared=tuple(pair for _, pairs in _THREE_WORLDS for pair in pairs),
+        together=_THREE_WORLDS,
+    ),
     "groups": _pairs(_group(4, 8), (NONE, TAPO), _group(16, 2), title="Group size"),
     "worlds": _pairs(
         (NONE, TAPO),
@@ -137,6 +167,7 @@ TABLES = {
         _pair(world="long"),
         _pair("tools.names=[]", "tools.extra=[moody_search:MoodySearch]", tag="moody"),
         title="Where it helps and where it hurts",
+        together="tapo − none, all six",
     ),
 }
 """By name, in the order in which they are run."""

@@ -98,11 +98,31 @@ def compare(
     common = sorted(arm.keys() & baseline.keys())
     if len(common) < LEAST_SEEDS:
         return None
-    gaps = [measure.of(arm[seed]) - measure.of(baseline[seed]) for seed in common]
+    return judged([measure.of(arm[seed]) - measure.of(baseline[seed]) for seed in common])
+
+
+def compare_together(
+    pairs: Sequence[tuple[dict[int, Record], dict[int, Record]]], measure: Measure
+) -> Comparison | None:
+    """The mean gap over all pairs (arm, baseline), seed by seed: worlds of a seed are not
+    independent, as they share the order of questions. None with too few common seeds."""
+    common = set.intersection(*(arm.keys() & baseline.keys() for arm, baseline in pairs))
+    if len(common) < LEAST_SEEDS:
+        return None
+    return judged(
+        [
+            float(np.mean([measure.of(arm[seed]) - measure.of(base[seed]) for arm, base in pairs]))
+            for seed in sorted(common)
+        ]
+    )
+
+
+def judged(gaps: Sequence[float]) -> Comparison:
+    """One gap per seed, against none at all."""
     mean, half = interval(gaps)
     spread = float(np.std(gaps, ddof=1))
     p = 1.0 if spread == 0.0 and mean == 0.0 else float(stats.ttest_1samp(gaps, 0.0).pvalue)
-    return Comparison(mean, half, p, len(common))
+    return Comparison(mean, half, p, len(gaps))
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -149,6 +169,10 @@ def tests(table: Table, records: dict[str, dict[int, Record]]) -> list[str]:
                 missing.append(f"{name} − {other}")
             else:
                 made.append((f"{name} − {other}", found))
+        for label, pairs in table.together:
+            both = [(records.get(name, {}), records.get(other, {})) for name, other in pairs]
+            if (found := compare_together(both, measure)) is not None:
+                made.append((label, found))
         adjusted = holm([found.p for _, found in made])
         for (label, found), p in zip(made, adjusted, strict=True):
             gap = f"{found.difference:+.{measure.decimals}f} ± {found.half:.{measure.decimals}f}"

@@ -128,11 +128,10 @@ def _recipe(arguments: argparse.Namespace) -> Path:
         raise ConfigError(
             f"eval: {path} does not exist, so prompt and tools are unknown; wanted --recipe FILE"
         )
-    if arguments.questions < 0 or arguments.repeats < 1:
-        raise ConfigError(
-            f"eval: --questions is {arguments.questions}, --repeats {arguments.repeats}; wanted 0 "
-            "or more, and 1 or more"
-        )
+    if arguments.questions < 0:
+        raise ConfigError(f"eval: --questions is {arguments.questions}; wanted 0 or more")
+    if arguments.repeats < 1:
+        raise ConfigError(f"eval: --repeats is {arguments.repeats}; wanted 1 or more")
     return path
 
 
