@@ -33,6 +33,10 @@ _INDEXES = {"tools.corpus": "corpus.jsonl", "tools.image_index": "image_index.js
 def main(argv: Sequence[str]) -> None:
     """Evaluate and print."""
     arguments = _parser().parse_intermixed_args(argv)
+    if arguments.questions < 0:
+        raise ConfigError(f"eval: --questions is {arguments.questions}; wanted 0 or more")
+    if arguments.repeats < 1:
+        raise ConfigError(f"eval: --repeats is {arguments.repeats}; wanted 1 or more")
     if arguments.compare:
         print(_comparison(*map(Path, arguments.compare)))
     elif arguments.benchmarks:
@@ -128,10 +132,6 @@ def _recipe(arguments: argparse.Namespace) -> Path:
         raise ConfigError(
             f"eval: {path} does not exist, so prompt and tools are unknown; wanted --recipe FILE"
         )
-    if arguments.questions < 0:
-        raise ConfigError(f"eval: --questions is {arguments.questions}; wanted 0 or more")
-    if arguments.repeats < 1:
-        raise ConfigError(f"eval: --repeats is {arguments.repeats}; wanted 1 or more")
     return path
 
 
