@@ -3,11 +3,11 @@
     python scripts/bench_search.py --passages 100000 --folder /tmp/bench_search
 
 An invented corpus: words by Zipf-Mandelbrot, topics, 62 words a passage on average. As in a natural
-language the most frequent ranks are stop words; the most frequent other word is in about 5 % of the
-passages. Queries are 4 to 8 words of one passage, every second one with three stop words in front. recall@3 is against
-exhaustive BM25 over the same words with the same k1 and b and exact lengths, which is what bm25s
-computes here; a passage counts as found when its exact score reaches the third best. Each figure is
-of a process of its own; seconds are CPU time where it says so.
+language stop words take the most frequent ranks; the most frequent other word is in some 5 % of the
+passages. Queries are 4 to 8 words of one passage, every second one with three stop words in front.
+recall@3 is against exhaustive BM25 over the same words with the same k1 and b and exact lengths,
+which is what bm25s computes here; a passage counts as found when its exact score reaches the third
+best. Each figure is of a process of its own; seconds are CPU time where it says so.
 """
 
 from __future__ import annotations
