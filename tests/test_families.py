@@ -1,4 +1,4 @@
-"""Every family: rows that are packed are as if alone, and what is learned is what is exported."""
+"""Every family: rows are packed as if alone, and what is loaded and learned is exported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from learner_rows import make_policy, make_row
+import torch
+from learner_rows import make_policy, make_row, picture
 from process_environment import environment
+from safetensors.torch import load_file
 from tiny_families import BUILDERS, build, text_model, tokenizer
+from transformers import AutoProcessor
 
 from tapo_train import families
 from tapo_train.errors import ConfigError
@@ -23,6 +26,7 @@ from tapo_train.learner.engine import end_process_group
 from tapo_train.learner.objective import supervised
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.hf_engine import HfEngine
+from tapo_train.types import Task
 
 WORKER = Path(__file__).with_name("family_engine_worker.py")
 PACKED = 1e-5
@@ -43,6 +47,8 @@ def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
 ) -> None:
     chat = ChatFormat(build(kind, tmp_path))
     policy = make_policy(chat.model, chat, learning_rate=0.1)
+    stored = load_file(tmp_path / "model.safetensors")
+    torch.testing.assert_close(dict(policy.model_files().tensors), stored, atol=0, rtol=0)
     sizes: list[list[tuple[int, int]]] = [[], [], []]
     if chat.family.sees:
         sizes = [[(64, 96)], [], [(64, 64), (96, 64)]]
@@ -64,6 +70,26 @@ def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
     policy.close()
 
 
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "glm4v"])
+def test_pictures_become_the_tokens_that_the_models_own_processor_writes(
+    kind: str, tmp_path: Path
+) -> None:
+    folder = build(kind, tmp_path)
+    chat, processor = ChatFormat(folder), AutoProcessor.from_pretrained(folder)
+    images = tuple(picture(i, width=w, height=h) for i, (w, h) in enumerate([(64, 96), (160, 64)]))
+    task = Task(id="t", question="Which is red?", images=images, answers=("a",))
+    content = [*[{"type": "image"}] * 2, {"type": "text", "text": task.question}]
+    messages = [{"role": "system", "content": "Look."}, {"role": "user", "content": content}]
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    theirs = processor(text=[text], images=[[chat.rgb(image) for image in images]])
+    ours = chat.prompt(task, system_prompt="Look.", tool_schemas=[])
+    assert ours.tolist() == theirs["input_ids"][0]
+    pixels = np.concatenate([np.asarray(part) for part in theirs["pixel_values"]])
+    np.testing.assert_array_equal(
+        chat.pixels(images)["pixel_values"].numpy().reshape(-1), pixels.reshape(-1)
+    )
+
+
 def test_a_family_of_ones_own_is_an_object_and_its_place_in_the_list(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,12 +108,17 @@ def test_a_family_of_ones_own_is_an_object_and_its_place_in_the_list(
     policy.close()
 
 
-def test_a_model_whose_biases_the_engine_would_leave_out_is_refused(tmp_path: Path) -> None:
-    file = build("glm4v", tmp_path) / "config.json"
+@pytest.mark.parametrize(
+    ("kind", "key"), [("glm4v", "attention_bias"), ("qwen3_vl_moe", "norm_topk_prob")]
+)
+def test_a_model_that_the_engine_would_read_otherwise_is_refused(
+    kind: str, key: str, tmp_path: Path
+) -> None:
+    file = build(kind, tmp_path) / "config.json"
     config = json.loads(file.read_text())
-    del config["text_config"]["attention_bias"]
+    del config["text_config"][key]
     file.write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"text_config\.attention_bias .*; wanted true"):
+    with pytest.raises(ConfigError, match=rf"text_config\.{key} .*; wanted true"):
         ChatFormat(tmp_path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import Qwen2VLImageProcessor, Qwen3VLProcessor, Qwen3VLVideoProcessor
 
@@ -29,7 +30,11 @@ TEXT: Mapping[str, Any] = {
     "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
 }
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERTS: Mapping[str, int] = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+}
 TOWER: Mapping[str, Any] = {
     "depth": 2,
     "hidden_size": 32,
@@ -95,6 +100,8 @@ def _qwen3_vl_moe() -> Any:
         **_rope(mrope_section=[8, 4, 4], mrope_interleaved=True),
         **EXPERTS,
         "decoder_sparse_step": 1,
+        # So in any case; vLLM does not start unless this is said.
+        "norm_topk_prob": True,
     }
     vision = {
         "intermediate_size": 64,
@@ -166,6 +173,15 @@ BUILDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 """Model type -> how its model and its processor are made."""
 
 
+def _turn_experts(file: Path) -> None:
+    """As published models have them, and `save_pretrained` does not."""
+    tensors = {
+        name: tensor.mT.contiguous() if ".experts." in name else tensor
+        for name, tensor in load_file(file).items()
+    }
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def build(kind: str, out: Path) -> Path:
     """Write the folder of a tiny random model."""
     torch.manual_seed(0)
@@ -173,6 +189,8 @@ def build(kind: str, out: Path) -> Path:
     made = model()
     made.generation_config.eos_token_id = _id("<|im_end|>")
     made.save_pretrained(out)
+    if kind == "qwen3_vl_moe":
+        _turn_experts(out / "model.safetensors")
     own = processor()
     own.chat_template = own.chat_template or CHAT_TEMPLATE
     own.save_pretrained(out)

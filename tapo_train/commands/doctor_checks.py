@@ -90,17 +90,14 @@ def chat_template(model: Path) -> str:
 
 def image_tokens(model: Path) -> str:
     """Compare the counted placeholders with the features the vision tower will get."""
-    from transformers import AutoConfig
-
     chat = _chat(model)
     if not chat.family.sees:
         return f"{chat.family.name} takes no pictures"
-    merge = AutoConfig.from_pretrained(model).vision_config.spatial_merge_size ** 2
     counts = []
     for width, height in SIZES_PX:
         image = _picture(width, height)
         grid = chat.pixels([image])["image_grid_thw"]
-        counted, features = chat.image_tokens(image), int(grid.prod()) // merge
+        counted, features = chat.image_tokens(image), int(grid.prod()) // chat.merge_size**2
         if counted != features:
             raise AlignmentError(
                 f"a {width}×{height} picture has {counted} tokens and {features} features"

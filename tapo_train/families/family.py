@@ -82,8 +82,13 @@ class Family:
     """Control tokens that are never sampled. A sampled placeholder would promise an image that is
     not there; a message that is opened is not the policy's to open. None: all special ones but
     the end."""
+    experts_transposed: bool = False
+    """Whether folders, and so vLLM, have stacks of expert weights [experts, in, out], where
+    transformers has [experts, out, in]."""
     placeholder: str | None = None
     """Text of the picture placeholder, as the chat template writes it; None: takes no pictures."""
+    around: tuple[str, str] = ("", "")
+    """Texts before and after a placeholder that the processor writes and the template does not."""
     language: str = ""
     """Where the language model's layers are in the body, with a final dot."""
     tower: tuple[str, ...] = ()
@@ -123,8 +128,14 @@ class Family:
         """
         raise AlignmentError(f"{self.name} takes no pictures")
 
-    def process(self, processor: Any, rgb: PIL.Image.Image) -> tuple[Tensor, Tensor]:
-        """Pixels [rows, ...], as the body takes them, and grid [1, 3] of one picture."""
+    def process(self, processor: Any, rgb: PIL.Image.Image, **options: Any) -> tuple[Any, Tensor]:
+        """What vLLM takes of one picture, by its names, and the picture's grid [1, 3].
+
+        `pixel_values` [rows, ...] is what the body takes.
+
+        Args:
+            options: vLLM's, of the processor.
+        """
         raise AlignmentError(f"{self.name} takes no pictures")
 
     def positions(self, body: Any, tokens: Tensor, types: Tensor, grids: Tensor) -> Tensor:

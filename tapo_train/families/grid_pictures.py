@@ -74,10 +74,10 @@ class GridPictures(Family):
             raise AlignmentError(str(error)) from error
         return int(patches) // int(processor.merge_size) ** 2
 
-    def process(self, processor: Any, rgb: PIL.Image.Image) -> tuple[Tensor, Tensor]:
+    def process(self, processor: Any, rgb: PIL.Image.Image, **options: Any) -> tuple[Any, Tensor]:
         """See `Family.process`."""
-        batch = processor(images=[rgb], return_tensors="pt")
-        return batch["pixel_values"], batch["image_grid_thw"]
+        batch = processor(images=[rgb], return_tensors="pt", **options)
+        return batch, batch["image_grid_thw"]
 
     def positions(self, body: Any, tokens: Tensor, types: Tensor, grids: Tensor) -> Tensor:
         """[3, T]; see `Family.positions`."""

@@ -76,7 +76,7 @@ class ModelLayout:
             merge_size=ids.merge_size,
             dummy_shape=shape,
             dummy_grid=grid,
-            padding_token_id=ids.closing[-1],
+            padding_token_id=(0, *ids.closing)[-1],
         )
 
     @property

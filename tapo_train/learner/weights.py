@@ -15,6 +15,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
+from tapo_train.families import family_of
 from tapo_train.learner import adapter, distributed, durable, engine
 from tapo_train.learner.settings import LearnerSettings
 
@@ -47,11 +48,20 @@ def named_weights(model: Any, *, settings: LearnerSettings) -> Iterator[tuple[st
                 is_adapted = name.endswith(".weight") and name.removesuffix(".weight") in layers
                 weight = parameter.data
                 if EXPERTS in name:
-                    yield from revert_weight_conversion(model, {name: weight}).items()
+                    yield from _saved_experts(model, name, weight)
                     continue
                 yield name, layers[name.removesuffix(".weight")].merged() if is_adapted else weight
                 if parameter is head and name != HEAD:
                     yield HEAD, weight
+
+
+def _saved_experts(model: Any, name: str, stack: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """A stack of expert weights, as a folder has it."""
+    is_transposed = family_of(model.config.model_type).experts_transposed
+    for saved, weight in revert_weight_conversion(model, {name: stack}).items():
+        # transformers does not turn these back: it looks at their shape alone, sees its own, and
+        # leaves it.
+        yield saved, weight.mT.contiguous() if is_transposed else weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +102,9 @@ def model_files(model: Any, *, source: Path, settings: LearnerSettings) -> Model
     }
     if distributed.rank() != 0:
         return ModelFiles(tensors={}, texts={})
+    experts = {name: whole.pop(name) for name in [*whole] if EXPERTS in name}
     return ModelFiles(
-        tensors=revert_weight_conversion(model, whole),
+        tensors=revert_weight_conversion(model, whole) | experts,
         texts=_configuration(model) | _processor(source),
     )
 

@@ -76,11 +76,13 @@ class ChatFormat:
         self.decoder = ImageDecoder()
         """Decodes every picture of this process, for policy and tools."""
         pictures = self.family.picture_ids(config)
+        self.merge_size = pictures.merge_size if pictures else 1
+        """Patches per side that become one token."""
         self._pixels = Pixels(
             self.family,
             self.image_processor,
             self.decoder,
-            merge_size=pictures.merge_size if pictures else 1,
+            merge_size=self.merge_size,
             cache_bytes=picture_cache_bytes,
         )
         self._cut_template(read_call)
@@ -223,6 +225,10 @@ class ChatFormat:
                 f"{self.model}: the chat template fails on a conversation of {roles}: "
                 f"{type(error).__name__}: {error}"
             ) from error
+        if self.family.placeholder is not None:
+            text = text.replace(
+                self.family.placeholder, self.family.placeholder.join(self.family.around)
+            )
         return text
 
     def _trusted(self, text: str) -> Tokens:

@@ -120,7 +120,8 @@ class Pixels:
         }
 
     def _process(self, image: Image) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
-        values, grid = self._family.process(self._processor, self.rgb(image))
+        batch, grid = self._family.process(self._processor, self.rgb(image))
+        values = batch["pixel_values"]
         found, wanted = int(grid.prod()) // self._merge, self.num_tokens(image)
         if found != wanted:
             raise AlignmentError(

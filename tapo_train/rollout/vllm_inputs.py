@@ -77,11 +77,12 @@ class InputBuilder:
 
     def _process(self, image: Image) -> tuple[tuple[Any, int], int]:
         """vLLM's item for a picture with its number of placeholders; and its bytes."""
-        processor = self._processor.info.get_image_processor()
-        found = processor(images=[self._chat.rgb(image)], return_tensors="pt", **self._options)
+        processor = self._processor.info.get_hf_processor().image_processor
+        rgb = self._chat.rgb(image)
+        found, grid = self._chat.family.process(processor, rgb, **self._options)
         fields = self._processor._get_mm_fields_config(found, {})
         (item,) = MultiModalKwargsItems.from_hf_inputs(found, fields)["image"]
-        features = int(found["image_grid_thw"].prod()) // processor.merge_size**2
+        features = int(grid.prod()) // self._chat.merge_size**2
         size = sum(element.data.nbytes for element in item.values())
         return (item, features), size
 
