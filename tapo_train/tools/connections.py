@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from ssl import SSLContext
 
 import httpx
@@ -47,8 +47,8 @@ def direct_transport() -> httpx.AsyncBaseTransport:
 class _Place:
     """The connections to one judged address under one name."""
 
-    def __init__(self, connect: Connect) -> None:
-        self._connect = connect
+    def __init__(self, connect: Connect, idle_s: float, asks_again: bool) -> None:
+        self._connect, self._idle_s, self._asks_again = connect, idle_s, asks_again
         self._free: deque[tuple[float, httpx.AsyncBaseTransport]] = deque()
         """With the time [s] since which each is unused; the last one used comes last."""
         self.under_way = 0
@@ -79,16 +79,18 @@ class _Place:
         self, request: httpx.Request
     ) -> tuple[httpx.AsyncBaseTransport, httpx.Response]:
         """Once more where a kept connection broke: servers close them at any time (RFC 9112)."""
+        await self._drop_stale()
         if self._free:
             kept = self._free.pop()[1]
-            with suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+            broken = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
+            with suppress(*(broken if self._asks_again else ())):
                 return kept, await _asked(kept, request)
         fresh = self._connect()
         return fresh, await _asked(fresh, request)
 
     async def _drop_stale(self) -> None:
         while self._free and (
-            len(self._free) > MOST_IDLE or self._free[0][0] < time.monotonic() - IDLE_S
+            len(self._free) > MOST_IDLE or self._free[0][0] < time.monotonic() - self._idle_s
         ):
             await self._free.popleft()[1].aclose()
 
@@ -105,8 +107,19 @@ async def _asked(transport: httpx.AsyncBaseTransport, request: httpx.Request) ->
 class Connections:
     """The kept connections of a client. On one event loop at a time."""
 
-    def __init__(self, connect: Connect) -> None:
-        self._connect = connect
+    def __init__(
+        self,
+        connect: Connect = direct_transport,
+        *,
+        idle_s: float = IDLE_S,
+        asks_again: bool = True,
+    ) -> None:
+        """
+        Args:
+            idle_s: [s] an unused connection is kept; at most `IDLE_S` with `direct_transport`.
+            asks_again: whether what was sent over a kept connection that broke may be sent twice.
+        """
+        self._place_of = partial(_Place, connect, idle_s, asks_again)
         self._places: OrderedDict[tuple[Origin, str], _Place] = OrderedDict()
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -138,7 +151,7 @@ class Connections:
     async def _place(self, origin: Origin, address: str) -> _Place:
         key = (origin, address)
         if key not in self._places:
-            self._places[key] = _Place(self._connect)
+            self._places[key] = self._place_of()
         self._places.move_to_end(key)
         place = self._places[key]
         silent = [old for old, kept in self._places.items() if not kept.under_way and old != key]

@@ -88,6 +88,9 @@ class Toolbox:
                 pictures=pictures,
                 replay=replay,
             )
+        self._schemas = [
+            function_schema(tool.name, tool.description, tool.arguments_model) for tool in tools
+        ]
         self._under_way = dict.fromkeys(self._policies, 0)
         self._is_closed = False
 
@@ -107,10 +110,7 @@ class Toolbox:
 
     def schemas(self) -> list[dict[str, Any]]:
         """OpenAI function schemas, for the chat template."""
-        return [
-            function_schema(tool.name, tool.description, tool.arguments_model)
-            for tool in self._tools
-        ]
+        return list(self._schemas)
 
     def read(self, name: str, arguments: Mapping[str, Any] | None) -> ToolRequest:
         """The tool and the checked arguments of a call, or what is wrong with it."""

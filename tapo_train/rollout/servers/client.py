@@ -15,6 +15,7 @@ import httpx
 
 from tapo_train.errors import EngineError, EngineLostError
 from tapo_train.rollout.servers.gate import authorization
+from tapo_train.tools.connections import Connections
 
 ANSWER_BYTES = 256 * 2**20
 """Longest answer that is read."""
@@ -34,12 +35,9 @@ class Client:
     def __init__(self, url: str, *, secret: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
         self._cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._http = httpx.AsyncClient(
-            base_url=url,
-            headers={"Authorization": authorization(secret), "Accept-Encoding": "identity"},
-            limits=httpx.Limits(max_connections=None, keepalive_expiry=KEPT_S),
-            trust_env=False,
-        )
+        self._url = url.rstrip("/")
+        self._headers = {"Authorization": authorization(secret), "Accept-Encoding": "identity"}
+        self._connections = Connections(idle_s=KEPT_S, asks_again=False)
 
     async def ask(
         self,
@@ -91,7 +89,7 @@ class Client:
     async def close(self) -> None:
         """Hang up; the server aborts what is under way there."""
         self.cut()
-        await self._http.aclose()
+        await self._connections.close()
 
     async def _exchange(
         self,
@@ -101,8 +99,16 @@ class Client:
         timeout: httpx.Timeout,
         headers: Mapping[str, str] | None,
     ) -> tuple[int, bytes]:
-        request = self._http.stream(method, path, json=body, timeout=timeout, headers=headers)
-        async with request as response:
+        request = httpx.Request(
+            method,
+            self._url + path,
+            headers=self._headers | dict(headers or {}),
+            json=body,
+            extensions={"timeout": timeout.as_dict()},
+        )
+        host = request.url.host
+        origin = (request.url.scheme, host, request.url.port or 0)
+        async with self._connections.answer(request, origin, [host]) as response:
             answer = bytearray()
             async for chunk in response.aiter_raw():
                 answer += chunk
