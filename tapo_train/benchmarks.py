@@ -9,33 +9,39 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging as transformers_logging
+
 from tapo_train import build
 from tapo_train.data.sampler import shard
+from tapo_train.data.sealed import require_open
 from tapo_train.data.tasks import fingerprint
-from tapo_train.errors import OutageError
-from tapo_train.evaluation.attempt import Attempt, attempt_of
+from tapo_train.evaluation.attempt import Attempt, attempt_of, require_enough
 from tapo_train.evaluation.attempts_file import AttemptsFile
 from tapo_train.evaluation.manifest import describe_judges, describe_searches
-from tapo_train.evaluation.tables import draw, markdown, summary
+from tapo_train.evaluation.tables import accuracies, draw, markdown, summary
 from tapo_train.learner import distributed
 from tapo_train.recipe import RewardSettings
 from tapo_train.recipe.compose import Recipe, to_yaml
+from tapo_train.report.dumps import write_trajectories
 from tapo_train.report.files import write_atomically
 from tapo_train.report.manifest import describe_model, describe_process
+from tapo_train.tools.addresses import shown
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.parts import Play
-from tapo_train.types import Task
+from tapo_train.types import Task, Trajectory
 
-__all__ = ["Benchmark", "evaluate_benchmarks", "outside_player"]
+__all__ = ["Benchmark", "evaluate_benchmarks", "evaluate_tasks", "outside_player"]
+
+transformers_logging.disable_progress_bar()
 
 CHUNK = 64
-"""Attempts that are played and then written, where nobody says more."""
+"""Attempts that are played and then written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,8 @@ class Player:
     play: Play
     playable: Callable[[Sequence[Task]], list[Task]]
     described: Mapping[str, Any]
+    placeholder: int | None = None
+    """Token of a picture, if it says what its tokens are."""
 
 
 MakePlayer = Callable[[Recipe, Toolbox, ExitStack], Player]
@@ -67,6 +75,7 @@ def local_player(recipe: Recipe, toolbox: Toolbox, ending: ExitStack) -> Player:
         play=build.build_play(recipe, engine, chat, toolbox, score),
         playable=lambda tasks: build.playable_tasks(recipe, tasks, chat, toolbox),
         described=describe_model(recipe.model.path),
+        placeholder=chat.image_token_id,
     )
 
 
@@ -78,7 +87,7 @@ def outside_player(endpoint: build.Endpoint) -> MakePlayer:
         return Player(
             play=build.build_outside_play(recipe, endpoint, toolbox, score, ending),
             playable=list,
-            described={"endpoint": endpoint.url, "model": endpoint.model},
+            described={"endpoint": shown(endpoint.url), "model": endpoint.model},
         )
 
     return make
@@ -92,43 +101,61 @@ def evaluate_benchmarks(
     repeats: int = 1,
     num_questions: int = 0,
     make_player: MakePlayer = local_player,
-    chunk: int = CHUNK,
-    on_written: Callable[[int], None] = lambda number: None,
 ) -> str:
     """Ask, write the tables into `out`, and give them as Markdown.
 
     Args:
         repeats: attempts at each question; one is greedy, several are sampled.
         num_questions: only the first of each benchmark; 0: all.
-        chunk: attempts that are played and then written.
-        on_written: told the number of attempts on disk whenever some were added.
 
     Raises:
         OutageError: too many attempts failed outside the policy. Those that did not are kept.
         ConfigError: `out` holds attempts that were asked for otherwise.
     """
-    build.require_custom_parts(recipe)
-    recipe = _whole_groups(recipe)
     with ExitStack() as ending:
-        toolbox = ending.enter_context(closing(build.build_toolbox(recipe)))
-        player = make_player(recipe, toolbox, ending)
-        questions = {
-            one.name: player.playable(
-                build.read_tasks([str(one.path)], recipe)[: num_questions or None]
-            )
-            for one in benchmarks
-        }
-        asked = _Asked(recipe=recipe, player=player, repeats=repeats, questions=questions)
+        asked, toolbox = _prepared(recipe, benchmarks, repeats, num_questions, make_player, ending)
         file = AttemptsFile(out, asked=asked.described(), rank=distributed.rank())
-        for name, tasks in questions.items():
+        for name, tasks in asked.questions.items():
             own = shard(tasks, distributed.rank(), distributed.world_size())
-            for written in _attempts(asked, name, own, file, chunk):
-                on_written(written)
+            held = {
+                (one.task, one.repeat)
+                for one in file.held()
+                if one.benchmark == name and not one.failed
+            }
+            for written, _ in _played(asked, name, own, held):
+                file.append(written)
         distributed.barrier()
-        wanted = {(name, task.id) for name, tasks in questions.items() for task in tasks}
+        wanted = {(name, task.id) for name, tasks in asked.questions.items() for task in tasks}
         attempts = [one for one in file.held() if (one.benchmark, one.task) in wanted]
         _require_enough(recipe, attempts)
         return _write(out, asked, attempts, describe_searches(recipe, toolbox, attempts))
+
+
+def evaluate_tasks(
+    recipe: Recipe, tasks: Path, *, num_questions: int = 0, dump: Path | None = None
+) -> str:
+    """Ask one file's questions once, greedily, and say how many were right; nothing is resumed.
+
+    Args:
+        num_questions: only the first ones; 0: all.
+        dump: where the trajectories go (jsonl).
+
+    Raises:
+        OutageError: too many attempts failed outside the policy.
+        DataError: its authors want no dump of the file.
+    """
+    benchmark = Benchmark(tasks.name, tasks)
+    with ExitStack() as ending:
+        asked, _ = _prepared(recipe, [benchmark], 1, num_questions, local_player, ending)
+        questions = asked.questions[benchmark.name]
+        if dump is not None:
+            require_open(questions, doing="dump of attempts")
+        played = _played(asked, benchmark.name, questions, frozenset(), chunk=len(questions) or 1)
+        attempts, trajectories = next(played, ([], []))
+        if dump is not None:
+            write_trajectories(dump, trajectories, placeholder=asked.player.placeholder)
+        _require_enough(recipe, attempts)
+        return accuracies(attempts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,15 +196,39 @@ def _whole_groups(recipe: Recipe) -> Recipe:
     return replace(recipe, rollout=rollout)
 
 
-def _attempts(
-    asked: _Asked, name: str, tasks: Sequence[Task], file: AttemptsFile, chunk: int
-) -> Iterator[int]:
-    """Play what is not there yet, a few questions at a time; how many attempts there are then."""
+def _prepared(
+    recipe: Recipe,
+    benchmarks: Sequence[Benchmark],
+    repeats: int,
+    num_questions: int,
+    make_player: MakePlayer,
+    ending: ExitStack,
+) -> tuple[_Asked, Toolbox]:
+    """Player and questions; what has to be closed is entered into `ending`."""
+    build.require_custom_parts(recipe)
+    recipe = _whole_groups(recipe)
+    toolbox = ending.enter_context(closing(build.build_toolbox(recipe)))
+    player = make_player(recipe, toolbox, ending)
+    questions = {
+        one.name: player.playable(
+            build.read_tasks([str(one.path)], recipe)[: num_questions or None]
+        )
+        for one in benchmarks
+    }
+    return _Asked(recipe=recipe, player=player, repeats=repeats, questions=questions), toolbox
+
+
+def _played(
+    asked: _Asked,
+    name: str,
+    tasks: Sequence[Task],
+    held: Set[tuple[str, int]],
+    *,
+    chunk: int = CHUNK,
+) -> Iterator[tuple[list[Attempt], list[Trajectory]]]:
+    """Play what is not among the `held` tasks and repeats, a few questions at a time."""
     repeats, limits = asked.repeats, asked.recipe.tools.limits
     prices = {tool: chosen.price for tool, chosen in limits.items()}
-    held = {
-        (one.task, one.repeat) for one in file.held() if one.benchmark == name and not one.failed
-    }
     size = max(1, chunk // repeats)
     for start in range(0, len(tasks), size):
         # By place in the file, so that a chunk holds the same questions when it is played again.
@@ -189,27 +240,17 @@ def _attempts(
         if not missing:
             continue
         groups = asked.player.play(missing, rollouts=repeats, greedy=repeats == 1, policy_version=0)
-        written = [
-            attempt_of(trajectory, benchmark=name, repeat=repeat, prices=prices)
-            for group in groups
-            for repeat, trajectory in enumerate(group.trajectories)
-        ]
-        file.append(written)
-        held |= {(one.task, one.repeat) for one in written if not one.failed}
-        yield len(held)
+        rows = [(n, t) for group in groups for n, t in enumerate(group.trajectories)]
+        attempts = [attempt_of(t, benchmark=name, repeat=n, prices=prices) for n, t in rows]
+        yield attempts, [trajectory for _, trajectory in rows]
 
 
 def _require_enough(recipe: Recipe, attempts: Sequence[Attempt]) -> None:
-    failed = [attempt.failed for attempt in attempts if attempt.failed]
-    if len(failed) > recipe.rollout.max_failed_fraction * len(attempts) or len(failed) == len(
-        attempts
-    ):
-        said = max(set(failed), key=failed.count) if failed else "there are none"
-        raise OutageError(
-            f"{len(failed)} of {len(attempts)} attempts failed outside the policy, most often: "
-            f"{said}; at most rollout.max_failed_fraction = {recipe.rollout.max_failed_fraction:g} "
-            "of them may. The same command asks them again"
-        )
+    require_enough(
+        attempts,
+        max_failed_fraction=recipe.rollout.max_failed_fraction,
+        min_scored=recipe.reward.min_scored,
+    )
 
 
 def _judged_by(reward: RewardSettings) -> str:

@@ -1,4 +1,4 @@
-"""What the commands do: train and evaluate, from a checked recipe."""
+"""What the command `train` does, from a checked recipe."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ from transformers.utils import logging as transformers_logging
 
 from tapo_train import build
 from tapo_train.build.custom import CustomSink
-from tapo_train.data.sealed import require_open
 from tapo_train.learner import distributed
 from tapo_train.learner.nonfinite import NonFiniteGuard
 from tapo_train.learner.policy import Policy
 from tapo_train.recipe.compose import Recipe, recipe_to_show, to_yaml
-from tapo_train.report.dumps import write_trajectories
 from tapo_train.report.live_console import open_console
 from tapo_train.report.manifest import describe_data, describe_model, describe_process
 from tapo_train.report.metrics_file import MetricsFile
@@ -26,7 +24,6 @@ from tapo_train.rollout.engine import Engine
 from tapo_train.training.parts import Parts
 from tapo_train.training.resume import RECIPE, check_resumption, checkpoints_of
 from tapo_train.training.trainer import Trainer
-from tapo_train.training.validation import Evaluation, evaluated
 from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Task
 
@@ -140,41 +137,6 @@ def make_parts(
         interruption=interruption,
         dump=build.build_dump(recipe, folder.path, chat),
         probe=build.build_probe(recipe, engine, chat, toolbox, tasks[0], player.driver),
-    )
-
-
-def evaluate(
-    recipe: Recipe, *, tasks: Path, num_questions: int = 0, out: Path | None = None
-) -> Evaluation:
-    """Ask the policy every question once, greedily.
-
-    Args:
-        num_questions: only the first ones; 0 asks all.
-        out: where to write the trajectories (jsonl).
-
-    Raises:
-        OutageError: too many questions failed outside the policy.
-    """
-    build.require_custom_parts(recipe)
-    questions = build.read_tasks([str(tasks)], recipe)[: num_questions or None]
-    if out is not None:
-        require_open(questions, doing="dump of attempts")
-    chat = build.build_chat(recipe)
-    with ExitStack() as ending:
-        toolbox = ending.enter_context(closing(build.build_toolbox(recipe, decoder=chat.decoder)))
-        questions = build.playable_tasks(recipe, questions, chat, toolbox)
-        engine = build.build_engine(recipe, chat)
-        score = build.build_scoring(recipe, toolbox, ending)
-        play = build.build_play(recipe, engine, chat, toolbox, score)
-        groups = play(questions, rollouts=1, greedy=True, policy_version=0)
-    trajectories = [t for group in groups for t in group.trajectories]
-    if out is not None:
-        write_trajectories(out, trajectories, placeholder=chat.image_token_id)
-    engine.close()
-    return evaluated(
-        trajectories,
-        max_failed_fraction=recipe.rollout.max_failed_fraction,
-        min_scored=recipe.reward.min_scored,
     )
 
 

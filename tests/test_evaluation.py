@@ -6,27 +6,33 @@ import asyncio
 import itertools
 import json
 import math
-import random
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from process_environment import ROOT, environment
 from test_rewards import call, trajectory
 
 from tapo_train.__main__ import main
 from tapo_train.benchmarks import Benchmark, evaluate_benchmarks
 from tapo_train.data.tasks import load_tasks
-from tapo_train.errors import ConfigError, OutageError
-from tapo_train.evaluation.attempt import EMPTY, Attempt, attempt_of
+from tapo_train.errors import OutageError
+from tapo_train.evaluation.attempt import EMPTY, Attempt, attempt_of, require_enough
 from tapo_train.evaluation.attempts_file import AttemptsFile, read_attempts
 from tapo_train.evaluation.compare import compared, mcnemar
 from tapo_train.evaluation.estimates import average, pass_at
-from tapo_train.evaluation.tables import markdown, summary
+from tapo_train.evaluation.manifest import describe_searches
+from tapo_train.evaluation.tables import accuracies, markdown, summary
 from tapo_train.recipe.compose import Recipe, load_recipe
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.text_search import CorpusIndex, TextSearchArguments, TextSearchTool
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Observation, Outcome, Reward, StopReason, Task
 
 
@@ -123,6 +129,49 @@ def test_a_table_holds_what_a_hand_counts() -> None:
     assert judged["b"]["official"]["by"] == "judge" and judged["b"]["official"]["CGA"] == 1.0
 
 
+def test_the_accuracy_of_a_file_is_said_by_data_set_without_what_failed() -> None:
+    rows = [
+        attempt("1", 1.0, source="livevqa/level1"),
+        attempt("2", 0.5, source="livevqa/level1"),
+        attempt("3", 1.0, source="FVQA"),
+        Attempt(benchmark="b", task="4", repeat=0, source="FVQA", failed="search: 503"),
+    ]
+    failed, whole, *sources = accuracies(rows).splitlines()
+    assert failed == (
+        "failed: 1 of 4 questions failed outside the policy and are not counted; most often: "
+        "search: 503"
+    )
+    assert whole.startswith("accuracy: 0.667 (95 % interval 0.") and whole.endswith("n=3)")
+    assert [line[: line.index("(")] for line in sources] == [
+        "  livevqa_level1: 0.500 ",
+        "  FVQA: 1.000 ",
+    ]
+    assert accuracies(rows[2:3]) == "accuracy: 1.000 (95 % interval 0.207 to 1.000, n=1)"
+
+
+@pytest.mark.parametrize(
+    ("right", "failed", "unscored", "share", "said"),
+    [
+        (0, 3, 0, 0.5, "3 of 3 attempts failed .* most often: 503; at most rollout.max_failed"),
+        (1, 2, 0, 0.5, "2 of 3"),
+        (0, 2, 0, 1.0, "2 of 2"),
+        (3, 1, 1, 0.5, "1 of 4 attempts that ended got no reward, most often: .*min_scored = 0.8"),
+        (0, 0, 0, 1.0, "0 of 0 attempts failed"),
+    ],
+)
+def test_attempts_that_an_outage_broke_are_refused_however_few(
+    right: int, failed: int, unscored: int, share: float, said: str
+) -> None:
+    rows = [attempt(str(n), 1.0) for n in range(right)]
+    rows += [Attempt(benchmark="b", task=f"f{n}", repeat=0, failed="503") for n in range(failed)]
+    lost = {"benchmark": "b", "repeat": 0, "failed": "the reward: 503", "unscored": True}
+    rows += [Attempt(task=f"u{n}", **lost) for n in range(unscored)]
+    with pytest.raises(OutageError, match=said):
+        require_enough(rows, max_failed_fraction=share, min_scored=0.8)
+    enough = [*rows, *(attempt(f"more{n}", 0.0) for n in range(9))]
+    require_enough(enough, max_failed_fraction=share, min_scored=0.8)
+
+
 def test_an_attempt_says_what_its_answer_rests_on() -> None:
     task = Task(id="q", question="Who built it?", images=(), answers=("Gustave Eiffel", "Eiffel"))
     found = Observation(text="Built by Gustave Eiffel in 1889")
@@ -181,62 +230,76 @@ def recipe(small_world: Path) -> Recipe:
     )
 
 
+def test_a_manifest_names_what_was_searched_and_not_its_key(recipe: Recipe) -> None:
+    address = "http://search.test/find?key=s3cr3t-of-the-search"
+    asked = replace(recipe, tools=replace(recipe.tools, text_endpoint=address))
+    told = describe_searches(asked, Toolbox([], deadline_s=1.0), [])
+    assert told["search"]["text"].startswith("http://search.test/find?key=")
+    assert told["search"]["pictures"] == recipe.tools.image_index
+    assert "s3cr3t" not in json.dumps(told) and told["fetch success"] is None
+
+
 def results(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return found
 
 
-class Killed(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
-
-
 @pytest.mark.slow
-def test_an_evaluation_that_was_killed_or_is_replayed_comes_to_the_same_to_the_digit(
-    recipe: Recipe, small_world: Path, tmp_path: Path
+def test_an_evaluation_killed_half_way_or_replayed_gives_the_same_table_to_the_digit(
+    small_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    test = [Benchmark("world", small_world / "test.jsonl")]
-    recording = replace(recipe.tools, replay="record", recording=str(tmp_path / "recording"))
-    recorded = replace(recipe, tools=recording)
-    asked = {"repeats": 2, "num_questions": 5, "chunk": 4}
-
-    def kill(number: int) -> None:
-        if number >= 4:
-            raise Killed
-
-    with pytest.raises(Killed):
-        evaluate_benchmarks(recorded, test, out=tmp_path / "killed", on_written=kill, **asked)
-    held = tmp_path / "killed" / "attempts.jsonl"
-    assert len(held.read_text().splitlines()) == 4
-    with held.open("a") as file:
-        file.write('{"benchmark": "world", "ta')
-    numbers: list[int] = []
-    evaluate_benchmarks(recorded, test, out=tmp_path / "killed", on_written=numbers.append, **asked)
-    assert numbers == [8, 10], "what was there is not asked again"
-    replayed = replace(recipe, tools=replace(recording, replay="replay"))
-    shown = evaluate_benchmarks(replayed, test, out=tmp_path / "whole", **asked)
-    killed, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
-    assert json.dumps(killed["tables"]) == json.dumps(whole["tables"])
-    assert killed["tables"]["world"]["attempts"] == 10
-    assert whole["subset ids"]["world"] == [
-        task.id for task in load_tasks(small_world / "test.jsonl")[:5]
+    files = f"seen={small_world}/test.jsonl,new={small_world}/validation.jsonl"
+    words = ["--model", "assets/warm_start", "--recipe", "recipes/demo_cpu.yaml"]
+    words += ["--benchmarks", files, "--questions", "2", "rollout/engine=hf"]
+    words += [f"tools.recording={tmp_path}/recording"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    asked = ["eval", *words, "tools.replay=record", "--out", str(killed), "--repeats"]
+    held = killed / "attempts.jsonl"
+    command = [sys.executable, "-m", "tapo_train", *asked, "2"]
+    with subprocess.Popen(command, cwd=ROOT, env=environment()) as process:
+        while process.poll() is None and not (held.exists() and held.stat().st_size):
+            time.sleep(0.02)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not (killed / "results.json").exists()
+    lines = held.read_text().splitlines(keepends=True)
+    assert [json.loads(line)["benchmark"] for line in lines] == ["seen"] * 4, "half of them"
+    kept = "".join(lines[:-1])
+    held.write_text(kept + lines[-1][:30])  # as if it had been killed while it wrote
+    assert main([*asked, "2"]) == 0
+    written = held.read_text()
+    assert written.startswith(kept), "what was there stays"
+    added = [json.loads(line) for line in written.removeprefix(kept).splitlines()]
+    assert {one["task"] for one in added if one["benchmark"] == "seen"} == {
+        json.loads(lines[-1])["task"]
+    }, "and is not asked again"
+    capsys.readouterr()
+    assert main(["eval", *words, "tools.replay=replay", "--out", str(whole), "--repeats", "2"]) == 0
+    shown = capsys.readouterr().out
+    first, second = results(killed), results(whole)
+    assert json.dumps(first["tables"]) == json.dumps(second["tables"])
+    assert [table["attempts"] for table in first["tables"].values()] == [4, 4]
+    assert second["subset ids"]["seen"] == [
+        task.id for task in load_tasks(small_world / "test.jsonl")[:2]
     ]
-    assert set(whole["manifest"]) >= {"search", "fetch success", "empty results", "judges", "n"}
-    assert "pass@2" in shown and (tmp_path / "whole" / "results.png").stat().st_size > 1000
-    assert shown == (tmp_path / "whole" / "results.md").read_text()
-    with pytest.raises(ConfigError, match=r"asked for otherwise \(repeats: 2, now 3\)"):
-        evaluate_benchmarks(replayed, test, out=tmp_path / "whole", **{**asked, "repeats": 3})
+    assert set(second["manifest"]) >= {"search", "fetch success", "empty results", "judges", "n"}
+    assert "pass@2" in shown and (whole / "results.png").stat().st_size > 1000
+    assert shown == (whole / "results.md").read_text() + "\n"
+    assert main([*asked, "3"]) == 2
+    assert "asked for otherwise (repeats: 2, now 3)" in capsys.readouterr().err
 
 
 def test_two_evaluations_are_compared_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rng = random.Random(3)
-    for name, chance in (("a", 0.3), ("b", 0.7)):
+    for name, right in (("a", range(10)), ("b", range(2, 17))):
         file = AttemptsFile(tmp_path / name, asked={})
-        file.append(attempt(str(n), float(rng.random() < chance)) for n in range(40))
-    first, second = (read_attempts(tmp_path / name) for name in "ab")
+        file.append(attempt(str(n), float(n in right)) for n in range(40))
     assert main(["eval", "--compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert capsys.readouterr().out == f"b: {compared(first, second)}\n"
+    shown = capsys.readouterr().out
+    assert shown.startswith("b: 0.250 -> 0.375: +0.125 [")
+    # By hand: of 9 fair coins 0, 1 or 2 on one side: 2 (1 + 9 + 36) / 2^9.
+    assert shown.endswith("n=40; 7 gained, 2 lost, McNemar p = 0.1797\n")
     assert main(["eval", "--compare", str(tmp_path / "a"), str(tmp_path)]) == 2
     assert "hold no benchmark in common" in capsys.readouterr().err
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tapo_train.__main__ import main
 from tapo_train.recipe.compose import load_recipe
 from tapo_train.runs import train
 from tapo_train.tools.corpus_index import build_index
@@ -75,3 +76,36 @@ def test_no_verdict_that_failed_touches_a_loss(
     assert lost == len(failed), "each failed verdict left its attempt out, and no other"
     rows = lines(tmp_path / "run" / "metrics.jsonl")
     assert sum(row["rollout/unscored"] for row in rows) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not REAL_ROWS.is_dir(), reason=f"no real rows at {REAL_ROWS}")
+def test_real_rows_have_a_table_and_what_the_judge_left_open_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_index(tmp_path / "index", [ROOT / "recipes" / "livevqa_local_pages"])
+    words = ["--model", "assets/warm_start", "--recipe", "recipes/livevqa_local.yaml"]
+    words += ["--benchmarks", f"news={REAL_ROWS}/livevqa_news", "--questions", "6"]
+    words += ["--repeats", "2", "--out", str(tmp_path / "out"), "rollout/engine=hf"]
+    words += [f"tools.corpus={tmp_path}/index", "reward.min_scored=0.2"]
+    with ScriptedJudge(fail=0.4) as judge:
+        monkeypatch.setenv("JUDGE_ENDPOINT", judge.endpoint)
+        threading.Thread(target=judge.serve_forever, daemon=True).start()
+        assert main(["eval", *words]) == 0
+        failed = sum(said in FAILURES for _, said in judge.asked)
+        first = json.loads((tmp_path / "out" / "results.json").read_text())["tables"]["news"]
+        judge.fail = 0.0
+        capsys.readouterr()
+        assert main(["eval", *words]) == 0
+        judge.shutdown()
+        said = dict(judge.asked)
+    shown = capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    second = results["tables"]["news"]
+    assert (first["attempts"], first["failed"]) == (12, failed) and failed > 0
+    assert (second["attempts"], second["failed"], second["answered_for"]) == (12, 0, 6)
+    right = second["avg@2"]["value"] * 12
+    assert right == pytest.approx(sum(verdict == "yes" for verdict in said.values()))
+    (told,) = results["manifest"]["judges"]
+    assert (told["model"], told["endpoint"]) == ("scripted", judge.endpoint)
+    assert "| news | 6 of 6 | 0 | " in shown and "(judge)" in shown

@@ -22,6 +22,8 @@ from test_rewards import call, trajectory
 from tapo_train.algos.turn_advantages import outcome_advantages
 from tapo_train.credit.assigners import NoTransfer
 from tapo_train.errors import OutageError, ReplayMissError, TapoError, ToolDownError
+from tapo_train.evaluation.attempt import attempt_of, require_enough
+from tapo_train.evaluation.tables import accuracies
 from tapo_train.report.dumps import TrajectoryDump
 from tapo_train.rewards import answers, penalties
 from tapo_train.rewards.judge import TEMPLATES, Judge, JudgeTool, prompt_of, verdict_of
@@ -39,7 +41,6 @@ from tapo_train.tools.limits import ToolLimits
 from tapo_train.tools.net import HttpClient
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.step_batch import compared, credit_rows, rows_of_updates
-from tapo_train.training.validation import evaluated
 from tapo_train.types import Group, Outcome, Task, Trajectory
 
 LIMITS = Limits(max_turns=4, max_turn_tokens=200, max_tokens=2000)
@@ -303,8 +304,11 @@ def test_of_a_judge_that_fails_every_fifth_call_nothing_false_is_learnt_or_valid
     assert {json.loads(line)["id"] for line in rollouts} == {t.id for t in scored}
     # Validation counts the judged ones alone, and the share of successes ends the run.
     right = sum("Velor" in (t.answer or "") for t in scored)
-    found = evaluated(held, max_failed_fraction=1.0)
-    assert (found.accuracy.correct, found.accuracy.num) == (right, 26)
+    attempts = [attempt_of(t, benchmark="b", repeat=0, prices={}) for t in held]
+    assert f"accuracy: {right / 26:.3f} " in accuracies(attempts)
+    assert "n=26)" in accuracies(attempts)
+    with pytest.raises(OutageError, match=r"6 of 32 attempts that ended got no reward, most often"):
+        require_enough(attempts, max_failed_fraction=1.0, min_scored=0.95)
     FailureBudget(0.0, min_scored=26 / 32).check(failures_of(held))
     with pytest.raises(OutageError, match=r"reward\.min_scored: 6 of the last 32 .* no reward"):
         FailureBudget(0.0, min_scored=0.95).check(failures_of(held))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from tapo_train.report.sinks import Console
 from tapo_train.rollout.failures import FailureBudget
 from tapo_train.tools.ledger import Ledger
 from tapo_train.training.audit import RolloutAudit
-from tapo_train.training.validation import evaluated, validated
+from tapo_train.training.validation import validated
 from tapo_train.types import (
     Observation,
     Outcome,
@@ -121,36 +120,6 @@ def test_a_late_question_is_left_out_but_is_no_outage(tmp_path: Path) -> None:
     assert found.error is None
     assert found.metrics["eval/accuracy"] == 1.0
     assert found.score == 1 / 41
-
-
-def test_several_data_sets_have_an_accuracy_each() -> None:
-    rows = [
-        trajectory(1.0, source="livevqa/level1"),
-        trajectory(0.0, source="livevqa/level1"),
-        trajectory(1.0, source="FVQA"),
-        trajectory(0.0, source="FVQA", stop=StopReason.INFRA),
-    ]
-    found = evaluated(rows, max_failed_fraction=0.5)
-    assert (found.accuracy.correct, found.accuracy.num) == (2, 3)
-    shares = {name: (own.correct, own.num) for name, own in found.by_source.items()}
-    assert shares == {"livevqa_level1": (1, 2), "FVQA": (1, 1)}
-    assert str(found).splitlines()[0].startswith("failed: 1 of 4 questions failed outside")
-    assert str(found).splitlines()[1].startswith("accuracy: 0.667")
-
-
-@pytest.mark.parametrize(
-    ("rows", "share", "said"),
-    [
-        (down(3), 0.5, "3 of the last 3 trajectories failed"),
-        ([trajectory(1.0), *down(2)], 0.5, "2 of the last 3"),
-        (down(2), 1.0, "none of 2 questions was played to its end; calls that failed: search"),
-    ],
-)
-def test_an_evaluation_that_an_outage_broke_is_refused_however_small(
-    rows: Sequence[Trajectory], share: float, said: str
-) -> None:
-    with pytest.raises(OutageError, match=said):
-        evaluated(rows, max_failed_fraction=share)
 
 
 def test_the_console_says_how_much_of_a_validation_failed(

@@ -115,5 +115,5 @@ def test_an_evaluation_without_its_search_prints_no_accuracy(
         )
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-2000:]
     assert "accuracy" not in done.stdout
-    assert "of the last 10 trajectories failed outside the policy" in done.stderr
+    assert "of 10 attempts failed outside the policy, most often: text_search" in done.stderr
     assert len((tmp_path / "played.jsonl").read_text().splitlines()) == 10, "what was played stays"

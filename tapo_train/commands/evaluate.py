@@ -57,10 +57,9 @@ def _on_tasks(arguments: argparse.Namespace) -> str:
     overrides = eval_overrides(model, tasks, arguments.overrides)
     recipe = load_recipe(_recipe(arguments), overrides)
 
-    from tapo_train import runs  # loads torch and vllm
+    from tapo_train import benchmarks  # loads torch and vllm
 
-    found = runs.evaluate(recipe, tasks=tasks, num_questions=arguments.questions, out=out)
-    return str(found)
+    return benchmarks.evaluate_tasks(recipe, tasks, num_questions=arguments.questions, dump=out)
 
 
 def _on_benchmarks(arguments: argparse.Namespace) -> str:

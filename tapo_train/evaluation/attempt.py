@@ -14,18 +14,19 @@ and `faithful`.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from tapo_train.data.rows import Row
+from tapo_train.errors import OutageError
 from tapo_train.rewards.matching import normalise
 from tapo_train.rewards.official import metric_of, official_score
 from tapo_train.rewards.penalties import is_supported, observed_texts
 from tapo_train.rollout.failures import failures_of
 from tapo_train.types import JsonObject, Outcome, ToolCall, Trajectory
 
-__all__ = ["EMPTY", "SEARCHES", "Attempt", "attempt_of", "read_attempt"]
+__all__ = ["EMPTY", "SEARCHES", "Attempt", "attempt_of", "read_attempt", "require_enough"]
 
 SEARCHES = ("text_search_tool", "image_search_tool")
 EMPTY = ("No results were found.", "No matching images were found.")
@@ -42,6 +43,10 @@ class Attempt:
     """0-based."""
     failed: str = ""
     """Why it says nothing about the policy; "" if it does."""
+    unscored: bool = False
+    """Whether that is because it ended and its reward failed."""
+    source: str = ""
+    """Data set of the question."""
     accuracy: float | None = None
     """The reward's part of that name, in [0, 1]."""
     official: float | None = None
@@ -83,8 +88,14 @@ def attempt_of(
     """
     task = trajectory.task
     if trajectory.failed_outside_policy:
-        reason = _reason(trajectory)
-        return Attempt(benchmark=benchmark, task=task.id, repeat=repeat, failed=reason)
+        return Attempt(
+            benchmark=benchmark,
+            task=task.id,
+            repeat=repeat,
+            failed=_reason(trajectory),
+            unscored=trajectory.unscored is not None,
+            source=task.source,
+        )
     reward = trajectory.scored()
     made = [call for turn in trajectory.turns for call in turn.calls if call.executed]
     calls = Counter(call.name for call in made)
@@ -93,6 +104,7 @@ def attempt_of(
         benchmark=benchmark,
         task=task.id,
         repeat=repeat,
+        source=task.source,
         accuracy=reward.accuracy,
         official=official_score(task, trajectory.answer),
         metric=metric_of(task),
@@ -111,6 +123,32 @@ def attempt_of(
         empty=sum(map(_is_empty, searches)),
         cost=sum(prices.get(tool, 0.0) * number for tool, number in calls.items()),
     )
+
+
+def require_enough(
+    attempts: Sequence[Attempt], *, max_failed_fraction: float, min_scored: float
+) -> None:
+    """Refuse to make anything of attempts, however few, that an outage broke.
+
+    Raises:
+        OutageError: more than the share failed outside the policy, or all of them, or fewer than
+            `min_scored` of those that ended have a reward.
+    """
+    failed = [attempt.failed for attempt in attempts if attempt.failed]
+    said = max(set(failed), key=failed.count) if failed else "there are none"
+    if len(failed) > max_failed_fraction * len(attempts) or len(failed) == len(attempts):
+        raise OutageError(
+            f"{len(failed)} of {len(attempts)} attempts failed outside the policy, most often: "
+            f"{said}; at most rollout.max_failed_fraction = {max_failed_fraction:g} of them may. "
+            "The same command asks them again"
+        )
+    unscored = sum(attempt.unscored for attempt in attempts)
+    ended = len(attempts) - len(failed) + unscored
+    if ended - unscored < min_scored * ended:
+        raise OutageError(
+            f"{unscored} of {ended} attempts that ended got no reward, most often: {said}; "
+            f"reward.min_scored = {min_scored:g} of them must. The same command asks them again"
+        )
 
 
 def _reason(trajectory: Trajectory) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from tapo_train.evaluation.attempt import Attempt
 from tapo_train.recipe import JudgePart
-from tapo_train.recipe.compose import Recipe
+from tapo_train.recipe.compose import Recipe, recipe_to_show
 from tapo_train.rewards.judge import template_text
+from tapo_train.tools.addresses import shown
 from tapo_train.tools.toolbox import Toolbox
 
 __all__ = ["describe_judges", "describe_searches"]
@@ -22,17 +23,19 @@ def describe_searches(
 
     The date of the answers is that of the manifest, unless a recording gave them.
     """
-    tools = recipe.tools
+    tools = recipe_to_show(recipe)["tools"]
+    texts = ("text_endpoint", "text_service", "text_store", "corpus")
+    pictures = ("image_endpoint", "image_service", "image_index")
     asked = sum(attempt.searches for attempt in attempts)
     answered = sum(attempt.answered for attempt in attempts)
     empty = sum(attempt.empty for attempt in attempts)
     return {
         "search": {
-            "text": tools.text_endpoint or tools.corpus,
-            "pictures": tools.image_endpoint or tools.image_index,
+            "text": next((tools[name] for name in texts if tools[name]), None),
+            "pictures": next((tools[name] for name in pictures if tools[name]), None),
             "versions": dict(toolbox.versions),
         },
-        "replay": tools.replay,
+        "replay": recipe.tools.replay,
         "searches": asked,
         "fetch success": answered / asked if asked else None,
         "empty results": empty / answered if answered else None,
@@ -46,7 +49,7 @@ def describe_judges(recipe: Recipe) -> list[dict[str, Any]]:
         {
             "part": f"{source}/{name}" if source else name,
             "model": part.model,
-            "endpoint": part.endpoint,
+            "endpoint": shown(part.endpoint),
             "prompt_sha256": hashlib.sha256(template_text(part.template).encode()).hexdigest(),
             "options": dict(part.options),
         }

@@ -11,9 +11,11 @@ from typing import Any
 
 from tapo_train.evaluation.attempt import Attempt
 from tapo_train.evaluation.estimates import Estimate, average, by_question, pass_at
+from tapo_train.report.statistics import accuracy_of
+from tapo_train.report.trajectory_metrics import most_frequent_sources
 from tapo_train.rewards.official import JUDGE, Scored, attempted_scores, infoseek_final
 
-__all__ = ["draw", "markdown", "summary"]
+__all__ = ["accuracies", "draw", "markdown", "summary"]
 
 Table = dict[str, Any]
 
@@ -147,6 +149,27 @@ def _groups(usable: Sequence[Attempt], name_of: Callable[[Attempt], str]) -> Tab
         name: {"attempts": len(own), "accuracy": _mean(own, _accuracy)}
         for name, own in sorted(held.items())
     }
+
+
+def accuracies(attempts: Sequence[Attempt]) -> str:
+    """One attempt at each question in a few lines: what failed, accuracy, that of each data set."""
+    failed = Counter(attempt.failed for attempt in attempts if attempt.failed)
+    held: dict[str, list[bool]] = defaultdict(list)
+    for attempt in attempts:
+        if not attempt.failed:
+            held[attempt.source].append(attempt.accuracy == 1.0)
+    lines = []
+    if failed:
+        ((said, _),) = failed.most_common(1)
+        lines.append(
+            f"failed: {failed.total()} of {len(attempts)} questions failed outside the policy and "
+            f"are not counted; most often: {said}"
+        )
+    right = [own for rows in held.values() for own in rows]
+    lines.append(f"accuracy: {accuracy_of(sum(right), len(right))}")
+    for source, name in most_frequent_sources({source: len(own) for source, own in held.items()}):
+        lines.append(f"  {name}: {accuracy_of(sum(held[source]), len(held[source]))}")
+    return "\n".join(lines)
 
 
 def markdown(tables: Table, manifest: Mapping[str, Any]) -> str:

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from tapo_train.errors import OutageError, TapoError
+from tapo_train.errors import TapoError
 from tapo_train.learner import distributed
-from tapo_train.report.statistics import Accuracy, accuracy_of
+from tapo_train.report.statistics import accuracy_of
 from tapo_train.report.trajectory_metrics import most_frequent_sources
-from tapo_train.rollout.failures import FailureBudget, Failures, failures_of
+from tapo_train.rollout.failures import Failures, failures_of
 from tapo_train.training.audit import RolloutAudit
 from tapo_train.types import Trajectory
 
-__all__ = ["Evaluation", "Validation", "evaluated", "validated"]
+__all__ = ["Validation", "validated"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,51 +68,6 @@ def validated(trajectories: Sequence[Trajectory], audit: RolloutAudit) -> Valida
         metrics=evaluation_metrics(rows, asked=asked),
         score=right / asked if rows and error is None else None,
         error=error,
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """Accuracy on a task file, as `eval` prints it."""
-
-    accuracy: Accuracy
-    by_source: Mapping[str, Accuracy]
-    """Of each data set, where the file holds several."""
-    left_out: str
-    """How many questions failed outside the policy and why; "" if none did."""
-
-    def __str__(self) -> str:
-        lines = [f"failed: {self.left_out}"] if self.left_out else []
-        lines.append(f"accuracy: {self.accuracy}")
-        lines += [f"  {source}: {accuracy}" for source, accuracy in self.by_source.items()]
-        return "\n".join(lines)
-
-
-def evaluated(
-    trajectories: Sequence[Trajectory], *, max_failed_fraction: float, min_scored: float = 0.0
-) -> Evaluation:
-    """Judge the scored trajectories of one process, however few.
-
-    Raises:
-        OutageError: more than the share failed outside the policy, or all of them, or fewer than
-            `min_scored` of those that ended have a reward.
-    """
-    failures = failures_of(trajectories)
-    FailureBudget(max_failed_fraction, min_scored=min_scored, fewest=1).check(failures)
-    usable = [t for t in trajectories if not t.failed_outside_policy]
-    if not usable:
-        raise OutageError(
-            f"none of {len(trajectories)} questions was played to its end; {failures.words()}"
-        )
-    left_out = len(trajectories) - len(usable)
-    held: dict[str, list[bool]] = defaultdict(list)
-    for trajectory in usable:
-        held[trajectory.task.source].append(trajectory.scored().accuracy == 1.0)
-    names = most_frequent_sources({source: len(own) for source, own in held.items()})
-    return Evaluation(
-        accuracy=accuracy_of(sum(map(sum, held.values())), len(usable)),
-        by_source={name: accuracy_of(sum(held[key]), len(held[key])) for key, name in names},
-        left_out=_left_out(left_out, len(trajectories), failures) if left_out else "",
     )
 
 
