@@ -1,10 +1,12 @@
-"""Search-R1's `/retrieve`: a foreign client of our server, and our tool at a foreign server."""
+"""Search-R1's `/retrieve`: foreign clients of our server, and our tool at a foreign server."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -272,10 +275,34 @@ def test_a_form_without_an_endpoint_is_refused() -> None:
         load_recipe("recipes/demo_cpu.yaml", ["tools.text_endpoint_form=retrieve"])
 
 
-def test_the_command_serves_an_index_until_it_is_told_to_stop(tmp_path: Path) -> None:
-    corpus, folder = tmp_path / "c.jsonl", tmp_path / "i"
-    corpus.write_text('{"id": "1", "contents": "\\"Iron\\"\\nFe"}\n')
-    command = [sys.executable, "-m", "tapo_train"]
+TRAINER = Path(__file__).resolve().parent.parent / "docs" / "examples" / "search_r1_trainer.py"
+
+
+def invented(folder: Path) -> tuple[Path, Path]:
+    """A corpus of 64 facts, and questions of which most words lead astray."""
+    chosen, facts, asked = random.Random(0), [], []
+    for house, kind in product(product(("ta", "ve", "mi", "ko"), ("vor", "las", "nim", "ras")),
+                               ("metal", "beast", "river", "colour")):  # fmt: skip
+        name, value = "".join(house), f"v{chosen.randrange(64)}"
+        facts.append({"id": "", "title": name, "text": f"the {kind} of {name} is {value}."})
+        question = f"please tell me which {kind} the house {name} has in the old chronicle"
+        asked.append({"question": question, "answer": value})
+    text = "please tell me which house the old chronicle has in it."
+    facts += [{"id": "", "title": "chronicle", "text": text}] * 20
+    corpus, questions = folder / "c.jsonl", folder / "q.jsonl"
+    corpus.write_text("\n".join(map(json.dumps, facts)))
+    questions.write_text("\n".join(map(json.dumps, chosen.sample(asked, 24))))
+    return corpus, questions
+
+
+def test_a_foreign_trainer_learns_against_the_command_until_it_is_told_to_stop(
+    tmp_path: Path,
+) -> None:
+    assert set(re.findall(r"^(?:import|from) ([\w.]+)", TRAINER.read_text(), re.M)) == {
+        *("json", "sys", "urllib.request", "zlib", "torch"),
+    }, "nothing of ours"
+    corpus, questions = invented(tmp_path)
+    folder, command = tmp_path / "i", [sys.executable, "-m", "tapo_train"]
     subprocess.run([*command, "index", "build", corpus, "--out", folder], check=True, timeout=120)
     serving = subprocess.Popen(
         [*command, "serve-search", folder, "--port", "0"], stdout=subprocess.PIPE, text=True
@@ -283,10 +310,20 @@ def test_the_command_serves_an_index_until_it_is_told_to_stop(tmp_path: Path) ->
     try:
         assert serving.stdout is not None
         said = serving.stdout.readline()
-        assert said.startswith("serving 1 passages on http://127.0.0.1:")
-        assert foreign_search(said.split()[-1], ["iron"], 1) == ['Doc 1(Title: "Iron") Fe\n']
+        assert said.startswith("serving 84 passages on http://127.0.0.1:")
+        trained = subprocess.run(
+            [sys.executable, "-I", TRAINER, said.split()[-1], questions],
+            env={"OMP_NUM_THREADS": "1"},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=150,
+            check=True,
+        )
         os.kill(serving.pid, signal.SIGTERM)
         assert serving.communicate(timeout=60)[0] == "stopped\n" and serving.returncode == 0
     finally:
         serving.kill()
         serving.wait()
+    right = [float(line.split()[-1]) for line in trained.stdout.splitlines()]
+    assert len(right) == 25 and right[0] < 0.1 and min(right[-3:]) > 0.85, trained.stdout
