@@ -41,6 +41,9 @@ DOORS = {
     "hydra": {"recipe/compose.py"},
     "tantivy": {"tools/corpus_index.py"},
     "faiss": {"tools/vector_index.py"},
+    # The servers of the recipe alone.
+    "pymilvus": {"tools/milvus_store.py"},
+    "opensearchpy": {"tools/opensearch_store.py"},
     "omegaconf": {"recipe/compose.py"},
     "wandb": {"report/wandb_sink.py"},
     "wandb_workspaces": {"report/wandb_workspace.py"},

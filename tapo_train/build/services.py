@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tapo_train.errors import ConfigError
 from tapo_train.recipe.compose import Recipe
-from tapo_train.recipe.services import DenseSettings, PageSettings, ServiceSettings
+from tapo_train.recipe.services import DenseSettings, PageSettings, ServiceSettings, StoreSettings
 from tapo_train.tools.addresses import AllowedHosts, host_of_endpoint
 from tapo_train.tools.corpus_index import CorpusIndex
 from tapo_train.tools.dense_index import HybridIndex
@@ -20,12 +20,14 @@ from tapo_train.tools.pages import JINA, PageReader, Summariser
 from tapo_train.tools.sandbox import Sandbox
 from tapo_train.tools.services import PICTURE_SERVICES, TEXT_SERVICES, Service
 from tapo_train.tools.text_search import TextIndex
+from tapo_train.tools.text_store import StoreIndex, TextStore
 
 __all__ = [
     "build_client_of",
     "build_embedder",
     "build_page_reader",
     "build_service",
+    "build_store",
     "build_text_index",
     "key_from",
 ]
@@ -62,14 +64,51 @@ def build_embedder(dense: DenseSettings, *, forbidden: str = "") -> Embedder:
     return EndpointEmbedder(client, endpoint=endpoint, model=dense.model, **prefixes)
 
 
-def build_text_index(recipe: Recipe, path: Path) -> TextIndex:
-    """The corpus, by words alone or by vectors, too."""
-    dense = recipe.tools.dense
-    if dense is None:
+def build_text_index(recipe: Recipe, path: Path | None) -> TextIndex:
+    """The corpus, by words alone or by vectors, too.
+
+    Args:
+        path: folder or file; None: on the server of `tools.text_store`.
+    """
+    dense, store, replay = recipe.tools.dense, recipe.tools.text_store, recipe.tools.replay
+    if path is not None and dense is None:
         return CorpusIndex.load(path)
-    embedder = build_embedder(dense, forbidden=_forbidden(recipe))
-    weights = {"dense_weight": dense.weight, "words_weight": dense.words_weight}
-    return HybridIndex(path, embedder, **weights)
+    embedder = build_embedder(dense, forbidden=_forbidden(recipe)) if dense is not None else None
+    weights = (dense.weight, dense.words_weight) if dense is not None else (1.0, 0.5)
+    if path is not None and embedder is not None:
+        return HybridIndex(path, embedder, dense_weight=weights[0], words_weight=weights[1])
+    if store is None:
+        raise ConfigError("tools.corpus: found nothing; text_search_tool wants a file")
+    return StoreIndex(
+        f"{store.engine}:{store.collection}",
+        None if replay == "replay" else build_store(store, timeout_s=recipe.tools.deadline_s),
+        wanted=store.digest,
+        embedder=embedder,
+        weights=weights,
+    )
+
+
+def build_store(settings: StoreSettings, *, timeout_s: float) -> TextStore:
+    """The collection of a server.
+
+    Raises:
+        ConfigError: its client is not installed, or its key is not set.
+        ToolDownError: it is down.
+    """
+    key = key_from(settings.key_variable, field="tools.text_store.key_variable")
+    url, name = settings.url, settings.collection
+    try:
+        if settings.engine == "milvus":
+            from tapo_train.tools.milvus_store import MilvusStore
+
+            return MilvusStore(url, name, token=key, timeout_s=timeout_s)
+        from tapo_train.tools.opensearch_store import OpenSearchStore
+    except ImportError as error:
+        raise ConfigError(
+            f"tools.text_store: {error}; wanted the extra {settings.engine}: "
+            f"pip install 'tapo_train[{settings.engine}]'"
+        ) from error
+    return OpenSearchStore(url, name, key=key, timeout_s=timeout_s)
 
 
 def _forbidden(recipe: Recipe) -> str:

@@ -56,8 +56,9 @@ def build_toolbox(
             pictures = ImageIndex.load(path, thumbnail_side_px=tools.thumbnail_side)
             made.append(ImageSearchTool(pictures, decoder, top_k=tools.image_top_k))
         else:
-            path = _needed(corpus, "tools.corpus", name)
-            index, chars = build_text_index(recipe, path), tools.max_observation_chars
+            stored = tools.text_store is not None and world is None
+            file = None if stored else _needed(corpus, "tools.corpus", name)
+            index, chars = build_text_index(recipe, file), tools.max_observation_chars
             made.append(TextSearchTool(index, top_k=tools.text_top_k, max_chars=chars))
     made += [load_tool(extra.path, extra.arguments) for extra in tools.extra]
     made += [tool for server in tools.mcp for tool in _served(server, tools.max_observation_chars)]

@@ -235,7 +235,7 @@ def _proximal_problems(recipe: Recipe) -> Iterable[str]:
 
 def _tool_problems(recipe: Recipe) -> Iterable[str]:
     tools = recipe.tools
-    texts = tools.corpus or tools.text_endpoint or tools.text_service
+    texts = tools.corpus or tools.text_endpoint or tools.text_service or tools.text_store
     pictures = tools.image_index or tools.image_endpoint or tools.image_service
     needs = {"text_search_tool": ("corpus", texts), "image_search_tool": ("image_index", pictures)}
     for tool, (name, value) in needs.items():
@@ -249,6 +249,10 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
     for kind in ("text", "image"):
         if getattr(tools, f"{kind}_endpoint") and getattr(tools, f"{kind}_service"):
             yield f"tools.{kind}_service: found it beside tools.{kind}_endpoint, wanted one of them"
+    if tools.text_store and (tools.text_endpoint or tools.text_service):
+        yield "tools.text_store: found it beside text_endpoint or text_service, wanted one of them"
+    if tools.text_store and tools.replay == "replay" and not tools.text_store.digest:
+        yield "tools.text_store.digest: found nothing, wanted by tools.replay=replay"
     if tools.dense and (tools.dense.folder is None) == (tools.dense.endpoint is None):
         yield "tools.dense: found both or neither of folder and endpoint, wanted one of them"
     if tools.pages and not (tools.text_endpoint or tools.text_service):
@@ -258,6 +262,8 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
         for name in ("text_endpoint", "image_endpoint"):
             if endpoint := getattr(tools, name):
                 host_of_endpoint(endpoint, field=f"tools.{name}")
+        if tools.text_store:
+            host_of_endpoint(tools.text_store.url, field="tools.text_store.url")
     except ConfigError as error:
         yield str(error)
 

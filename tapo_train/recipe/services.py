@@ -95,6 +95,24 @@ class DenseSettings:
     """Of BM25's, brought to 0 to 1."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class StoreSettings:
+    """A corpus on a database server, which `index upload` wrote."""
+
+    engine: Literal["milvus", "opensearch"]
+    """milvus: extra `milvus`; opensearch: extra `opensearch`, for Elasticsearch's words as well."""
+    url: str
+    """http(s) address of the server."""
+    collection: str
+    """Its name there: a collection of Milvus', an index of OpenSearch's."""
+    key_variable: str | None = None
+    """Name of the environment variable that holds user:password, or Milvus' API key; none: no
+    key."""
+    digest: str = ""
+    """What `index upload` printed: other passages are refused. Needed by replay=replay, which asks
+    nobody; empty: whatever the collection holds."""
+
+
 def hide_services(tools: dict[str, Any]) -> None:
     """Take out of the plain values of `tools` what may be a secret of its services."""
     for service in filter(None, (tools["text_service"], tools["image_service"])):
@@ -106,6 +124,8 @@ def hide_services(tools: dict[str, Any]) -> None:
     dense = tools["dense"]
     if dense and dense["endpoint"]:
         dense["endpoint"] = shown(dense["endpoint"])
+    if tools["text_store"]:
+        tools["text_store"]["url"] = shown(tools["text_store"]["url"])
     summary = (tools["pages"] or {}).get("summary")
     if summary:
         summary["endpoint"] = shown(summary["endpoint"])

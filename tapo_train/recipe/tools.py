@@ -10,7 +10,12 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from tapo_train.recipe.custom import CustomOrPath
-from tapo_train.recipe.services import DenseSettings, PageSettings, ServiceSettings
+from tapo_train.recipe.services import (
+    DenseSettings,
+    PageSettings,
+    ServiceSettings,
+    StoreSettings,
+)
 from tapo_train.recipe.values import STRICT, Count, CountOrZero, NonNegative, Positive
 
 
@@ -104,8 +109,10 @@ class Tools:
     corpus: str | None = None
     """Documents of the text search; needed by text_search_tool. The folder of an index (`index
     build`), which all ranks open, or a jsonl or parquet file, which each reads into memory."""
+    text_store: StoreSettings | None = None
+    """A corpus on a server (Milvus, OpenSearch) in place of corpus; `index upload` writes it."""
     dense: DenseSettings | None = None
-    """Search corpus by vectors, too; none: by words alone."""
+    """Search corpus or text_store by vectors, too; none: by words alone."""
     image_index: str | None = None
     """Pictures of the image search; needed by image_search_tool. The folder of an index (`index
     pictures`), which all ranks map, or a jsonl of titles and paths, which each reads."""

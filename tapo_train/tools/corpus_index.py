@@ -20,7 +20,16 @@ from tapo_train.tools.corpus import Passage, read_passages
 from tapo_train.tools.index_file import TextDigest, digest_of
 from tapo_train.tools.words import spread
 
-__all__ = ["CorpusIndex", "Part", "add_to_index", "analyser", "build_index", "parts_of"]
+__all__ = [
+    "CorpusIndex",
+    "Part",
+    "add_to_index",
+    "analyser",
+    "build_index",
+    "parts_of",
+    "words_asked",
+    "words_held",
+]
 
 FORMAT = 1
 """Of the folder: the fields, the analyser and the list of parts. Another one is refused."""
@@ -30,7 +39,7 @@ MAX_QUERY_WORDS = 256
 _WRITER_BYTES = 64_000_000
 """What a build holds before it writes a piece."""
 _LONGEST_WORD_BYTES = 128
-_TIES = 16
+TIES = 16
 """Further hits that are looked at, so that equal scores come in the order of the corpus."""
 _WORDS, _BODY, _PASSAGE, _NUMBER = "words", "body", "passage", "number"
 
@@ -78,7 +87,6 @@ class CorpusIndex:
         self._schema = index.schema
         # One snapshot for the whole process: what is added later does not change a run.
         self._searcher = index.searcher()
-        self._asked, self._all = analyser(is_query=True), analyser()
 
     def __len__(self) -> int:
         return int(self._searcher.num_docs)
@@ -111,22 +119,16 @@ class CorpusIndex:
         """Nothing has to be given back."""
 
     def _hits(self, query: str, top_k: int) -> list[tuple[int, float, tantivy.DocAddress]]:
-        words = self.words(query)
+        words = words_asked(query)
         if not words:
             return []
         terms = [tantivy.Query.term_query(self._schema, _BODY, word, "freq") for word in words]
         asked = tantivy.Query.boolean_query([(tantivy.Occur.Should, term) for term in terms])
-        hits = self._searcher.search(asked, limit=top_k + _TIES, count=False).hits
+        hits = self._searcher.search(asked, limit=top_k + TIES, count=False).hits
         numbers = self._searcher.fast_field_values(_NUMBER, [address for _, address in hits])
         found = [(int(n or 0), score, at) for (score, at), n in zip(hits, numbers, strict=True)]
         # Sums of the same float32 terms in another order differ in their last digits.
         return sorted(found, key=lambda hit: (-round(hit[1], 4), hit[0]))[:top_k]
-
-    def words(self, query: str) -> list[str]:
-        """The terms a query looks for: without English stop words, if there are others."""
-        text = spread(query)
-        words = self._asked.analyze(text) or self._all.analyze(text)
-        return list(dict.fromkeys(words))[:MAX_QUERY_WORDS]
 
     def _passage(self, address: tantivy.DocAddress) -> Passage:
         stored = self._searcher.doc(address).get_first(_PASSAGE)
@@ -231,6 +233,22 @@ def analyser(*, is_query: bool = False) -> tantivy.TextAnalyzer:
     if is_query:
         words = words.filter(tantivy.Filter.stopword("english"))
     return words.filter(tantivy.Filter.stemmer("english")).build()
+
+
+def words_asked(query: str) -> list[str]:
+    """The terms a query looks for: without English stop words, if there are others."""
+    text = spread(query)
+    words = _ASKED.analyze(text) or _ALL.analyze(text)
+    return list(dict.fromkeys(words))[:MAX_QUERY_WORDS]
+
+
+def words_held(passage: Passage) -> list[str]:
+    """The terms a passage is found by, in order."""
+    words: list[str] = _ALL.analyze(spread(f"{passage.title} {passage.text}"))
+    return words
+
+
+_ALL, _ASKED = analyser(), analyser(is_query=True)
 
 
 def _registered(index: tantivy.Index) -> tantivy.Index:
