@@ -30,7 +30,7 @@ PROGRAM = re.compile(r"^(?:\w+=\S+ )*(?:python|torchrun\b.*?) -m tapo_train (.*)
 ELSEWHERE = {
     "collect": "test_collect.py collects",
     "data": "test_data_formats.py checks and prepares files",
-    "eval": "test_training.py evaluates what it trained",
+    "eval": "test_evaluation.py evaluates files and benchmarks",
     "export": "test_learner_checkpoint.py exports",
     "serve-engine": "test_serve_engine.py starts servers",
     "serve-search": "test_search_server.py starts one",

@@ -289,6 +289,21 @@ def test_an_evaluation_killed_half_way_or_replayed_gives_the_same_table_to_the_d
     assert "asked for otherwise (repeats: 2, now 3)" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_a_files_accuracy_is_printed_and_is_that_of_the_dump(
+    small_world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dump = tmp_path / "played.jsonl"
+    words = ["--model", "assets/warm_start", "--recipe", "recipes/demo_cpu.yaml"]
+    words += ["--tasks", f"{small_world}/test.jsonl", "--questions", "3", "--out", str(dump)]
+    assert main(["eval", *words, "rollout/engine=hf"]) == 0
+    played = [json.loads(line) for line in dump.read_text().splitlines()]
+    assert len(played) == 3
+    right = sum(attempt["reward"]["parts"]["accuracy"] for attempt in played)
+    shown = capsys.readouterr().out.splitlines()
+    assert [line for line in shown if line.startswith(f"accuracy: {right / 3:.3f} (95 % in")]
+
+
 def test_two_evaluations_are_compared_by_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -98,14 +98,17 @@ def test_real_rows_have_a_table_and_what_the_judge_left_open_is_asked_again(
         capsys.readouterr()
         assert main(["eval", *words]) == 0
         judge.shutdown()
-        said = dict(judge.asked)
+        verdicts = [said for _, said in judge.asked]
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     second = results["tables"]["news"]
     assert (first["attempts"], first["failed"]) == (12, failed) and failed > 0
     assert (second["attempts"], second["failed"], second["answered_for"]) == (12, 0, 6)
-    right = second["avg@2"]["value"] * 12
-    assert right == pytest.approx(sum(verdict == "yes" for verdict in said.values()))
+    written = lines(tmp_path / "out" / "attempts.jsonl")
+    right = [attempt["accuracy"] for attempt in written if not attempt["failed"]]
+    assert sum(right) == verdicts.count("yes") > 0, "each verdict is one attempt's"
+    last = {(one["task"], one["repeat"]): one["accuracy"] for one in written}
+    assert second["avg@2"]["value"] == pytest.approx(np.mean(list(last.values())))
     (told,) = results["manifest"]["judges"]
     assert (told["model"], told["endpoint"]) == ("scripted", judge.endpoint)
-    assert "| news | 6 of 6 | 0 | " in shown and "(judge)" in shown
+    assert "| news | 6 of 6 | 0 | " in shown and "(judge in the paper, judge here)" in shown
