@@ -3,7 +3,7 @@
 Run by `test_engine_and_learner.py` in a process of its own, because the engine takes the
 process group down with it when it ends.
 
-    python engine_and_learner_worker.py TINY_POLICY WORK_FOLDER full|adapter
+    python engine_and_learner_worker.py TINY_POLICY WORK_FOLDER
 """
 
 from __future__ import annotations
@@ -91,10 +91,11 @@ SETTINGS = {
 }
 
 
-def main(source: Path, work: Path, trained: str) -> None:
-    """Three rounds of play, compare, update, sync, and a last comparison."""
-    chat = ChatFormat(teach_calls(source, work / "model"))
-    engine = VllmEngine(chat, VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=16))
+OPTIONS = VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=16)
+
+
+def require_agreement(engine: VllmEngine, chat: ChatFormat, trained: str, *, version: int) -> int:
+    """Three rounds of play, compare, update, sync, and a last comparison; the engine's version."""
     policy = Policy(
         chat.model,
         settings=SETTINGS[trained],
@@ -102,10 +103,12 @@ def main(source: Path, work: Path, trained: str) -> None:
         temperature=TEMPERATURE,
         banned_token_ids=chat.banned_token_ids,
     )
+    if version:  # It has the weights of another learner.
+        engine.load_weights(policy.named_weights(), version=version)
     # What the policy plays depends on the machine: this has three turns and two drawn pictures.
     written = written_trajectory(chat)
-    for version in range(4):
-        sampled = [row_of(t) for t in play(engine, chat, version=version)]
+    for at in range(version, version + 4):
+        sampled = [row_of(t) for t in play(engine, chat, version=at)]
         sampled += continuations(engine, written)
         for row in sampled:
             ours = policy.logprobs(join([row])).numpy()
@@ -115,13 +118,21 @@ def main(source: Path, work: Path, trained: str) -> None:
             policy.score(written.tokens, written.images), before, atol=AGREEMENT, rtol=0
         )
         policy.update(pack([row_of(written), *sampled[:4]], budget_tokens=2000), supervised)
-        engine.load_weights(policy.named_weights(), version=version + 1)
+        engine.load_weights(policy.named_weights(), version=at + 1)
         moved = np.abs(engine.score(written.tokens, written.images) - before).max()
         assert moved > 100 * AGREEMENT, "the update did not reach the engine"
     policy.close()
+    print(f"{trained}: agreed")
+    return version + 4
+
+
+def main(source: Path, work: Path) -> None:
+    """All weights are trained."""
+    chat = ChatFormat(teach_calls(source, work / "model"))
+    engine = VllmEngine(chat, OPTIONS)
+    require_agreement(engine, chat, "full", version=0)
     engine.close()
-    print("agreed")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Groups that go on over updates, then rounds that are refilled, over vLLM and a learner.
+"""One vLLM and a learner of all weights, one of an adapter, groups that go on, refilled rounds.
 
 Run by `test_engine_and_learner.py` in a process of its own, because the engine takes the
 process group down with it when it ends.
@@ -17,7 +17,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from engine_and_learner_worker import AGREEMENT, SETTINGS, TEMPERATURE
+from engine_and_learner_worker import (
+    AGREEMENT,
+    OPTIONS,
+    SETTINGS,
+    TEMPERATURE,
+    require_agreement,
+)
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
 
 from tapo_train.data.sampler import TaskSampler
@@ -33,7 +39,7 @@ from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.seats import Seats
 from tapo_train.rollout.stream import GroupStream
-from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
+from tapo_train.rollout.vllm_engine import VllmEngine
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.parts import Rounds
 from tapo_train.training.rounds import Questions, Refill
@@ -217,20 +223,21 @@ def refilled(run: Run) -> None:
 
 
 def main(source: Path, work: Path) -> None:
-    """Both, with one engine and one learner."""
+    """All, with one engine."""
     chat = ChatFormat(teach_calls(source, work / "model"))
-    run = Run(
-        chat=chat,
-        engine=PacedEngine(chat, VllmOptions(dtype="float32", max_model_len=1024, max_num_seqs=16)),
-        policy=Policy(
-            chat.model,
-            settings=SETTINGS["full"],
-            pixels=chat.pixels,
-            temperature=TEMPERATURE,
-            banned_token_ids=chat.banned_token_ids,
-        ),
-        slow=HfEngine(chat),
+    engine, version = PacedEngine(chat, OPTIONS), 0
+    engine.pace_s = 0.0
+    for trained in SETTINGS:
+        version = require_agreement(engine, chat, trained, version=version)
+    engine.pace_s = PACE_S
+    policy = Policy(
+        chat.model,
+        settings=SETTINGS["full"],
+        pixels=chat.pixels,
+        temperature=TEMPERATURE,
+        banned_token_ids=chat.banned_token_ids,
     )
+    run = Run(chat=chat, engine=engine, policy=policy, slow=HfEngine(chat))
     run.sync()
     streamed(run)
     refilled(run)

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from chromium import chromium, needs_chromium
 from dump_and_page import compare
-from process_environment import ROOT, environment
+from plain_steps import plain_steps
 from whole_runs import (
     LOSS_TOLERANCE,
-    RECIPE,
-    TIMEOUT_S,
-    command,
     digest_of_weights,
     mixed_for,
     read_rows,
     train,
+    train_here,
 )
 
+from tapo_train import build
 from tapo_train.inspector.run_pages import write_pages
 from tapo_train.report.catalogue import require_known
 
@@ -35,7 +32,7 @@ WIDE = ("credit.scope=batch", "credit.theta=0.1", "credit.alpha_min=0")
 def corrected_run(small_world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two steps in which TAPO acted."""
     out = tmp_path_factory.mktemp("corrected") / "acting"
-    train(small_world, out, "rollout/engine=hf", "run.steps=2", "credit=tapo", *WIDE)
+    train_here(small_world, out, "run.steps=2", "credit=tapo", *WIDE)
     return out
 
 
@@ -59,9 +56,9 @@ def test_the_pages_of_a_run_show_the_numbers_of_its_dump(
 def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
     small_world: Path, tmp_path: Path, corrected_run: Path
 ) -> None:
-    engine = ("rollout/engine=hf", "run.steps=2")
-    without = train(small_world, tmp_path / "none", *engine, "credit=none")
-    idle = train(small_world, tmp_path / "idle", *engine, "credit=tapo", "credit.beta=0")
+    steps = "run.steps=2"
+    without = train_here(small_world, tmp_path / "none", steps, "credit=none")
+    idle = train_here(small_world, tmp_path / "idle", steps, "credit=tapo", "credit.beta=0")
     acting = read_rows(corrected_run)
     require_known(name for row in acting for name in row if name != "step")
     for ours, theirs in zip(without, idle, strict=True):
@@ -78,20 +75,14 @@ def test_no_credit_stage_and_tapo_with_beta_zero_are_the_same_run_bit_for_bit(
 
 
 def test_without_staleness_a_stream_is_the_run_of_plain_steps_bit_for_bit(
-    small_world: Path, tmp_path: Path
+    small_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weights and every metric that plain steps have; tools are replayed."""
     small = ("data.questions_per_step=2", "rollout.rollouts_per_question=2")
-    overrides = ("rollout/engine=hf", "run.steps=2", f"tools.recording={tmp_path}/calls", *small)
-    streamed = train(small_world, tmp_path / "run", *overrides, "tools.replay=record")
-    again = command(small_world, tmp_path / "plain", *overrides, "tools.replay=replay")
-    worker = str(ROOT / "tests" / "plain_steps_worker.py")
-    done = subprocess.run(
-        [sys.executable, worker, *again[again.index(RECIPE) :]],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    plain = read_rows(tmp_path / "plain")
+    overrides = ("run.steps=2", f"tools.recording={tmp_path}/calls", *small)
+    streamed = train_here(small_world, tmp_path / "run", *overrides, "tools.replay=record")
+    monkeypatch.setattr(build, "build_rounds", plain_steps)
+    plain = train_here(small_world, tmp_path / "plain", *overrides, "tools.replay=replay")
     assert len(plain) == len(streamed) == 2 and sum(row["rollout/calls"] for row in plain) > 0
     for ours, theirs in zip(streamed, plain, strict=True):
         assert {name: ours[name] for name in theirs if "/cached" not in name} == {
@@ -105,7 +96,7 @@ def test_two_ranks_compute_the_loss_of_one_on_the_same_batch_also_when_they_shar
     small_world: Path, tmp_path: Path
 ) -> None:
     engine = ("rollout/engine=hf", "run.steps=1")
-    alone = train(small_world, tmp_path / "one", *engine)
+    alone = train_here(small_world, tmp_path / "one", "run.steps=1")
     together = train(small_world, tmp_path / "two", *engine, ranks=2)
     engine = (*engine, "learner.sequence_parallel=2")
     sharing = train(small_world, tmp_path / "sharing", *engine, ranks=2)
@@ -120,8 +111,8 @@ def test_two_ranks_compute_the_loss_of_one_on_the_same_batch_also_when_they_shar
 def test_a_run_refills_its_batches_and_counts_everything_that_was_played(
     small_world: Path, tmp_path: Path
 ) -> None:
-    overrides = ("rollout/engine=hf", "rollout.refill_rounds=2", "run.steps=1", *mixed_for(3))
-    (row,) = train(small_world, tmp_path / "run", *overrides)
+    overrides = ("rollout.refill_rounds=2", "run.steps=1", *mixed_for(3))
+    (row,) = train_here(small_world, tmp_path / "run", *overrides)
     require_known(name for name in row if name != "step")
     played, uniform = row["rollout/groups_played"], row["advantage/uniform_groups"]
     assert row["rollout/rounds"] > 1, "nothing was refilled"

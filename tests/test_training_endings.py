@@ -20,6 +20,7 @@ from whole_runs import (
     mixed_for,
     read_rows,
     train,
+    train_here,
     without_probe,
 )
 
@@ -31,14 +32,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 def test_stopping_and_resuming_gives_the_run_that_was_never_stopped(
     small_world: Path, tmp_path: Path
 ) -> None:
-    engine = ("rollout/engine=hf", "run.save_every=1", "learner.schedule=constant")
+    saved = ("run.save_every=1", "learner.schedule=constant", "algo.kl.coef=0.05")
     # With windows of one step the warnings of every later step depend on the first one.
-    engine = (*engine, "algo.kl.coef=0.05", "watch.early_steps=1", "watch.recent_steps=1")
-    whole = train(small_world, tmp_path / "whole", *engine, "run.steps=3")
+    saved = (*saved, "watch.early_steps=1", "watch.recent_steps=1")
+    whole = train_here(small_world, tmp_path / "whole", *saved, "run.steps=3")
     # The reference is the recipe's model: one taken from a checkpoint would start at 0 again.
     assert whole[0]["policy/ref_kl"] == 0 < whole[1]["policy/ref_kl"] < whole[2]["policy/ref_kl"]
-    train(small_world, tmp_path / "parts", *engine, "run.steps=1")
-    parts = train(small_world, tmp_path / "parts", *engine, "run.steps=3")
+    train_here(small_world, tmp_path / "parts", *saved, "run.steps=1")
+    parts = train_here(small_world, tmp_path / "parts", *saved, "run.steps=3")
     # A resumed run probes with a turn of its own, from its own first sync on.
     assert [without_probe(row) for row in parts] == [without_probe(row) for row in whole]
     assert "warning/kl_growing" in whole[1] and "warning/kl_growing" not in whole[0]
@@ -81,7 +82,7 @@ def test_a_run_stops_at_the_sign_it_was_told_to_stop_at_and_closes_its_tools(
 
 def test_a_killed_run_resumes_and_logs_nothing_twice(small_world: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    overrides = ("run.steps=4", "run.save_every=2")
+    overrides = ("rollout/engine=hf", "run.steps=4", "run.save_every=2")
     process = subprocess.Popen(
         command(small_world, out, *overrides),
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""Runs in processes of their own, with the warm-started policy and a small world."""
+"""Whole runs with the warm-started policy and a small world: here, or in processes of their own."""
 
 from __future__ import annotations
 
@@ -71,6 +71,16 @@ def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1] == f"policy: {out}/export"
+    return read_rows(out)
+
+
+def train_here(world: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The same on one rank in this process, which has loaded everything; the reference engine."""
+    from tapo_train import runs
+    from tapo_train.recipe.compose import load_recipe
+
+    named = command(world, out, "rollout/engine=hf", *overrides)
+    runs.train(load_recipe(RECIPE, named[named.index(RECIPE) + 1 :]))
     return read_rows(out)
 
 

@@ -1,18 +1,13 @@
 """A run by plain steps: ask, play, train, one after the other, without a stream.
 
-    plain_steps_worker.py RECIPE [override …]
-
 For what a run without staleness has to be equal to. Everything but the rounds is the product's.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-from tapo_train import build, runs
 from tapo_train.data.sampler import TaskSampler
-from tapo_train.recipe.compose import load_recipe
 from tapo_train.training.parts import Play, Rolled
 from tapo_train.types import JsonObject, Task
 
@@ -40,12 +35,7 @@ class PlainSteps:
         pass
 
 
-def plain(recipe: Any, tasks: Any, order: Any, player: Any, interruption: Any) -> PlainSteps:
+def plain_steps(recipe: Any, tasks: Any, order: Any, player: Any, interruption: Any) -> PlainSteps:
     """In place of `build_rounds`."""
     player.groups.close()
     return PlainSteps(tasks, order, player.play, recipe)
-
-
-if __name__ == "__main__":
-    build.build_rounds = plain  # type: ignore[assignment]
-    runs.train(load_recipe(sys.argv[1], sys.argv[2:]))
