@@ -73,6 +73,8 @@ class FakeServer(ThreadingHTTPServer):
         self.fault: Callable[[dict[str, Any]], dict[str, Any] | int | None] = lambda answer: answer
         """What becomes of an answer: another one, a status, or (None) a broken line."""
         self.refuses_weights = False
+        self.on_load: Callable[[], object] = lambda: None
+        """Called when weights are to be taken, before they are."""
         self._lines: list[socket.socket] = []
         self._thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
         self._thread.start()
@@ -138,6 +140,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.say(200, {"success": True})
 
     def load(self, folder: Path) -> None:
+        self.server.on_load()
         if self.server.refuses_weights:
             return self.say(500, {"error": "shapes differ"})
         self.server.weights = {}
@@ -261,9 +264,9 @@ def trainer_of(
         engine.close()
 
 
-def wait_until(condition: Callable[[], object]) -> None:
+def wait_until(condition: Callable[[], object], *, most_s: float = WAIT_S) -> None:
     """Wait for what happens soon."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + most_s
     while not condition():
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.005)

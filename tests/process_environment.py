@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,13 @@ def environment() -> dict[str, str]:
     """One thread per process, as two ranks share two cores; no process group of this process."""
     outer = {name: value for name, value in os.environ.items() if name not in GROUP_VARIABLES}
     return outer | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def run_ranks(ranks: int, worker: Path, *arguments: object, deadline_s: float) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from process_environment import ROOT, environment
+from process_environment import ROOT, environment, free_port
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from chaos_table import Row, touched
@@ -52,15 +51,12 @@ def test_the_table_finds_a_failure_that_reached_the_baseline() -> None:
 def test_a_run_whose_search_servers_misbehave_ends_and_trains_on_no_failure(
     small_world: Path, tmp_path: Path
 ) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
     settings = {"PYTHON": sys.executable, "WORLD": str(small_world), "KINDS": "faults"}
     settings |= {"CHAOS_EVERY": "2", "CHAOS_DIES_AT": "40"}
     done = subprocess.run(
         ["scripts/chaos.sh", str(tmp_path / "chaos"), "2", "1"],
         cwd=ROOT,
-        env=environment() | settings | {"PORT": port},
+        env=environment() | settings | {"PORT": str(free_port())},
         capture_output=True,
         text=True,
         timeout=500,

@@ -63,6 +63,16 @@ def test_everything_of_a_run_lies_in_its_folder(tmp_path: Path) -> None:
     ]
 
 
+def test_weights_that_a_killed_process_left_for_its_servers_go_with_the_next_start(
+    tmp_path: Path,
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    folder.begin(recipe="run: {}\n", manifest=manifest(), step=0)
+    (folder.weights / "weights-1" / "2").mkdir(parents=True)
+    folder.begin(recipe="run: {}\n", manifest=manifest(), step=1)
+    assert not folder.weights.exists()
+
+
 def test_resuming_keeps_the_first_description_and_adds_to_it(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.begin(recipe="steps: 5\n", manifest=manifest(), step=0)

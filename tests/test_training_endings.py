@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -78,32 +76,6 @@ def test_a_run_stops_at_the_sign_it_was_told_to_stop_at_and_closes_its_tools(
     assert done.stdout.count("warning: groups teach nothing") == 1
     rows = read_rows(tmp_path / "run")
     assert [row.get("warning/groups_uniform") for row in rows] == [None, 1.0, 1.0]
-
-
-def test_a_killed_run_resumes_and_logs_nothing_twice(small_world: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    overrides = ("rollout/engine=hf", "run.steps=4", "run.save_every=2")
-    process = subprocess.Popen(
-        command(small_world, out, *overrides),
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + TIMEOUT_S
-    while not (out / "metrics.jsonl").exists() or len(read_rows(out)) < 3:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    rows = train(small_world, out, *overrides)
-    assert [row["step"] for row in rows] == [0, 1, 2, 3]
-    dumps = sorted(path.name for path in (out / "rollouts").iterdir())
-    assert dumps == [f"step_{step:06d}.jsonl" for step in range(4)]
-    assert (out / "export" / "model.safetensors").exists()
-    assert all(row["probe/max_abs_diff"] < 1e-3 for row in rows)
-    assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
 
 
 def test_a_run_in_bfloat16_learns_and_its_engine_stays_within_the_tolerance_of_the_probe(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +45,34 @@ def mixed_for(one_of: int) -> tuple[str, ...]:
     )
 
 
-def command(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[str]:
-    """The command line of a run over `world` into `out`."""
-    train = ["-m", "tapo_train", "train", RECIPE, f"run.dir={out}", *SMALL]
+def arguments(world: Path, out: Path, *overrides: str) -> list[str]:
+    """Of `python -m tapo_train`, for a run over `world` into `out`."""
     data = [
         f"data.train=[{world}/train.jsonl]",
         f"data.validation=[{world}/validation.jsonl]",
         f"tools.corpus={world}/corpus.jsonl",
         f"tools.image_index={world}/image_index.jsonl",
     ]
-    if ranks == 1:
-        return [sys.executable, *train, *data, *overrides]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, f"--nproc-per-node={ranks}", *train, *data, *overrides]
+    return ["train", RECIPE, f"run.dir={out}", *SMALL, *data, *overrides]
+
+
+def command(
+    world: Path,
+    out: Path,
+    *overrides: str,
+    ranks: int = 1,
+    nodes: Sequence[str] = ("--standalone",),
+) -> list[str]:
+    """The command line of a run.
+
+    Args:
+        nodes: of torchrun, which machines take part.
+    """
+    program = ["-m", "tapo_train", *arguments(world, out, *overrides)]
+    if ranks == 1 and nodes == ("--standalone",):
+        return [sys.executable, *program]
+    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes]
+    return [*launcher, f"--nproc-per-node={ranks}", *program]
 
 
 def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from tapo_train.build.rollout import build_local_engine, most_images, samples_by
 from tapo_train.errors import ConfigError
 from tapo_train.learner import distributed
 from tapo_train.recipe.compose import Recipe
+from tapo_train.report.run_folder import RunFolder
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine
 from tapo_train.rollout.seats import MOST
@@ -68,7 +69,7 @@ def _carrier(recipe: Recipe, engine: recipes.ServerSettings, sends: bool) -> Wei
         return TransferWeights(engine.weights, sends=sends)
     if not sends:
         return ForeignWeights()
-    return FolderWeights(Path(engine.weights_root or f"{recipe.run.dir}/weights").absolute())
+    return FolderWeights(Path(engine.weights_root or RunFolder(recipe.run.dir).weights).absolute())
 
 
 def engine_server(

@@ -12,12 +12,14 @@ RUN/
   scores/step_000012.jsonl     the learner's log-prob, ratio, entropy of each token it learned from
   images/<sha256>.png    pictures of the dumps, each once
   checkpoints/           to resume from
+  weights/               the newest ones, for engine servers; only while the run goes on
   export/                the policy in Hugging Face format
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def weights(self) -> Path:
+        """Where engine servers find the newest weights, unless the recipe names another place."""
+        return self.path / "weights"
+
+    @property
     def nonfinite(self) -> Path:
         """Micro-batches whose loss or gradient was not finite; there only if there were any."""
         return self.path / "nonfinite"
@@ -107,6 +114,8 @@ class RunFolder:
     def begin(self, *, recipe: str, manifest: Mapping[str, Any], step: int) -> str:
         """Write recipe and manifest, or note that the run goes on from `step`.
 
+        Weights for servers that a killed process left behind go.
+
         Args:
             recipe: YAML of the resolved recipe. If a resumed run has another one, the
                 old is kept as `recipe.before_step_<step>.yaml`.
@@ -130,6 +139,8 @@ class RunFolder:
             if self.recipe.exists() and self.recipe.read_text(encoding="utf-8") != recipe:
                 self.recipe.replace(self.path / f"recipe.before_step_{step}.yaml")
         write_atomically(self.recipe, recipe)
+        if self.weights.exists():
+            shutil.rmtree(self.weights)
         return changed
 
     def _note_resumption(self, manifest: Mapping[str, Any], step: int) -> str:

@@ -1,0 +1,219 @@
+"""Whole runs over servers, in a stream: killed in every way, on two ranks, on two machines."""
+
+from __future__ import annotations
+
+import json
+import time
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_vllm import FakeServer, serving, wait_until
+from forked_runs import PATIENCE_S, ForkedRun
+from process_environment import ROOT
+from safetensors.torch import load_file
+from whole_runs import mixed_for, read_rows
+
+from tapo_train.build.questions import build_order
+from tapo_train.recipe.compose import load_recipe
+from tapo_train.rollout.chat import ChatFormat
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+CALL = '<tool_call>{"name": "text_search_tool", "arguments": {"query": "Velor"}}</tool_call>'
+PER_STEP, ROLLOUTS = 4, 2
+
+
+@pytest.fixture(scope="module")
+def chat() -> ChatFormat:
+    return ChatFormat(ROOT / "assets" / "warm_start")
+
+
+def searches_once(id: str) -> str:
+    return CALL if id.endswith(":0") else "<answer>x</answer>"
+
+
+def takes_its_time(id: str) -> str:
+    """One question of four takes longer than the others' update."""
+    if zlib.crc32(id.partition("/")[0].encode()) % 4 == 0:
+        time.sleep(0.4)
+    return searches_once(id)
+
+
+def overrides(*urls: str, staleness: int) -> tuple[str, ...]:
+    """A run whose servers write what the test wants: they are no policy that a probe would know."""
+    return (
+        "rollout/engine=server",
+        f"rollout.engine.urls=[{','.join(urls)}]",
+        f"rollout.max_staleness={staleness}",
+        "algo/importance=truncate",
+        "probe.tolerance=1e9",
+        f"data.questions_per_step={PER_STEP}",
+        f"rollout.rollouts_per_question={ROLLOUTS}",
+        *mixed_for(1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """A trajectory in a run's dumps."""
+
+    id: str
+    step: int
+    rank: int
+
+    @property
+    def began(self) -> int:
+        """The version of the weights that its group began with."""
+        return int(self.id.rpartition("/")[2].partition(".")[0])
+
+
+def trained(out: Path) -> list[Trained]:
+    """All that the updates of a run took."""
+    found = []
+    for path in sorted((out / "tokens").glob("*.jsonl")):
+        step, _, rank = path.stem.partition(".rank_")
+        found += [
+            Trained(id=json.loads(line)["id"], step=int(step[5:]), rank=int(rank or 0))
+            for line in path.read_text().splitlines()
+        ]
+    return found
+
+
+def require_whole(out: Path, world: Path, *, steps: int, staleness: int, ranks: int) -> None:
+    """All questions of `steps` updates were trained, none twice, and none that was too old."""
+    rows, held = read_rows(out), trained(out)
+    assert [row["step"] for row in rows] == list(range(steps))
+    assert max(row["rollout/staleness_max"] for row in rows) == staleness, "a weak test"
+    assert max(Counter(one.id for one in held).values()) == 1
+    groups = {one.id.rpartition(".")[0]: one for one in held}
+    assert len(held) == ROLLOUTS * len(groups), "a group is trained whole, by one rank"
+    places = Counter((one.step, one.rank) for one in groups.values())
+    assert places == {
+        (step, rank): PER_STEP // ranks for step in range(steps) for rank in range(ranks)
+    }
+    recipe = load_recipe(ROOT / "recipes/demo_cpu.yaml", [f"data.train=[{world}/train.jsonl]"])
+    ids = [json.loads(line)["id"] for line in (world / "train.jsonl").read_text().splitlines()]
+    tasks: Any = [Named(id=id) for id in ids]
+    first = [ids[index] for index in build_order(recipe, tasks).next_batch(PER_STEP * steps)]
+    assert Counter(name.rpartition("/")[0] for name in groups) == Counter(first), "none is lost"
+    assert all(0 <= one.step - one.began <= staleness for one in held)
+    for version in range(steps):
+        begun = sum(one.began <= version for one in groups.values())
+        done = sum(one.step < version for one in groups.values())
+        assert begun - done <= (staleness + 1) * PER_STEP
+
+
+@dataclass(frozen=True, kw_only=True)
+class Named:
+    """As much of a task as the order of questions wants to know."""
+
+    id: str
+    source: str = ""
+
+
+def require_weights(out: Path, *servers: FakeServer) -> None:
+    """Servers hold the policy that the run exported, and no other copy of it is left."""
+    assert not list((out / "weights").iterdir())
+    exported = load_file(out / "export" / "model.safetensors")
+    for server in servers:
+        assert server.weights.keys() >= exported.keys()
+        assert all(torch.equal(server.weights[name], exported[name]) for name in exported)
+
+
+def wait_for_rows(out: Path, number: int) -> None:
+    log = out / "metrics.jsonl"
+    wait_until(lambda: log.exists() and len(read_rows(out)) >= number, most_s=PATIENCE_S)
+
+
+@contextmanager
+def running(world: Path, out: Path, *values: str, ranks: int = 1) -> Iterator[ForkedRun]:
+    """A run that does not outlive the test."""
+    run = ForkedRun(world, out, *values, ranks=ranks)
+    try:
+        yield run
+    finally:
+        run.kill()
+
+
+def test_servers_that_are_killed_cost_a_run_nothing_and_all_of_them_end_it_with_the_reason(
+    small_world: Path, tmp_path: Path, chat: ChatFormat
+) -> None:
+    out, steps = tmp_path / "run", 8
+    with ExitStack() as stack:
+        one, two = (stack.enter_context(serving(chat, takes_its_time)) for _ in range(2))
+        values = (
+            *overrides(one.url, two.url, staleness=1),
+            f"run.steps={steps}",
+            "run.save_every=2",
+            "rollout.engine.patience_s=5",
+        )
+        run = stack.enter_context(running(small_world, out, *values))
+        wait_for_rows(out, 1)
+        one.answers.clear()
+        asked = len(one.asked)
+        wait_until(lambda: len(one.asked) > asked, most_s=PATIENCE_S)
+        lost = set(one.asked[asked:])
+        one.die()
+        wait_for_rows(out, 3)
+        assert lost <= {*two.asked}, "what was under way there was asked elsewhere"
+        two.answers.clear()
+        again = stack.enter_context(serving(chat, takes_its_time, port=one.server_address[1]))
+        wait_until(lambda: again.goes_on.is_set() and again.weights, most_s=PATIENCE_S)
+        two.answers.set()
+        wait_until(lambda: again.asked, most_s=PATIENCE_S)
+        for server in (again, two):
+            server.answers.clear()
+            server.die()
+        assert run.statuses() == [2]
+        assert "error: no engine server is left to " in run.said
+        assert all(f"\n  {server.url}: " in run.said for server in (one, two))
+        assert 3 <= len(read_rows(out)) < steps
+        servers = [
+            stack.enter_context(serving(chat, takes_its_time, port=server.server_address[1]))
+            for server in (one, two)
+        ]
+        with running(small_world, out, *values) as run:
+            assert run.statuses() == [0], run.said[-3000:]
+        require_weights(out, *servers)
+    require_whole(out, small_world, steps=steps, staleness=1, ranks=1)
+
+
+def test_two_ranks_killed_in_mid_sync_and_one_of_them_in_mid_update_go_on_from_a_checkpoint(
+    small_world: Path, tmp_path: Path, chat: ChatFormat
+) -> None:
+    out, mark, steps, staleness = tmp_path / "run", tmp_path / "mark", 7, 2
+    with serving(chat, takes_its_time) as one, serving(chat, takes_its_time) as two:
+        values = (
+            *overrides(one.url, two.url, staleness=staleness),
+            f"run.steps={steps}",
+            "run.save_every=2",
+            "algo/loss=custom",
+            "algo.loss.path=tests.deadly_loss:grpo_until_killed",
+            f"algo.loss.arguments={{mark: '{mark}'}}",
+        )
+        with running(small_world, out, *values, ranks=2) as run:
+            wait_for_rows(out, 3)
+            two.on_load = run.kill
+            assert run.statuses() == [-9, -9]
+            two.on_load = lambda: None
+            assert two.label == "torn", "it was not killed in mid-sync"
+        done = len(read_rows(out)) + 1
+        with running(small_world, out, *values, ranks=2) as run:
+            wait_for_rows(out, done)
+            mark.write_text("1")
+            run.ranks[1].join(PATIENCE_S)
+            run.kill()  # as torchrun does
+            assert run.statuses()[1] == -9 and not mark.exists()
+        assert done <= len(read_rows(out)) < steps
+        with running(small_world, out, *values, ranks=2) as run:
+            assert run.statuses() == [0, 0], run.said[-3000:]
+        assert run.said.count("going on after step") == 2
+        require_weights(out, one, two)
+    require_whole(out, small_world, steps=steps, staleness=staleness, ranks=2)
