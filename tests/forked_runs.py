@@ -11,10 +11,11 @@ import os
 import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
 from fake_vllm import SECRET
-from process_environment import ROOT, free_port
-from whole_runs import arguments
+from process_environment import ROOT, environment, free_port
+from whole_runs import arguments, read_rows
 
 PATIENCE_S = 600
 """[s] for a run that takes seconds, on a machine that does other things as well."""
@@ -31,7 +32,9 @@ class ForkedRun:
         line = arguments(world, out, *overrides)
         port = free_port()
         self.ranks: list[BaseProcess] = [
-            _forks.Process(target=_rank, args=(line, rank, ranks, port, self._log), daemon=True)
+            _forks.Process(
+                target=_rank, args=(line, rank, ranks, port, self._log, environment()), daemon=True
+            )
             for rank in range(ranks)
         ]
         for process in self.ranks:
@@ -54,8 +57,18 @@ class ForkedRun:
         return self._log.read_text()
 
 
-def _rank(line: list[str], rank: int, ranks: int, port: int, log: Path) -> None:
-    os.environ |= {
+def train_forked(world: Path, out: Path, *overrides: str, ranks: int) -> list[dict[str, Any]]:
+    """Run to the end; the rows of metrics.jsonl."""
+    run = ForkedRun(world, out, *overrides, ranks=ranks)
+    assert run.statuses() == [0] * ranks, run.said
+    return read_rows(out)
+
+
+def _rank(
+    line: list[str], rank: int, ranks: int, port: int, log: Path, outer: dict[str, str]
+) -> None:
+    # A fork has the environment of the first one's time.
+    os.environ |= outer | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),

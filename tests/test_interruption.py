@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 from closing_tool import IDLE_TOOL, NOTES, notes
+from forked_runs import train_forked
 from process_environment import ROOT, environment
 from whole_runs import (
     TIMEOUT_S,
     command,
     digest_of_weights,
     read_rows,
-    train,
     without_probe,
 )
 
@@ -172,9 +172,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(
     assert not (out / "export").exists()
     assert not list((out / "watchdog").iterdir())
     engine = (*engine, f"run.steps={done + 2}")
-    rows = train(small_world, out, *engine, ranks=ranks)
+    rows = train_forked(small_world, out, *engine, ranks=ranks)
     assert notes(noted) == ["closed\n"] * 2 * ranks
-    whole = train(small_world, tmp_path / "whole", *engine, ranks=ranks)
+    whole = train_forked(small_world, tmp_path / "whole", *engine, ranks=ranks)
     # A resumed run probes with a turn of its own, from its own first sync on.
     assert [without_probe(row) for row in rows] == [without_probe(row) for row in whole]
     ours, theirs = (digest_of_weights(tmp_path / name / "export") for name in ("stopped", "whole"))

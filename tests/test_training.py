@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 from chromium import chromium, needs_chromium
 from dump_and_page import compare
+from forked_runs import train_forked
 from plain_steps import plain_steps
 from whole_runs import (
     LOSS_TOLERANCE,
     digest_of_weights,
     mixed_for,
     read_rows,
-    train,
     train_here,
 )
 
@@ -97,9 +97,9 @@ def test_two_ranks_compute_the_loss_of_one_on_the_same_batch_also_when_they_shar
 ) -> None:
     engine = ("rollout/engine=hf", "run.steps=1")
     alone = train_here(small_world, tmp_path / "one", "run.steps=1")
-    together = train(small_world, tmp_path / "two", *engine, ranks=2)
+    together = train_forked(small_world, tmp_path / "two", *engine, ranks=2)
     engine = (*engine, "learner.sequence_parallel=2")
-    sharing = train(small_world, tmp_path / "sharing", *engine, ranks=2)
+    sharing = train_forked(small_world, tmp_path / "sharing", *engine, ranks=2)
     for run in (together, sharing):
         for name in ("reward/mean", "rollout/tokens", "tapo/n_fail_steps_corrected"):
             assert alone[0][name] == run[0][name]
