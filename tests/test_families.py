@@ -70,7 +70,7 @@ def test_rows_are_scored_packed_as_alone_and_as_by_the_model_itself(
     policy.close()
 
 
-@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "glm4v"])
+@pytest.mark.parametrize("kind", ["qwen3_vl_moe", "glm4v", "internvl"])
 def test_pictures_become_the_tokens_that_the_models_own_processor_writes(
     kind: str, tmp_path: Path
 ) -> None:

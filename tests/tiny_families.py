@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ GLM_TOKENS = (
     *("begin_of_image", "image", "end_of_image"),
     *("begin_of_video", "video", "end_of_video"),
 )
+TILE = 56
+"""[pixels] side of a tile of InternVL: four placeholders."""
 SIZE = {"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS}
 
 
@@ -141,6 +144,24 @@ def _glm4v() -> Any:
     return _seeing("Glm4v", text, vision, **ids)
 
 
+def _internvl() -> Any:
+    config = transformers.InternVLConfig(
+        text_config={"model_type": "qwen2", **TEXT, **_rope()},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "image_size": TILE,
+            "patch_size": 14,
+        },
+        image_token_id=_intern_tokenizer().context_image_token_id,
+        image_seq_length=4,
+        tie_word_embeddings=True,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
 def _qwen_processor(patch: int) -> Any:
     options = {"patch_size": patch, "merge_size": 2, "temporal_patch_size": 2, "size": SIZE}
     return Qwen3VLProcessor(
@@ -161,6 +182,32 @@ def _glm_processor() -> Any:
     )
 
 
+def _intern_tokenizer() -> Any:
+    names = {
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "context_image_token": "<IMG_CONTEXT>",
+        "video_token": "<video>",
+    }
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=deepcopy(tokenizer().backend_tokenizer),
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=names,
+    )
+
+
+def _intern_processor() -> Any:
+    size = {"height": TILE, "width": TILE}
+    return transformers.InternVLProcessor(
+        image_processor=transformers.GotOcr2ImageProcessor(size=size, max_patches=4),
+        tokenizer=_intern_tokenizer(),
+        video_processor=transformers.InternVLVideoProcessor(size=size),
+        image_seq_length=4,
+        chat_template=CHAT_TEMPLATE.replace(QWEN_PICTURE, "<IMG_CONTEXT>\\n"),
+    )
+
+
 BUILDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "llama": (partial(text_model, "Llama"), tokenizer),
     "qwen2": (partial(text_model, "Qwen2"), tokenizer),
@@ -169,6 +216,7 @@ BUILDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "qwen3_vl_moe": (_qwen3_vl_moe, partial(_qwen_processor, 16)),
     "qwen3_5": (_qwen3_5, partial(_qwen_processor, 16)),
     "glm4v": (_glm4v, _glm_processor),
+    "internvl": (_internvl, _intern_processor),
 }
 """Model type -> how its model and its processor are made."""
 

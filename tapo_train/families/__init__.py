@@ -8,12 +8,13 @@ from __future__ import annotations
 from tapo_train.errors import ConfigError
 from tapo_train.families.family import Family, PackedInputs, PictureIds
 from tapo_train.families.glm_v import GLM_4V
+from tapo_train.families.intern_vl import INTERN_VL
 from tapo_train.families.qwen_vl import QWEN2_5_VL, QWEN3_5, QWEN3_VL
 from tapo_train.families.text import LLAMA, QWEN2, QWEN3
 
 __all__ = ["FAMILIES", "Family", "PackedInputs", "PictureIds", "family_of"]
 
-FAMILIES: list[Family] = [QWEN2_5_VL, QWEN3_VL, QWEN3_5, GLM_4V, LLAMA, QWEN2, QWEN3]
+FAMILIES: list[Family] = [QWEN2_5_VL, QWEN3_VL, QWEN3_5, GLM_4V, INTERN_VL, LLAMA, QWEN2, QWEN3]
 """Families whose packing, positions, pictures and chat are known and tested."""
 
 
