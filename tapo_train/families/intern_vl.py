@@ -84,8 +84,8 @@ class Tiles(Family):
 
     def num_tokens(self, processor: Any, *, height: int, width: int) -> int:
         """See `Family.num_tokens`."""
-        tiles: int = processor.get_number_of_image_patches(height, width, TILED)
-        return tiles * (processor.size["height"] // (PATCH * MERGE)) ** 2
+        tiles, side = processor.get_number_of_image_patches(height, width, TILED), processor.size
+        return int(tiles * (side["height"] // (PATCH * MERGE)) ** 2)
 
     def process(self, processor: Any, rgb: PIL.Image.Image, **options: Any) -> tuple[Any, Tensor]:
         """See `Family.process`."""
@@ -100,7 +100,7 @@ class Tiles(Family):
         self, body: Any, inputs: PackedInputs, part: slice, place: Place
     ) -> dict[str, Any]:
         """See `Family.body_inputs`."""
-        import torch  # here alone, as in no family (`families/family.py`)
+        import torch  # not above: shapes of models are read without it
 
         seen = body.get_image_features(inputs.pixel_values, return_dict=True)
         tiles = seen.pooler_output.split(inputs.grids[:, 0].tolist())
