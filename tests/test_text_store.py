@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,10 @@ def free_port() -> int:
         return int(taken.getsockname()[1])
 
 
-@pytest.fixture(scope="module")
-def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    port, folder = free_port(), tmp_path_factory.mktemp("milvus")
-    program = Path(sys.executable).with_name("milvus-lite")
+@contextmanager
+def milvus_lite(folder: Path) -> Iterator[tuple[Server, subprocess.Popen[bytes]]]:
+    """A server of Milvus' protocol, in a process of its own."""
+    port, program = free_port(), Path(sys.executable).with_name("milvus-lite")
     words = [program, "server", "--data-dir", folder, "--host", "127.0.0.1", "--port", str(port)]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -79,10 +80,16 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             with socket.socket() as tried:
                 if tried.connect_ex(("127.0.0.1", port)) == 0:
                     break
-        yield Server("milvus", f"http://127.0.0.1:{port}")
+        yield Server("milvus", f"http://127.0.0.1:{port}"), process
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.fixture(scope="module")
+def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with milvus_lite(tmp_path_factory.mktemp("milvus")) as (server, _):
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +243,25 @@ def test_a_server_that_is_down_or_talks_nonsense_is_an_outage(
         box.close()
     assert seen.outcome is Outcome.INFRA_ERROR and "OpenSearch: " in seen.text
     assert searched(recipe).text == "1. car: The automobile stood in the garage."
+
+
+def test_a_milvus_that_is_killed_is_an_outage_and_too_long_a_passage_is_told(
+    tmp_path: Path,
+) -> None:
+    corpus, task = tmp_path / "c.jsonl", Task(id="t", question="?", images=(), answers=("x",))
+    with milvus_lite(tmp_path / "data") as (server, process):
+        corpus.write_text(json.dumps({"id": "1", "title": "", "text": "word " * 14_000}))
+        with pytest.raises(DataError, match=r"passage 0 has 70\d\d\d bytes, wanted at most 65535"):
+            server.upload(corpus, "long")
+        corpus.write_text(json.dumps(ODD[3]))
+        server.upload(corpus, "one")
+        box = build_toolbox(server.recipe("one", "tools.deadline_s=5"))
+        process.kill()
+        process.wait()
+        request = box.read("text_search_tool", {"query": "garage"})
+        seen = asyncio.run(box.execute(request, ToolContext(images=(), task=task)))
+        box.close()
+    assert seen.outcome is Outcome.INFRA_ERROR and "Milvus: " in seen.text
 
 
 def test_nobody_at_the_address_is_told_before_anything_starts() -> None:
