@@ -115,8 +115,9 @@ def _qwen3_vl_moe() -> Any:
     return _seeing("Qwen3VLMoe", text, vision, **_qwen_ids())
 
 
-def _qwen3_5() -> Any:
+def _qwen3_5(kind: str, **more: int) -> Any:
     text = {
+        **more,
         **_rope(mrope_section=[4, 2, 2], mrope_interleaved=True, partial_rotary_factor=0.5),
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_key_heads": 2,
@@ -125,7 +126,7 @@ def _qwen3_5() -> Any:
         "linear_value_head_dim": 16,
     }
     vision = {"intermediate_size": 64, "patch_size": 16, "num_position_embeddings": 64}
-    return _seeing("Qwen3_5", text, vision, **_qwen_ids())
+    return _seeing(kind, text, vision, **_qwen_ids())
 
 
 def _glm4v() -> Any:
@@ -214,7 +215,11 @@ BUILDERS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
     "qwen3": (partial(text_model, "Qwen3"), tokenizer),
     "qwen3_moe": (partial(text_model, "Qwen3Moe", **EXPERTS), tokenizer),
     "qwen3_vl_moe": (_qwen3_vl_moe, partial(_qwen_processor, 16)),
-    "qwen3_5": (_qwen3_5, partial(_qwen_processor, 16)),
+    "qwen3_5": (partial(_qwen3_5, "Qwen3_5"), partial(_qwen_processor, 16)),
+    "qwen3_5_moe": (
+        partial(_qwen3_5, "Qwen3_5Moe", **EXPERTS, shared_expert_intermediate_size=40),
+        partial(_qwen_processor, 16),
+    ),
     "glm4v": (_glm4v, _glm_processor),
     "internvl": (_internvl, _intern_processor),
 }
