@@ -34,7 +34,7 @@ TEXT: Mapping[str, Any] = {
 EXPERTS: Mapping[str, int] = {
     "num_experts": 4,
     "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
+    "moe_intermediate_size": 128,
 }
 TOWER: Mapping[str, Any] = {
     "depth": 2,

@@ -27,6 +27,7 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 from tapo_train.errors import EngineError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
+from tapo_train.rollout.vllm_experts import forget_expert_kernels
 from tapo_train.rollout.vllm_inputs import InputBuilder
 from tapo_train.types import Image
 
@@ -158,6 +159,8 @@ class VllmEngine:
         self._require_idle("load_weights")
         if self._is_asleep:
             raise EngineError("load_weights needs an engine that is awake")
+        if current_platform.is_cpu():
+            self._llm.apply_model(forget_expert_kernels)
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         # Keys and values, processed pictures and encoded pictures were all computed with
         # or beside the old weights. Leaving the encoder cache out kills the next request.
