@@ -42,7 +42,8 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
 from tapo_train.rollout.limits import Limits
-from tapo_train.rollout.vllm_engine import CPU_CACHE_BLOCK, VllmEngine, VllmOptions
+from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
+from tapo_train.rollout.vllm_settings import CPU_CACHE_BLOCK
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.toolbox import Toolbox
 from tapo_train.types import Group, Image, Observation, Trajectory

@@ -101,9 +101,8 @@ def test_vllm_takes_every_flag_and_they_mean_what_the_engine_needs() -> None:
     def read(**values: Any) -> Any:
         return parser.parse_args(launch(**values).command()[3:])
 
-    gpus = read(data_parallel=4, tensor_parallel=2, transfer="nccl", memory_fraction=0.8)
+    gpus = read(data_parallel=4, tensor_parallel=2, transfer="nccl")
     assert (gpus.data_parallel_size, gpus.tensor_parallel_size) == (4, 2)
-    assert gpus.gpu_memory_utilization == 0.8
     assert gpus.weight_transfer_config.backend == "nccl"
     assert gpus.max_model_len == 1025, "one more: to score, a token is sampled"
     assert (gpus.host, gpus.port, gpus.seed) == ("127.0.0.1", 7001, 5)
@@ -134,6 +133,7 @@ def test_weights_go_to_gpus_bucket_by_bucket_within_one_update(
     sent: list[tuple[str, torch.Tensor]] = []
     told: list[tuple[str, dict[str, Any]]] = []
     monkeypatch.setattr(transfer, "BUCKET_BYTES", 40)
+    monkeypatch.setenv("VLLM_HOST_IP", "127.0.0.1")
     monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: Endpoint())
     monkeypatch.setattr(
         nccl_engine,

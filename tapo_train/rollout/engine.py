@@ -13,14 +13,14 @@ cannot be reproduced from the token alone, which is what `Sampling.is_exact` say
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
 
-from tapo_train.errors import ConfigError
+from tapo_train.errors import ConfigError, EngineError
 from tapo_train.types import Image, VersionSpan
 
 if TYPE_CHECKING:
@@ -95,6 +95,19 @@ class Completion:
     versions: tuple[VersionSpan, ...] = ()
     """Which weights sampled which tokens, in order, covering [0, L). () means all by the weights
     that were loaded last: what an engine says whose weights never change under a request."""
+
+
+def require_admissible(
+    request: GenerationRequest, in_flight: Container[str], *, max_model_len: int
+) -> None:
+    """Raise EngineError if a request is in flight already, or longer than the engine takes."""
+    if request.id in in_flight:
+        raise EngineError(f"request {request.id} is in flight already")
+    if len(request.tokens) + request.max_tokens > max_model_len:
+        raise EngineError(
+            f"request {request.id}: {len(request.tokens)} tokens and {request.max_tokens} "
+            f"to sample exceed max_model_len = {max_model_len}"
+        )
 
 
 @runtime_checkable

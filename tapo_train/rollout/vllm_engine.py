@@ -26,21 +26,19 @@ from vllm.sampling_params import RequestOutputKind, SamplingParams
 
 from tapo_train.errors import EngineError
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.engine import Completion, GenerationRequest, Sampling
+from tapo_train.rollout.engine import Completion, GenerationRequest, require_admissible
 from tapo_train.rollout.vllm_experts import forget_expert_kernels
 from tapo_train.rollout.vllm_inputs import InputBuilder
+from tapo_train.rollout.vllm_settings import (
+    CPU_CACHE_BLOCK,
+    MIN_PREFILL,
+    bans,
+    sampling_parameters,
+)
 from tapo_train.types import Image
 
 if TYPE_CHECKING:
     import torch
-
-BAN_BIAS = -100.0
-"""vLLM's lowest logit bias: e^-100 of a competitor's probability is zero in float32."""
-
-CPU_CACHE_BLOCK = 32
-"""[tokens] unit in which keys and values are reused on CPU."""
-MIN_PREFILL = 4096
-"""[tokens] prefilled in one step at least, where prefills are not chunked."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,7 +91,7 @@ class VllmEngine:
             self._llm: Any = vllm.LLM(**_arguments(chat, options))
         self._engine: Any = self._llm.llm_engine
         self._inputs = InputBuilder(chat, self._engine, cache_bytes=options.picture_cache_bytes)
-        self._bias = dict.fromkeys(chat.banned_token_ids, BAN_BIAS)
+        self._bias = bans(chat)
         self._in_flight: dict[str, GenerationRequest] = {}
         self._is_asleep = False
         self._has_weights = True
@@ -101,13 +99,7 @@ class VllmEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """See `Engine.submit`."""
-        if request.id in self._in_flight:
-            raise EngineError(f"request {request.id} is in flight already")
-        if len(request.tokens) + request.max_tokens > self._options.max_model_len:
-            raise EngineError(
-                f"request {request.id}: {len(request.tokens)} tokens and {request.max_tokens} "
-                f"to sample exceed max_model_len = {self._options.max_model_len}"
-            )
+        require_admissible(request, self._in_flight, max_model_len=self._options.max_model_len)
         self._add(request.id, request.tokens, request.images, self._parameters(request))
         self._in_flight[request.id] = request
 
@@ -192,21 +184,11 @@ class VllmEngine:
         del self._engine, self._llm
 
     def _parameters(self, request: GenerationRequest) -> SamplingParams:
-        sampling: Sampling = request.sampling
-        if sampling.seed is not None and not self._options.seeded:
+        if request.sampling.seed is not None and not self._options.seeded:
             raise EngineError("sampling.seed is set; the engine must be built with seeded=True")
         return SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            seed=sampling.request_seed(request.id),
-            max_tokens=request.max_tokens,
-            stop_token_ids=[self._chat.end_token_id],
-            ignore_eos=True,
-            logit_bias=self._bias,
-            logprobs=0,
+            **sampling_parameters(request, end=self._chat.end_token_id, bias=self._bias),
             flat_logprobs=True,
-            detokenize=False,
             output_kind=RequestOutputKind.FINAL_ONLY,
             # Made for this request alone; copying the bans is half of what submitting costs.
             skip_clone=True,
@@ -273,7 +255,6 @@ def _arguments(chat: ChatFormat, options: VllmOptions) -> dict[str, Any]:
         arguments["enable_chunked_prefill"] = False
         arguments["max_num_batched_tokens"] = max(MIN_PREFILL, options.max_model_len + 1)
     if current_platform.is_cpu():
-        # The default of 128 tokens loses a third of the reusable keys of short turns.
         arguments["block_size"] = CPU_CACHE_BLOCK
     if "LOCAL_RANK" in os.environ:
         arguments["distributed_executor_backend"] = "external_launcher"

@@ -23,6 +23,15 @@ LOWEST = -9999.0
 """[nat] What vLLM says instead of a log-probability that is not finite."""
 
 
+@contextmanager
+def understood() -> Iterator[None]:
+    """Around what reads an answer that may be anything."""
+    try:
+        yield
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
+        raise EngineError(f"an answer nobody knows: {type(error).__name__}: {error}") from error
+
+
 class Expected:
     """What answers may hold.
 
@@ -36,19 +45,22 @@ class Expected:
         self._sampled = chat.sampled_ids
         self._names = names
 
-    def served(self, served: Served) -> None:
+    @understood()
+    def served(self, body: bytes) -> Served:
         """What a server says of itself."""
+        served = Served(**json.loads(body))
         if served.identity != self._identity:
             raise EngineError(
                 "serves another model: its tokens, template, banned ids or pixels differ; "
                 "wanted a server of the recipe's model.path"
             )
+        return served
 
+    @understood()
     def prompt(self, body: bytes, tokens: npt.NDArray[np.int32]) -> Any:
         """The answer to `tokens`, if the server expanded its pictures as we did."""
-        with _understood():
-            answer = json.loads(body)
-            found = np.array(answer["prompt_token_ids"], dtype=np.int32)
+        answer = json.loads(body)
+        found = np.array(answer["prompt_token_ids"], dtype=np.int32)
         if not np.array_equal(found, tokens):
             raise EngineError(
                 f"another prompt than ours: {len(found)} tokens instead of {len(tokens)}, or "
@@ -56,36 +68,36 @@ class Expected:
             )
         return answer
 
+    @understood()
     def completion(self, body: bytes, request: GenerationRequest) -> Completion:
         """The completion of a request."""
         answer = self.prompt(body, request.tokens)
-        with _understood():
-            (choice,) = answer["choices"]
-            if choice["finish_reason"] not in ("stop", "length"):
-                raise EngineLostError(f"{request.id} was ended by {choice['finish_reason']!r}")
-            entries = choice["logprobs"]["content"]
-            if [entry["token_id"] for entry in entries] != choice["token_ids"]:
-                raise EngineError(f"request {request.id}: log-probabilities of other tokens")
-            details = answer["usage"]["prompt_tokens_details"] or {}
-            completion = Completion(
-                id=request.id,
-                tokens=np.array(choice["token_ids"], dtype=np.int32),
-                logprobs=_logprobs([entry["logprob"] for entry in entries]),
-                finished=choice["finish_reason"],
-                cached_tokens=int(details.get("cached_tokens") or 0),
-                versions=self._versions(choice["weight_versions"]),
-            )
+        (choice,) = answer["choices"]
+        if choice["finish_reason"] not in ("stop", "length"):
+            raise EngineLostError(f"{request.id} was ended by {choice['finish_reason']!r}")
+        entries = choice["logprobs"]["content"]
+        if [entry["token_id"] for entry in entries] != choice["token_ids"]:
+            raise EngineError(f"request {request.id}: log-probabilities of other tokens")
+        details = answer["usage"]["prompt_tokens_details"] or {}
+        completion = Completion(
+            id=request.id,
+            tokens=np.array(choice["token_ids"], dtype=np.int32),
+            logprobs=_logprobs([entry["logprob"] for entry in entries]),
+            finished=choice["finish_reason"],
+            cached_tokens=int(details.get("cached_tokens") or 0),
+            versions=self._versions(choice["weight_versions"]),
+        )
         require_complete(completion, request, self._end)
         self._require_possible(completion, len(request.tokens))
         return completion
 
+    @understood()
     def scores(self, body: bytes, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """[T-1] log-probabilities of tokens[1:] under the present weights."""
         answer = self.prompt(body, tokens)
-        with _understood():
-            versions = self._versions(answer["choices"][0]["weight_versions"])
-            pairs = zip(tokens[1:].tolist(), answer["prompt_logprobs"][1:], strict=True)
-            scores = _logprobs([entry[str(token)]["logprob"] for token, entry in pairs])
+        versions = self._versions(answer["choices"][0]["weight_versions"])
+        pairs = zip(tokens[1:].tolist(), answer["prompt_logprobs"][1:], strict=True)
+        scores = _logprobs([entry[str(token)]["logprob"] for token, entry in pairs])
         if {span.version for span in versions} != {self._names.number}:
             raise EngineLostError(f"scored by {versions}; wanted {self._names.present}")
         if not np.isfinite(scores).all():
@@ -115,15 +127,6 @@ class Expected:
             raise EngineError(
                 f"{name}: {completion.cached_tokens} of {prompt_length} tokens were cached"
             )
-
-
-@contextmanager
-def _understood() -> Iterator[None]:
-    """Around what reads an answer that may be anything."""
-    try:
-        yield
-    except (ValueError, TypeError, LookupError, OverflowError) as error:
-        raise EngineError(f"an answer nobody knows: {type(error).__name__}: {error}") from error
 
 
 def _logprobs(numbers: list[float]) -> npt.NDArray[np.float32]:

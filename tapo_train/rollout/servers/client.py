@@ -34,7 +34,7 @@ class Client:
 
     def __init__(self, url: str, *, secret: str, timeout_s: float) -> None:
         self._timeout_s = timeout_s
-        self._cut: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls: set[asyncio.Task[tuple[int, bytes]]] = set()
         self._url = url.rstrip("/")
         self._headers = {"Authorization": authorization(secret), "Accept-Encoding": "identity"}
         self._connections = Connections(idle_s=KEPT_S, asks_again=False)
@@ -57,24 +57,19 @@ class Client:
             EngineLostError: nothing came back; as ServerFailedError for HTTP 5xx.
             EngineError: HTTP 4xx.
         """
-        wait_s = self._timeout_s if read_s is None else read_s
-        timeout = httpx.Timeout(
-            self._timeout_s, read=None if wait_s == float("inf") else wait_s, pool=None
-        )
-        cut, call = (
-            self._cut,
-            asyncio.create_task(self._exchange(method, path, body, timeout, headers)),
-        )
+        timeout = httpx.Timeout(self._timeout_s, read=read_s or self._timeout_s)
+        call = asyncio.create_task(self._exchange(method, path, body, timeout, headers))
+        self._calls.add(call)
+        call.add_done_callback(self._calls.discard)
         try:
-            either: set[asyncio.Future[Any]] = {call, cut}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not call.done():
-                raise EngineLostError(f"{path}: given up")
-            status, answer = call.result()
+            status, answer = await call
         except httpx.HTTPError as error:
             raise EngineLostError(f"{path}: {type(error).__name__}: {error}") from error
-        finally:
-            call.cancel()
+        except asyncio.CancelledError:
+            asking = asyncio.current_task()
+            if asking is None or asking.cancelling():
+                raise
+            raise EngineLostError(f"{path}: given up") from None
         if status == 200:
             return answer
         said = " ".join(answer[:500].decode("utf-8", "replace").split())
@@ -82,12 +77,12 @@ class Client:
         raise kind(f"{path}: HTTP {status}: {said}")
 
     def cut(self) -> None:
-        """Give up everything that is under way."""
-        self._cut.set_result(None)
-        self._cut = asyncio.get_running_loop().create_future()
+        """Give up everything that is under way; the server aborts it."""
+        for call in self._calls:
+            call.cancel()
 
     async def close(self) -> None:
-        """Hang up; the server aborts what is under way there."""
+        """Hang up."""
         self.cut()
         await self._connections.close()
 

@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from tapo_train.errors import AlignmentError, EngineError
 from tapo_train.rollout.chat import ChatFormat
-from tapo_train.rollout.engine import Completion, GenerationRequest
+from tapo_train.rollout.engine import Completion, GenerationRequest, require_admissible
 from tapo_train.rollout.servers.client import Body
 from tapo_train.rollout.servers.fleet import Fleet, ServerOptions
 from tapo_train.rollout.servers.weights import WeightCarrier
@@ -62,7 +62,7 @@ class ServerEngine:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="servers", daemon=True)
         self._thread.start()
-        self._fleet = self._run(self._open(urls, options))
+        self._fleet = Fleet(urls, chat, options, carrier)
         try:
             self._run(self._fleet.meet())
         except EngineError:
@@ -76,14 +76,7 @@ class ServerEngine:
 
     def submit(self, request: GenerationRequest) -> None:
         """See `Engine.submit`. What only a server can find wrong, `step` raises."""
-        if request.id in self._flights:
-            raise EngineError(f"request {request.id} is in flight already")
-        longest = self._fleet.max_tokens
-        if len(request.tokens) + request.max_tokens > longest:
-            raise EngineError(
-                f"request {request.id}: {len(request.tokens)} tokens and {request.max_tokens} "
-                f"to sample exceed max_model_len = {longest}"
-            )
+        require_admissible(request, self._flights, max_model_len=self._fleet.max_tokens)
         self._require_aligned(request)
         flight = asyncio.run_coroutine_threadsafe(self._fleet.complete(request), self._loop)
         self._flights[request.id] = flight
@@ -150,9 +143,6 @@ class ServerEngine:
         self._thread.join()
         self._loop.close()
         self._carrier.close()
-
-    async def _open(self, urls: Sequence[str], options: ServerOptions) -> Fleet:
-        return Fleet(urls, self._chat, options, self._carrier)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +25,12 @@ from tapo_train.types import Image
 MOST_LOSSES = 3
 """A request that was in flight on more servers that went away is taken for the reason."""
 BEAT_S = 1.0
-"""Between two greetings of a server that is there."""
-FIRST_PAUSE_S = 0.25
-LONGEST_PAUSE_S = 5.0
-"""Between two greetings of one that is not; doubled each time."""
+"""Between two greetings of a server."""
 POLL_S = 0.02
 """Between two looks for a server."""
 
 Scores = npt.NDArray[np.float32]
+K, T = TypeVar("K"), TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,26 +67,20 @@ class Fleet:
             )
             for url in urls
         ]
-        self._watches = [asyncio.create_task(self._watch(server)) for server in self.servers]
+        self._watches: list[asyncio.Task[None]] = []
 
     async def meet(self) -> None:
-        """Wait until every server has introduced itself.
+        """Watch the servers from now on, and wait until every one has introduced itself.
 
         Raises:
             EngineError: one does not, or serves another model, or wants another secret.
         """
-        patience_s = self._options.patience_s
-        deadline = _now() + patience_s
-        while missing := [server for server in self.servers if server.served is None]:
-            for server in missing:
-                if server.is_forsaken:
-                    raise EngineError(f"{server.url}: {server.problem}")
-                if _now() > deadline:
-                    raise EngineError(
-                        f"{server.url} did not answer within {patience_s:.0f} s: "
-                        f"{server.problem}; is it started with `serve-engine`?"
-                    )
-            await asyncio.sleep(POLL_S)
+        self._watches = [asyncio.create_task(self._watch(server)) for server in self.servers]
+        await self._until(
+            lambda: all(server.served is not None for server in self.servers),
+            "not every engine server is there; are they started with `serve-engine`?",
+            is_over=any,
+        )
 
     @property
     def max_tokens(self) -> int:
@@ -118,32 +111,37 @@ class Fleet:
 
     async def score(self, tokens: npt.NDArray[np.int32], images: Sequence[Image]) -> Scores:
         """Scores by every engine with the present weights; EngineError if they disagree."""
-        while True:
+        scores: dict[str, Scores] = {}
+        while not scores:
             seats = await self._usable("score a sequence")
-            asked = await asyncio.gather(
-                *(seat.server.score(tokens, images, seat.replica) for seat in seats),
-                return_exceptions=True,
+            scores = await _outliving(
+                {
+                    f"{seat.server.url} ({seat.replica})": seat.server.score(
+                        tokens, images, seat.replica
+                    )
+                    for seat in seats
+                }
             )
-            scores: dict[str, Scores] = {}
-            for seat, found in zip(seats, asked, strict=True):
-                if isinstance(found, BaseException):
-                    if not isinstance(found, EngineLostError):
-                        raise found
-                else:
-                    scores[f"{seat.server.url} ({seat.replica})"] = found
-            if scores:
-                return _agreed(scores, self._options.agreement)
+        spread = float(np.ptp(list(scores.values()), axis=0).max(initial=0.0))
+        if not spread <= self._options.agreement:
+            raise EngineError(
+                f"{' and '.join(scores)} score the same tokens {spread:.2g} nat apart; wanted at "
+                f"most probe.tolerance = {self._options.agreement}: one of them holds other "
+                "weights or caches"
+            )
+        return next(iter(scores.values()))
 
     async def pause(self) -> list[EngineServer]:
         """Stop every server that is there, in the middle of answers."""
         there = [server for server in self.servers if server.weights is not None]
-        return await _outliving(there, lambda server: server.pause())
+        return list(await _outliving({server: server.pause() for server in there}))
 
     async def tell(
         self, paused: list[EngineServer], path: str, body: Callable[[str], Body]
     ) -> list[EngineServer]:
         """See `weights.Tell`; the servers that took it."""
-        return await _outliving(paused, lambda server: server.load(path, body(server.name)))
+        asked = {server: server.load(path, body(server.name)) for server in paused}
+        return list(await _outliving(asked))
 
     async def resume(self, paused: list[EngineServer], *, version: int) -> None:
         """Have paused servers go on, and wait until one holds the weights of this version.
@@ -153,7 +151,7 @@ class Fleet:
         """
         self.names.advance(version)
         self._placement.forget()
-        await _outliving(paused, lambda server: server.resume(self.names.present))
+        await _outliving({server: server.resume(self.names.present) for server in paused})
         # Where another rank sends, it may still be at it.
         await self._usable(f"take the weights of version {version}")
 
@@ -165,26 +163,24 @@ class Fleet:
             await server.close()
 
     async def _watch(self, server: EngineServer) -> None:
-        pause_s = FIRST_PAUSE_S
         while not server.is_forsaken:
-            was_there = server.weights is not None
-            try:
-                if not server.is_changing:
+            if not server.is_changing:
+                with suppress(EngineError):  # the server knows its problem
+                    was_there = server.weights is not None
                     await server.greet()
                     if not was_there:
                         await self._bring_up(server)
-                pause_s = BEAT_S
-            except EngineLostError:
-                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(BEAT_S)
 
     async def _bring_up(self, server: EngineServer) -> None:
         """Give a server that came back the last weights, if that is possible."""
-        again = self._carrier.again()
-        if again is not None and server.weights not in (None, self.names.present):
+        stored = self._carrier.again()
+        if stored is not None and server.weights not in (None, self.names.present):
+            # Newer ones may be meant before it has these.
+            version, path, body = stored
             await server.pause()
-            await server.load(*again)
-            await server.resume(self.names.present)
+            await server.load(path, body)
+            await server.resume(self.names.name(version))
 
     async def _usable(self, task: str) -> list[Seat]:
         """Engines that hold the present weights, once there is one.
@@ -192,53 +188,49 @@ class Fleet:
         Raises:
             EngineError: there is none within the patience, or none can come back.
         """
+
+        def usable() -> list[Seat]:
+            return [s for each in self.servers if not self._problem(each) for s in each.seats]
+
+        return await self._until(usable, f"no engine server is left to {task}", is_over=all)
+
+    async def _until(
+        self, found: Callable[[], T], problem: str, *, is_over: Callable[[Iterable[bool]], bool]
+    ) -> T:
+        """What `found` gives, once it gives something.
+
+        Raises:
+            EngineError: not within the patience; or all servers are forsaken, or any.
+        """
         deadline = _now() + self._options.patience_s
-        while not (
-            seats := [s for each in self.servers if self._is_usable(each) for s in each.seats]
-        ):
-            if all(server.is_forsaken for server in self.servers) or _now() > deadline:
-                lines = [f"  {server.url}: {self._state(server)}" for server in self.servers]
-                raise EngineError("\n".join([f"no engine server is left to {task}", *lines]))
+        while not (it := found()):
+            if is_over(server.is_forsaken for server in self.servers) or _now() > deadline:
+                lines = [f"  {server.url}: {self._problem(server)}" for server in self.servers]
+                raise EngineError("\n".join([problem, *lines]))
             await asyncio.sleep(POLL_S)
-        return seats
+        return it
 
-    def _is_usable(self, server: EngineServer) -> bool:
-        present = self.names.present
-        if server.weights != present or server.served is None:
-            return False
-        return present != BASE or server.served.base == self._options.base
-
-    def _state(self, server: EngineServer) -> str:
-        if server.weights is None:
+    def _problem(self, server: EngineServer) -> str:
+        """Why a server is not asked; empty: it is."""
+        if server.weights is None or server.served is None:
             return server.problem
         if server.weights != self.names.present:
             return f"its weights are {server.weights!r}; wanted {self.names.present!r}"
-        return "its model folder has other weights than the recipe's"
+        if server.weights == BASE and server.served.base != self._options.base:
+            return "its model folder has other weights than the recipe's"
+        return ""
 
 
-async def _outliving(
-    servers: list[EngineServer],
-    ask: Callable[[EngineServer], Coroutine[Any, Any, None]],
-) -> list[EngineServer]:
-    """The servers that did what they were asked, all at once. Raises what is not their end."""
-    results = await asyncio.gather(*map(ask, servers), return_exceptions=True)
-    for result in results:
-        if isinstance(result, BaseException) and not isinstance(result, EngineLostError):
-            raise result
-    return [server for server, result in zip(servers, results, strict=True) if result is None]
-
-
-def _agreed(scores: dict[str, Scores], agreement: float) -> Scores:
-    """The first engine's scores, if those of the others are the same."""
-    (first, expected), *others = scores.items()
-    for name, found in others:
-        worst = float(np.abs(found - expected).max(initial=0.0))
-        if not worst <= agreement:
-            raise EngineError(
-                f"{first} and {name} score the same tokens {worst:.2g} nat apart; wanted at most "
-                f"probe.tolerance = {agreement}: one of them holds other weights or caches"
-            )
-    return expected
+async def _outliving(asked: Mapping[K, Coroutine[Any, Any, T]]) -> dict[K, T]:
+    """The answers of those that outlived it, all asked at once. Raises what is not their end."""
+    answers = await asyncio.gather(*asked.values(), return_exceptions=True)
+    found: dict[K, T] = {}
+    for key, answer in zip(asked, answers, strict=True):
+        if not isinstance(answer, BaseException):
+            found[key] = answer
+        elif not isinstance(answer, EngineLostError):
+            raise answer
+    return found
 
 
 def _now() -> float:

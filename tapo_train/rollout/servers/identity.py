@@ -81,9 +81,13 @@ class WeightNames:
         self.number = 0
         """Version of those."""
 
+    def name(self, version: int) -> str:
+        """Of the weights of a version of this run."""
+        return f"{self._run}.{version}"
+
     def advance(self, version: int) -> None:
         """These weights are meant from now on."""
-        self.present, self.number = f"{self._run}.{version}", version
+        self.present, self.number = self.name(version), version
 
     def version(self, name: str) -> int | None:
         """The version that a name stands for; None: these weights are not this run's."""

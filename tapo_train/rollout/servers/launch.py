@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Literal
 
 from tapo_train.rollout.servers.gate import SERVED_VARIABLE, Gate
+from tapo_train.rollout.vllm_settings import CPU_CACHE_BLOCK, MIN_PREFILL
 
-CPU_CACHE_BLOCK = 32
-"""[tokens] unit in which keys and values are reused on CPU."""
-MIN_PREFILL = 4096
-"""[tokens] prefilled in one step at least, where prefills are not chunked."""
 KEEP_ALIVE_S = 60
 """[s] an unused connection is kept; longer than clients keep theirs."""
 
@@ -44,8 +41,6 @@ class Launch:
     """[GiB] of processed pictures in the host's memory."""
     cache_gib: int | None = None
     """[GiB] keys and values on CPU; None: on GPUs."""
-    memory_fraction: float = 0.9
-    """Share of a GPU's memory."""
     transfer: Literal["nccl", "ipc"] | None = None
     """Back end of vLLM's weight transfer, where weights do not go through a folder."""
 
@@ -77,9 +72,7 @@ class Launch:
             "data-parallel-size": self.data_parallel,
             "tensor-parallel-size": self.tensor_parallel,
         }
-        if self.cache_gib is None:
-            flags["gpu-memory-utilization"] = self.memory_fraction
-        else:
+        if self.cache_gib is not None:
             flags |= {"enforce-eager": None, "block-size": CPU_CACHE_BLOCK}
         if self.seeded:
             flags["no-enable-chunked-prefill"] = None

@@ -16,24 +16,23 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
 
 from tapo_train.errors import EngineError, EngineLostError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Completion, GenerationRequest
-from tapo_train.rollout.servers.answers import Expected
+from tapo_train.rollout.servers.answers import Expected, understood
 from tapo_train.rollout.servers.client import Body, Client, ServerFailedError
 from tapo_train.rollout.servers.gate import SERVED_PATH
 from tapo_train.rollout.servers.identity import TORN, Served
+from tapo_train.rollout.vllm_settings import bans, sampling_parameters
 from tapo_train.types import Image
 
-BAN_BIAS = -100.0
-"""vLLM's lowest logit bias: e^-100 of a competitor's probability is zero in float32."""
+ONE_TOKEN = {"max_tokens": 1, "detokenize": False}
+"""Of an answer that nobody reads."""
 LOADING_S = 1800.0
 """[s] a server may take over new weights; one that dies meanwhile is noticed at once."""
 
@@ -64,7 +63,7 @@ class EngineServer:
         self._client = client
         self._chat = chat
         self._expected = expected
-        self._bias = dict.fromkeys(map(str, chat.banned_token_ids), BAN_BIAS)
+        self._bias = bans(chat)
         self._given: dict[str, asyncio.Task[None]] = {}
         self._lives = 0
 
@@ -80,35 +79,18 @@ class EngineServer:
 
     async def greet(self) -> None:
         """See that its engines live, what it serves and which weights it holds."""
-        with self._judged():
-            try:
-                served = Served(**json.loads(await self._client.ask("GET", SERVED_PATH)))
-                weights = json.loads(await self._client.ask("GET", "/weight_info"))[
-                    "weight_version"
-                ]
-            except (ValidationError, ValueError, TypeError, KeyError) as error:
-                raise EngineError(f"is no server of `serve-engine`: {error}") from error
-            self._expected.served(served)
-        if self.served is None or self.served.replicas != served.replicas:
+        with self._judged(), understood():
+            served = self._expected.served(await self._client.ask("GET", SERVED_PATH))
+            held = json.loads(await self._client.ask("GET", "/weight_info"))["weight_version"]
+        if len(self.seats) != served.replicas:
             self.seats = tuple(Seat(server=self, replica=k) for k in range(served.replicas))
         self.served = served
         if not (self.is_changing or self.is_forsaken):
-            self.weights = str(weights)
+            self.weights = str(held)
 
     async def generate(self, request: GenerationRequest, replica: int) -> Completion:
         """The completion of a request."""
-        sampling = request.sampling
-        parameters = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "seed": sampling.request_seed(request.id),
-            "max_tokens": request.max_tokens,
-            "stop_token_ids": [self._chat.end_token_id],
-            "ignore_eos": True,
-            "logit_bias": self._bias,
-            "logprobs": 0,
-        }
+        parameters = sampling_parameters(request, end=self._chat.end_token_id, bias=self._bias)
         with self._judged():
             body = await self._sample(
                 request.id, request.tokens, request.images, parameters, replica
@@ -119,7 +101,7 @@ class EngineServer:
         self, tokens: npt.NDArray[np.int32], images: Sequence[Image], replica: int
     ) -> npt.NDArray[np.float32]:
         """[T-1] log-probabilities of tokens[1:] under the raw model."""
-        parameters = {"temperature": 0.0, "max_tokens": 1, "prompt_logprobs": 0}
+        parameters = {"temperature": 0.0, "prompt_logprobs": 0, **ONE_TOKEN}
         with self._judged():
             body = await self._sample("score", tokens, images, parameters, replica)
             return self._expected.scores(body, tokens)
@@ -148,9 +130,9 @@ class EngineServer:
                 return
             except ServerFailedError as error:
                 await self._client.ask("GET", "/health")
-                said = str(error)
-        self.lose(said)
-        raise EngineError(f"{self.url}: did not take the weights: {said}")
+                problem = f"{self.url}: did not take the weights: {error}"
+        self._give_up(EngineLostError(problem))
+        raise EngineError(problem)
 
     async def resume(self, weights: str) -> None:
         """Go on with new weights, and with nothing that was computed with the old ones.
@@ -168,22 +150,6 @@ class EngineServer:
             await self._client.ask("POST", "/resume")
         self.is_changing, self.weights = False, weights
 
-    def lose(self, problem: str) -> None:
-        """Send it nothing before it has been greeted; what is under way there comes to nothing."""
-        if not self.is_forsaken:
-            self.problem = problem
-        self.weights, self.is_changing = None, False
-        self._lives += 1
-        self._given.clear()
-        self._client.cut()
-
-    def forsake(self, problem: str) -> None:
-        """Give it up for the rest of the run."""
-        self.lose(problem)
-        if not self.is_forsaken:
-            self.is_forsaken = True
-            print(f"engine server dropped: {self.url}: {problem}", file=sys.stderr, flush=True)
-
     async def close(self) -> None:
         """Hang up. The server goes on; it belongs to whoever started it."""
         await self._client.close()
@@ -198,34 +164,37 @@ class EngineServer:
     ) -> bytes:
         """The answer to a request, whose pictures are sent in full where the server lacks them."""
         await asyncio.gather(*(self._give(image, replica) for image in images))
-        body = {
-            # A request that was given up here may still be under way when it is asked again.
-            "request_id": f"{id}@{uuid4().hex[:8]}",
-            "token_ids": self._chat.collapse(tokens),
-            "sampling_params": {**parameters, "detokenize": False},
-            "return_token_ids": True,
-        }
+        collapsed = self._chat.collapse(tokens)
         try:
-            return await self._inference(body, images, replica)
+            return await self._infer(id, collapsed, images, parameters, replica)
         except EngineError as error:
             # An HTTP status, as it says that it forgot a picture, among other things.
             if not images or type(error) is EngineLostError:
                 raise
-            return await self._inference(body, images, replica, whole=True)
+            return await self._infer(id, collapsed, images, parameters, replica, whole=True)
 
-    async def _inference(
-        self, body: Body, images: Sequence[Image], replica: int, *, whole: bool = False
+    async def _infer(
+        self,
+        id: str,
+        tokens: list[int],
+        images: Sequence[Image],
+        parameters: Body,
+        replica: int,
+        *,
+        whole: bool = False,
     ) -> bytes:
         """However long it takes: `greet` sees whether the server still lives."""
-        parts: Any = [_part(image, whole=whole) for image in images] or None
-        is_one_of_many = len(self.seats) > 1
-        return await self._client.ask(
-            "POST",
-            "/inference/v1/generate",
-            {**body, "content_parts": parts},
-            read_s=math.inf,
-            headers={"X-data-parallel-rank": str(replica)} if is_one_of_many else None,
-        )
+        body = {
+            # A request that was given up here may still be under way when it is asked again.
+            "request_id": f"{id}@{uuid4().hex[:8]}",
+            "token_ids": tokens,
+            "content_parts": [_part(image, whole=whole) for image in images] or None,
+            "sampling_params": parameters,
+            "return_token_ids": True,
+        }
+        engine = {"X-data-parallel-rank": str(replica)} if len(self.seats) > 1 else None
+        path = "/inference/v1/generate"
+        return await self._client.ask("POST", path, body, read_s=math.inf, headers=engine)
 
     async def _give(self, image: Image, replica: int) -> None:
         """Have the server know a picture, which is sent once however many requests it is in."""
@@ -236,14 +205,9 @@ class EngineServer:
 
     async def _upload(self, image: Image, replica: int) -> None:
         tokens = self._chat.picture_tokens
-        parameters = {"max_tokens": 1, "detokenize": False}
-        body = {
-            "request_id": f"picture@{image.sha256}",
-            "token_ids": tokens.tolist(),
-            "sampling_params": parameters,
-            "return_token_ids": True,
-        }
-        answer = await self._inference(body, [image], replica, whole=True)
+        answer = await self._infer(
+            "picture", tokens.tolist(), [image], ONE_TOKEN, replica, whole=True
+        )
         self._expected.prompt(answer, self._chat.expand(tokens, [image]))
 
     @contextmanager
@@ -254,9 +218,23 @@ class EngineServer:
             yield
         except EngineError as error:
             if life == self._lives:
-                give_up = self.lose if isinstance(error, EngineLostError) else self.forsake
-                give_up(str(error))
+                self._give_up(error)
             raise EngineLostError(f"{self.url}: {self.problem}") from error
+
+    def _give_up(self, error: EngineError) -> None:
+        """Send it nothing before it has been greeted, or, unless it just went away, nothing more.
+
+        What is under way there comes to nothing.
+        """
+        self.weights, self.is_changing = None, False
+        self._lives += 1
+        self._given.clear()
+        self._client.cut()
+        if self.is_forsaken:
+            return
+        self.problem, self.is_forsaken = str(error), not isinstance(error, EngineLostError)
+        if self.is_forsaken:
+            print(f"engine server dropped: {self.url}: {error}", file=sys.stderr, flush=True)
 
 
 def _part(image: Image, *, whole: bool) -> dict[str, str | None]:

@@ -8,10 +8,8 @@ so each bucket of them is a source of its own, and start and finish go to the se
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -24,8 +22,9 @@ from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.utils.network_utils import get_ip, get_open_port
 
-from tapo_train.rollout.servers.weights import Tell, Weights
+from tapo_train.rollout.servers.weights import Tell, Weights, buckets
 
 BUCKET_BYTES = 2**30
 """About how much of the model is held twice while it is sent."""
@@ -45,7 +44,7 @@ class TransferWeights:
         self.sends = sends
         self._weights: Weights = ()
         self._bucket = _Bucket()
-        self._client = _Client()
+        self._client = _Client(base_url="")
         self._engine: TrainerWeightTransferEngine | None = None
         self._met: Mapping[str, int] = {}
 
@@ -55,15 +54,16 @@ class TransferWeights:
 
     def deliver(self, tell: Tell, servers: Mapping[str, int]) -> None:
         """See `WeightCarrier.deliver`."""
-        self._client.begin(tell, servers)
+        self._client.tell, self._client.servers = tell, servers
         if self._engine is None or servers != self._met:
             self._meet(servers)
         assert self._engine is not None
-        for bucket in _buckets(self._weights):
-            self._bucket.tensors = bucket
+        tell("/start_weight_update", lambda _: {})
+        for tensors in buckets(self._weights, BUCKET_BYTES):
+            self._bucket.tensors = tensors
             self._engine.send_weights()
-        self._client.end()
-        self._weights, self._bucket.tensors = (), []
+        tell("/finish_weight_update", lambda _: {})
+        self._weights, self._bucket.tensors = (), {}
 
     def again(self) -> None:
         """See `WeightCarrier.again`: who comes back has to wait for the next weights."""
@@ -80,8 +80,8 @@ class TransferWeights:
         info: TrainerInitInfo = IPCTrainerInitInfo(rank=rank)
         if self._backend == "nccl":
             info = NCCLTrainerInitInfo(
-                master_address=_address_towards(servers),
-                master_port=_free_port(),
+                master_address=get_ip(),
+                master_port=get_open_port(),
                 world_size=1 + sum(servers.values()),
                 rank=rank,
             )
@@ -95,77 +95,36 @@ class _Bucket(WeightSource):
     """Some tensors, as often as they are asked for."""
 
     def __init__(self) -> None:
-        self.tensors: list[tuple[str, torch.Tensor]] = []
+        self.tensors: dict[str, torch.Tensor] = {}
 
     def metadata(self) -> list[ParamMeta]:
         """See `WeightSource`."""
-        return [ParamMeta(name, each.dtype, tuple(each.shape)) for name, each in self.tensors]
+        return [ParamMeta(name, each.dtype, tuple(each.shape)) for name, each in self]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self.tensors)
+        return iter(self.tensors.items())
 
 
 class _Client(HTTPVLLMWeightSyncClient):
-    """vLLM's client, with our way to the servers: the secret, several at once, one update."""
+    """vLLM's client, with our way to the servers: the secret, and several at once."""
 
-    def __init__(self) -> None:
-        super().__init__(base_url="")
-        self._is_under_way = False
+    tell: Tell
+    servers: Mapping[str, int]
 
-    def begin(self, tell: Tell, servers: Mapping[str, int]) -> None:
-        """The update that follows is for these servers."""
-        self._tell, self._servers, self._is_under_way = tell, servers, False
+    def start_weight_update(self) -> None:
+        """Nothing: `deliver` does, once for all buckets."""
 
-    def end(self) -> None:
-        """All buckets were sent."""
-        if self._is_under_way:
-            self._tell("/finish_weight_update", lambda _: {})
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """Nothing: `deliver` does, once for all buckets."""
 
     def _post(self, path: str, json: dict[str, Any] | None = None) -> None:
-        body = json or {}
-        if path == "init_weight_transfer_engine":
-            self._tell(f"/{path}", lambda server: {"init_info": self._placed(body, server)})
-        elif path == "start_weight_update":
-            if not self._is_under_way:
-                self._tell(f"/{path}", lambda _: body)
-            self._is_under_way = True
-        elif path != "finish_weight_update":
-            self._tell(f"/{path}", lambda _: body)
+        self.tell(f"/{path}", lambda server: self._placed(json or {}, server))
 
     def _placed(self, body: dict[str, Any], server: str) -> dict[str, Any]:
         """The workers of a server follow those of the servers before it."""
-        info = dict(body["init_info"])
-        if "rank_offset" in info:
-            names = list(self._servers)
-            before = names[: names.index(server)]
-            info["rank_offset"] += sum(self._servers[name] for name in before)
-        return info
-
-
-def _buckets(weights: Weights) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Copies, as a tensor is valid only until the next one is asked for."""
-    bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for name, tensor in weights:
-        bucket.append((name, tensor.detach().clone()))
-        size += tensor.numel() * tensor.element_size()
-        if size >= BUCKET_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
-
-
-def _address_towards(servers: Mapping[str, int]) -> str:
-    """This machine's address as the servers see it."""
-    host = urlsplit(next(iter(servers), "http://127.0.0.1")).hostname or "127.0.0.1"
-    family, kind, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing
-        return str(probe.getsockname()[0])
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return int(free.getsockname()[1])
+        info = body.get("init_info", {})
+        if "rank_offset" not in info:
+            return body
+        names = list(self.servers)
+        before = sum(self.servers[name] for name in names[: names.index(server)])
+        return {"init_info": {**info, "rank_offset": info["rank_offset"] + before}}

@@ -8,9 +8,9 @@ from __future__ import annotations
 import shutil
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 from uuid import uuid4
 
 if TYPE_CHECKING:
@@ -24,6 +24,8 @@ Body = Mapping[str, Any]
 Tell = Callable[[str, Callable[[str], Body]], None]
 """Posts to a path of each paused server, all at once, the body for a server of that name, and
 waits. EngineError if a server does not want it; one that goes away is left out from then on."""
+Stored = tuple[int, str, Body]
+"""A version, and what to post where so that a server takes its weights."""
 
 
 class WeightCarrier(Protocol):
@@ -46,8 +48,8 @@ class WeightCarrier(Protocol):
         """
         ...
 
-    def again(self) -> tuple[str, Body] | None:
-        """What to post where so that a server which comes back takes the last weights."""
+    def again(self) -> Stored | None:
+        """The last weights, for a server that comes back. Any thread."""
         ...
 
     def close(self) -> None:
@@ -86,29 +88,27 @@ class FolderWeights:
 
     def __init__(self, root: Path) -> None:
         self._own = root / f"weights-{uuid4().hex}"
-        self._newest: Path | None = None
+        self._newest: Stored | None = None
         self._finish = weakref.finalize(self, _remove, self._own)
 
     def prepare(self, weights: Weights, *, version: int) -> None:
         """See `WeightCarrier.prepare`: they are written."""
-        before, self._newest = self._newest, self._own / f"{version:06}-{uuid4().hex[:8]}"
-        write_weights(weights, self._newest)
-        if before is not None:
-            _remove(before)
+        folder, older = self._own / uuid4().hex, list(self._own.glob("*"))
+        write_weights(weights, folder)
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
+        self._newest = (version, "/collective_rpc", body)
+        for each in older:
+            _remove(each)
 
     def deliver(self, tell: Tell, servers: Mapping[str, int]) -> None:
         """See `WeightCarrier.deliver`: they are read."""
-        again = self.again()
-        assert again is not None, "deliver before prepare"
-        path, body = again
+        assert self._newest is not None, "deliver before prepare"
+        _, path, body = self._newest
         tell(path, lambda _: body)
 
-    def again(self) -> tuple[str, Body] | None:
+    def again(self) -> Stored | None:
         """See `WeightCarrier.again`."""
-        if self._newest is None:
-            return None
-        arguments = {"weights_path": str(self._newest)}
-        return "/collective_rpc", {"method": "reload_weights", "kwargs": arguments}
+        return self._newest
 
     def close(self) -> None:
         """See `WeightCarrier.close`."""
@@ -120,16 +120,25 @@ def write_weights(weights: Weights, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True)
+    for number, held in enumerate(buckets(weights, FILE_BYTES, device="cpu")):
+        save_file(held, folder / f"{number:05}.safetensors")
+
+
+def buckets(
+    weights: Weights, size: int, *, device: Literal["cpu"] | None = None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """About `size` bytes at a time, on `device` or where they are.
+
+    Copies, as a tensor is valid only until the next one is asked for.
+    """
     held: dict[str, torch.Tensor] = {}
-    size = written = 0
     for name, tensor in weights:
-        held[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        size += held[name].numel() * held[name].element_size()
-        if size >= FILE_BYTES:
-            save_file(held, folder / f"{written:05}.safetensors")
-            held, size, written = {}, 0, written + 1
+        held[name] = tensor.detach().to(device, copy=True).contiguous()
+        if sum(each.nbytes for each in held.values()) >= size:
+            yield held
+            held = {}
     if held:
-        save_file(held, folder / f"{written:05}.safetensors")
+        yield held
 
 
 def _remove(folder: Path) -> None:
