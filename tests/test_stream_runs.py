@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 import zlib
 from collections import Counter
@@ -14,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeServer, serving, wait_until
+from fake_vllm import SECRET, FakeServer, serving, wait_until
 from forked_runs import PATIENCE_S, ForkedRun
-from process_environment import ROOT
+from process_environment import ROOT, environment, free_port
 from safetensors.torch import load_file
-from whole_runs import mixed_for, read_rows
+from whole_runs import command, digest_of_weights, mixed_for, read_rows
 
 from tapo_train.build.questions import build_order
 from tapo_train.recipe.compose import load_recipe
@@ -140,6 +141,46 @@ def running(world: Path, out: Path, *values: str, ranks: int = 1) -> Iterator[Fo
         yield run
     finally:
         run.kill()
+
+
+def test_two_agents_with_a_server_each_come_to_what_two_processes_of_one_machine_come_to(
+    small_world: Path, tmp_path: Path, chat: ChatFormat
+) -> None:
+    apart, together = tmp_path / "apart", tmp_path / "together"
+    with serving(chat, searches_once) as one, serving(chat, searches_once) as two:
+        values = (*overrides(one.url, two.url, staleness=0), "run.steps=2")
+        meeting = ["--nnodes=2", "--rdzv-backend=c10d", "--rdzv-id=x", "--local-addr=127.0.0.1"]
+        meeting += [f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
+        agents = [
+            subprocess.Popen(
+                command(small_world, apart, *values, nodes=meeting),
+                cwd=ROOT,
+                env=environment() | {"TAPO_ENGINE_SECRET": SECRET},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            for _ in range(2)
+        ]
+        try:
+            said = [agent.communicate(timeout=PATIENCE_S)[0] for agent in agents]
+        finally:
+            for agent in agents:
+                agent.terminate()  # takes its rank along
+        assert [agent.returncode for agent in agents] == [0, 0], "".join(said)[-3000:]
+        require_weights(apart, one, two)
+        turns = PER_STEP // 2 * ROLLOUTS * 2 * 2
+        assert (len(one.asked), len(two.asked)) == (turns + 1, turns), "the probe's turn, and all"
+        with running(small_world, together, *values, ranks=2) as run:
+            assert run.statuses() == [0, 0], run.said[-3000:]
+    # Which of equal calls is answered by another's is up to the clock.
+    rows, same = (
+        [{n: v for n, v in row.items() if "/cached" not in n} for row in read_rows(out)]
+        for out in (apart, together)
+    )
+    assert rows == same
+    assert digest_of_weights(apart / "export") == digest_of_weights(together / "export")
+    assert Counter(trained(apart)) == Counter(trained(together))
 
 
 def test_servers_that_are_killed_cost_a_run_nothing_and_all_of_them_end_it_with_the_reason(
