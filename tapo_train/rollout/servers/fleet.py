@@ -30,7 +30,8 @@ POLL_S = 0.02
 """Between two looks for a server."""
 
 Scores = npt.NDArray[np.float32]
-K, T = TypeVar("K"), TypeVar("T")
+K = TypeVar("K")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
