@@ -66,14 +66,17 @@ def make_row(
 
 
 def some_rows(chat: ChatFormat, layout: ModelLayout) -> list[TrainingRow]:
-    """Rows with one, no, three and two pictures, of different sizes."""
+    """Rows with one, no, three and two pictures, of different sizes; of a model that takes any."""
     sizes: list[list[tuple[int, int]]] = [
         [(64, 96)],
         [],
         [(64, 64), (128, 64), (96, 96)],
         [(96, 64), (64, 64)],
     ]
-    return [make_row(chat, layout, seed=i, sizes=entry) for i, entry in enumerate(sizes)]
+    return [
+        make_row(chat, layout, seed=i, sizes=entry if chat.family.sees else ())
+        for i, entry in enumerate(sizes)
+    ]
 
 
 def make_policy(folder: Path, chat: ChatFormat, **changes: Any) -> Policy:
