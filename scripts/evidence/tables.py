@@ -182,7 +182,17 @@ def tests(table: Table, records: dict[str, dict[int, Record]]) -> list[str]:
     if missing:
         names = ", ".join(dict.fromkeys(missing))
         lines += ["", f"Fewer than {LEAST_SEEDS} common seeds, no comparison: {names}."]
+    if mixed := [
+        f"{name} − {other}" for name, other in table.compared if differ(name, other, records)
+    ]:
+        lines += ["", f"Runs of a seed made at different commits: {', '.join(mixed)}."]
     return lines
+
+
+def differ(name: str, other: str, records: dict[str, dict[int, Record]]) -> bool:
+    """Whether another code than their own may tell two arms apart."""
+    ours, theirs = records.get(name, {}), records.get(other, {})
+    return any(ours[seed]["commit"] != theirs[seed]["commit"] for seed in ours.keys() & theirs)
 
 
 SHARES = {
