@@ -47,6 +47,26 @@ def takes_its_time(id: str) -> str:
     return searches_once(id)
 
 
+class Holding:
+    """A script that writes so many turns; then its server keeps everybody waiting."""
+
+    def __init__(self, turns: int) -> None:
+        self.left, self.written = turns, set[str]()
+        self.server: FakeServer | None = None
+
+    def __call__(self, id: str) -> str:
+        self.written.add(id)
+        self.left -= 1
+        if self.left == 0 and self.server is not None:
+            self.server.answers.clear()
+        return takes_its_time(id)
+
+    @contextmanager
+    def serving(self, chat: ChatFormat, *, port: int = 0) -> Iterator[FakeServer]:
+        with serving(chat, self, port=port) as self.server:
+            yield self.server
+
+
 def overrides(*urls: str, staleness: int) -> tuple[str, ...]:
     """A run whose servers write what the test wants: they are no policy that a probe would know."""
     return (
@@ -188,7 +208,9 @@ def test_servers_that_are_killed_cost_a_run_nothing_and_all_of_them_end_it_with_
 ) -> None:
     out, steps = tmp_path / "run", 8
     with ExitStack() as stack:
-        one, two = (stack.enter_context(serving(chat, takes_its_time)) for _ in range(2))
+        # A step has sixteen turns, and at most 24 are of groups that are not complete.
+        first, second = Holding(9), Holding(75)
+        one, two = (stack.enter_context(script.serving(chat)) for script in (first, second))
         values = (
             *overrides(one.url, two.url, staleness=1),
             f"run.steps={steps}",
@@ -196,16 +218,15 @@ def test_servers_that_are_killed_cost_a_run_nothing_and_all_of_them_end_it_with_
             "rollout.engine.patience_s=5",
         )
         run = stack.enter_context(running(small_world, out, *values))
-        wait_for_rows(out, 1)
-        one.answers.clear()
-        asked = len(one.asked)
-        wait_until(lambda: len(one.asked) > asked, most_s=PATIENCE_S)
-        lost = set(one.asked[asked:])
+        wait_until(lambda: not one.answers.is_set(), most_s=PATIENCE_S)
+        time.sleep(0.5)  # What came before is being written.
+        wait_until(lambda: {*one.asked} - first.written, most_s=PATIENCE_S)
+        lost = {*one.asked} - first.written
         one.die()
         wait_for_rows(out, 3)
-        assert lost <= {*two.asked}, "what was under way there was asked elsewhere"
-        two.answers.clear()
-        again = stack.enter_context(serving(chat, takes_its_time, port=one.server_address[1]))
+        wait_until(lambda: not two.answers.is_set(), most_s=PATIENCE_S)
+        assert lost and lost <= {*two.asked}, "what was under way there was asked elsewhere"
+        again = stack.enter_context(Holding(1).serving(chat, port=one.server_address[1]))
         wait_until(lambda: again.goes_on.is_set() and again.weights, most_s=PATIENCE_S)
         two.answers.set()
         wait_until(lambda: again.asked, most_s=PATIENCE_S)
