@@ -17,6 +17,7 @@ from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.engine import Engine, Sampling
 from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.vllm_engine import VllmEngine, VllmOptions
+from tapo_train.types import Image
 
 pytestmark = pytest.mark.slow
 
@@ -132,17 +133,16 @@ def test_a_picture_is_processed_once_however_often_it_is_sent(
 ) -> None:
     request = request_for(pair.chat, sampling=SAMPLING)
     fresh = draw_image(100, 80, seed=77)
-    info, asked = pair.fast._inputs._processor.info, []
-    find = info.get_image_processor
+    decoded, rgb = [], pair.chat.rgb
 
-    def counted() -> object:
-        asked.append(True)
-        return find()
+    def counted(image: Image) -> object:
+        decoded.append(image)
+        return rgb(image)
 
-    monkeypatch.setattr(info, "get_image_processor", counted)
+    monkeypatch.setattr(pair.chat, "rgb", counted)
     for id in "abc":
         serve(pair.fast, [replace(request, id=id, images=(fresh,))])
-    assert len(asked) == 1
+    assert decoded == [fresh]
 
 
 @pytest.mark.parametrize("name", NAMES)
