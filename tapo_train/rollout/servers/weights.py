@@ -132,11 +132,13 @@ def buckets(
     Copies, as a tensor is valid only until the next one is asked for.
     """
     held: dict[str, torch.Tensor] = {}
+    left = size
     for name, tensor in weights:
         held[name] = tensor.detach().to(device, copy=True).contiguous()
-        if sum(each.nbytes for each in held.values()) >= size:
+        left -= held[name].nbytes
+        if left <= 0:
             yield held
-            held = {}
+            held, left = {}, size
     if held:
         yield held
 
