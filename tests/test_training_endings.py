@@ -15,6 +15,7 @@ from whole_runs import (
     TIMEOUT_S,
     command,
     digest_of_weights,
+    finished,
     mixed_for,
     read_rows,
     train,
@@ -96,15 +97,7 @@ def test_a_run_in_bfloat16_learns_and_its_engine_stays_within_the_tolerance_of_t
 @pytest.mark.skipif(not REAL_ROWS.is_dir(), reason=f"no real rows at {REAL_ROWS}")
 def test_two_steps_on_real_rows_and_photographs(tmp_path: Path) -> None:
     recipe = ["-m", "tapo_train", "train", "recipes/real_smoke.yaml", f"run.dir={tmp_path}/run"]
-    done = subprocess.run(
-        [sys.executable, *recipe],
-        cwd=ROOT,
-        env=environment() | {"TAPO_DATA": str(REAL_ROWS)},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    finished([sys.executable, *recipe], TAPO_DATA=str(REAL_ROWS))
     rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
@@ -124,17 +117,9 @@ def test_a_warm_start_writes_a_policy_that_a_run_can_start_from(
         "learner.warmup_updates=1",
     )
     recipe = ["-m", "tapo_train", "sft", "recipes/warm_start.yaml", f"run.dir={out}"]
-    done = subprocess.run(
-        [sys.executable, *recipe, *overrides],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "update 6/6" in done.stdout
-    assert done.stdout.splitlines()[-1] == f"policy: {out}/export"
+    said = finished([sys.executable, *recipe, *overrides])
+    assert "update 6/6" in said
+    assert said.splitlines()[-1] == f"policy: {out}/export"
     start = tiny_qwen3_vl / "model.safetensors"
     trained = out / "export" / "model.safetensors"
     assert trained.stat().st_size < 0.6 * start.stat().st_size, "not stored as bfloat16"

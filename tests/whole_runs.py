@@ -75,18 +75,24 @@ def command(
     return [*launcher, f"--nproc-per-node={ranks}", *program]
 
 
-def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """Run to the end; the rows of metrics.jsonl."""
+def finished(line: Sequence[str], **variables: str) -> str:
+    """What a command printed that ended well, with more variables in its environment."""
     done = subprocess.run(
-        command(world, out, *overrides, ranks=ranks),
+        line,
         cwd=ROOT,
-        env=environment(),
+        env=environment() | variables,
         capture_output=True,
         text=True,
         timeout=TIMEOUT_S,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert done.stdout.splitlines()[-1] == f"policy: {out}/export"
+    return done.stdout
+
+
+def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
+    """Run to the end; the rows of metrics.jsonl."""
+    said = finished(command(world, out, *overrides, ranks=ranks))
+    assert said.splitlines()[-1] == f"policy: {out}/export"
     return read_rows(out)
 
 
