@@ -71,12 +71,13 @@ def build_text_index(recipe: Recipe, path: Path | None) -> TextIndex:
         path: folder or file; None: on the server of `tools.text_store`.
     """
     dense, store, replay = recipe.tools.dense, recipe.tools.text_store, recipe.tools.replay
-    if path is not None and dense is None:
-        return CorpusIndex.load(path)
     embedder = build_embedder(dense, forbidden=_forbidden(recipe)) if dense is not None else None
-    weights = (dense.weight, dense.words_weight) if dense is not None else (1.0, 0.5)
-    if path is not None and embedder is not None:
-        return HybridIndex(path, embedder, dense_weight=weights[0], words_weight=weights[1])
+    dense = dense or DenseSettings()
+    if path is not None:
+        if embedder is None:
+            return CorpusIndex.load(path)
+        weights = {"dense_weight": dense.weight, "words_weight": dense.words_weight}
+        return HybridIndex(path, embedder, **weights)
     if store is None:
         raise ConfigError("tools.corpus: found nothing; text_search_tool wants a file")
     return StoreIndex(
@@ -84,7 +85,7 @@ def build_text_index(recipe: Recipe, path: Path | None) -> TextIndex:
         None if replay == "replay" else build_store(store, timeout_s=recipe.tools.deadline_s),
         wanted=store.digest,
         embedder=embedder,
-        weights=weights,
+        weights=(dense.weight, dense.words_weight),
     )
 
 
