@@ -15,6 +15,7 @@ from typing import cast
 
 import numpy as np
 import pytest
+from fake_vllm import wait_until
 from process_environment import ROOT
 from scripted_engine import ScriptedEngine, turn_of
 from streaming import ids, numbered, streamed, trained
@@ -134,9 +135,13 @@ def test_on_devices_of_its_own_the_rollout_goes_on_during_the_update(chat: ChatF
     engine = ScriptedEngine(chat, slow(set(), 0.02))
     seen: list[int] = []
 
+    def begun() -> int:
+        return len({question_of(request) for request in engine.requests})
+
     def update(step: int) -> None:
-        time.sleep(0.3)
-        seen.append(len({question_of(request) for request in engine.requests}))
+        wait_until(lambda: begun() >= 4 + 2 * step)
+        time.sleep(0.1)
+        seen.append(begun())
 
     trained(streamed(engine, staleness=1, apart=True), 3, between=update)
     assert seen == [4, 6, 8], "what may begin has begun, and no more"
@@ -295,26 +300,24 @@ def test_a_group_of_several_versions_is_compared_and_trained_as_one(chat: ChatFo
         return question_of(request) == 0 and ".1:" in request.id
 
     class Uneven(SilentEngine):
-        """The late turn goes on, slowly, once all other questions are answered."""
+        """The late turn ends when the driver waits for nothing but the turns under way."""
 
         silent = ("0/0.0.1:0",)
-        answers = 0
+        is_seen = False
 
         def step(self) -> list[Completion]:
-            if self.answers >= 6 and self.silent:
+            if self.is_seen:  # the driver has looked since: it begins no turn any more
                 self.silent = ()
-                time.sleep(0.5)  # until they are known to be complete
-            done = super().step()
-            self.answers += sum(c.id.endswith(":1") and c.id[0] != "0" for c in done)
-            return done
+            self.is_seen = stream._is_ready()
+            return super().step()
 
     def script(request: GenerationRequest) -> str:
         if turn_of(request) == 0:
             return call(0.0)
         return f"<answer>{'no' if is_late(request) else 'x'}</answer>"
 
-    engine = Uneven(chat, script)
-    second = trained(streamed(engine, staleness=1, steps=2, rollouts=2), 2)[1]
+    stream = streamed(Uneven(chat, script), staleness=1, steps=2, rollouts=2)
+    second = trained(stream, 2)[1]
     group = second.groups[0]
     assert [[u.policy_version for u in t.turns] for t in group.trajectories] == [[0, 0], [0, 1]]
     run = outcome_trainer()
