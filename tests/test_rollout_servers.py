@@ -434,6 +434,19 @@ def test_a_server_that_comes_back_is_given_the_last_weights(
             assert torch.equal(again.weights["w"], ONES["w"])
 
 
+def test_a_server_that_was_restarted_before_anybody_missed_it_is_given_the_last_weights(
+    chat: ChatFormat, tmp_path: Path
+) -> None:
+    with (
+        serving(chat, draws_twice) as server,
+        trainer_of([server.url], chat, carrier=FolderWeights(tmp_path)) as engine,
+    ):
+        engine.load_weights(ONES.items(), version=1)
+        server.label, server.weights = BASE, {}
+        wait_until(lambda: server.label == "r.1")
+        assert torch.equal(server.weights["w"], ONES["w"])
+
+
 def test_a_server_that_comes_back_during_an_update_is_not_taken_for_one_that_has_it(
     chat: ChatFormat, tmp_path: Path
 ) -> None:
@@ -455,7 +468,9 @@ def test_a_server_that_comes_back_during_an_update_is_not_taken_for_one_that_has
             wait_until(lambda: again.label == "r.1")
             for index in range(8):
                 engine.submit(request_of(chat, f"{index}:0"))
-            assert {c.versions[0].version for c in finish(engine)} == {2} and not again.asked
+            assert {c.versions[0].version for c in finish(engine)} == {2}
+            wait_until(lambda: engine._fleet.servers[0].weights == "r.2")
+            assert torch.equal(again.weights["w"], torch.zeros(3))
             engine.load_weights(ONES.items(), version=3)
             assert (again.label, sound.label) == ("r.3", "r.3")
 
@@ -562,6 +577,8 @@ def test_only_names_of_this_run_are_versions() -> None:
     assert [names.version(name) for name in ("r.7", "r.12")] == [7, 12]
     for other in (BASE, TORN, "s.7", "r.", "r.-1", "r.7.1", "7"):
         assert names.version(other) is None
+        assert names.are_others(other) == (other != BASE)
+    assert not any(map(names.are_others, (None, "r.7", "r.2")))
 
 
 def seats(*loads: int) -> list[Seat]:

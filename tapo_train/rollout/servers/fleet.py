@@ -160,6 +160,7 @@ class Fleet:
         """Hang up."""
         for watch in self._watches:
             watch.cancel()
+        await asyncio.gather(*self._watches, return_exceptions=True)
         for server in self.servers:
             await server.close()
 
@@ -169,12 +170,15 @@ class Fleet:
                 with suppress(EngineError):  # the server knows its problem
                     was_there = server.weights is not None
                     await server.greet()
-                    if not was_there:
+                    if not (was_there and self.names.are_others(server.weights)):
                         await self._bring_up(server)
             await asyncio.sleep(BEAT_S)
 
     async def _bring_up(self, server: EngineServer) -> None:
-        """Give a server that came back the last weights, if that is possible."""
+        """Give a server that holds others the last weights, if they are this rank's to give.
+
+        It came back, perhaps so soon that nobody saw it go.
+        """
         stored = self._carrier.again()
         if stored is not None and server.weights not in (None, self.names.present):
             # Newer ones may be meant before it has these.

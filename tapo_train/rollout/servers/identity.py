@@ -95,3 +95,7 @@ class WeightNames:
             return 0
         run, _, number = name.rpartition(".")
         return int(number) if run == self._run and number.isdecimal() else None
+
+    def are_others(self, name: str | None) -> bool:
+        """Whether somebody else gave a server these weights, or is at it."""
+        return name is not None and name != BASE and self.version(name) is None

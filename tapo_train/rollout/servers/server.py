@@ -79,13 +79,15 @@ class EngineServer:
 
     async def greet(self) -> None:
         """See that its engines live, what it serves and which weights it holds."""
+        known = self.weights
         with self._judged(), understood():
             served = self._expected.served(await self._client.ask("GET", SERVED_PATH))
             held = json.loads(await self._client.ask("GET", "/weight_info"))["weight_version"]
         if len(self.seats) != served.replicas:
             self.seats = tuple(Seat(server=self, replica=k) for k in range(served.replicas))
         self.served = served
-        if not (self.is_changing or self.is_forsaken):
+        # Weights that changed meanwhile are newer than its answer.
+        if self.weights == known and not (self.is_changing or self.is_forsaken):
             self.weights = str(held)
 
     async def generate(self, request: GenerationRequest, replica: int) -> Completion:
