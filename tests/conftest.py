@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+
+# To compile the few small functions that vLLM has compiled takes a new machine longer than all
+# that they compute here. torch reads it when it is imported, in the processes of tests as well.
+os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 # pytest's hypothesis plugin imports it at the end of a session if no test did; in a
 # process that ran torch that late import can fail in CPython 3.11's parser.
