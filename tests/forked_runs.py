@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -30,15 +35,7 @@ class ForkedRun:
     def __init__(self, world: Path, out: Path, *overrides: str, ranks: int) -> None:
         self._log = out.with_suffix(".log")
         line = arguments(world, out, *overrides)
-        port = free_port()
-        self.ranks: list[BaseProcess] = [
-            _forks.Process(
-                target=_rank, args=(line, rank, ranks, port, self._log, environment()), daemon=True
-            )
-            for rank in range(ranks)
-        ]
-        for process in self.ranks:
-            process.start()
+        self.ranks = _started(ranks, self._log, _trains, line)
 
     def kill(self) -> None:
         """kill -9 of every rank."""
@@ -47,9 +44,7 @@ class ForkedRun:
 
     def statuses(self) -> list[int | None]:
         """The exit status of each rank, once all have ended."""
-        for process in self.ranks:
-            process.join(PATIENCE_S)
-        return [process.exitcode for process in self.ranks]
+        return _statuses(self.ranks, PATIENCE_S)
 
     @property
     def said(self) -> str:
@@ -64,8 +59,54 @@ def train_forked(world: Path, out: Path, *overrides: str, ranks: int) -> list[di
     return read_rows(out)
 
 
+def run_ranks(ranks: int, worker: Path, *arguments: object, deadline_s: float) -> str:
+    """What the ranks of a worker's file say, which all end well; a hang is ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "said"
+        words = [str(worker), *map(str, arguments)]
+        processes = _started(ranks, log, _works, words)
+        statuses = _statuses(processes, deadline_s)
+        for process in processes:
+            process.kill()
+        said = log.read_text()
+    assert statuses == [0] * ranks, f"{statuses}: {said[-6000:]}"
+    return said
+
+
+def _started(
+    ranks: int, log: Path, work: Callable[[list[str]], None], words: list[str]
+) -> list[BaseProcess]:
+    port = free_port()
+    processes: list[BaseProcess] = [
+        _forks.Process(
+            target=_rank, args=(work, words, rank, ranks, port, log, environment()), daemon=True
+        )
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def _statuses(processes: list[BaseProcess], most_s: float) -> list[int | None]:
+    """Once all have ended, one of them badly, or the time is over."""
+    deadline = time.monotonic() + most_s
+    while any(process.exitcode is None for process in processes):
+        if time.monotonic() > deadline or any(process.exitcode for process in processes):
+            time.sleep(1)  # what the others say of it
+            break
+        wait([p.sentinel for p in processes if p.exitcode is None], deadline - time.monotonic())
+    return [process.exitcode for process in processes]
+
+
 def _rank(
-    line: list[str], rank: int, ranks: int, port: int, log: Path, outer: dict[str, str]
+    work: Callable[[list[str]], None],
+    words: list[str],
+    rank: int,
+    ranks: int,
+    port: int,
+    log: Path,
+    outer: dict[str, str],
 ) -> None:
     # A fork has the environment of the first one's time.
     os.environ |= outer | {
@@ -84,7 +125,17 @@ def _rank(
 
     import torch
 
+    torch.set_num_threads(1)
+    work(words)
+
+
+def _trains(line: list[str]) -> None:
     from tapo_train.__main__ import main
 
-    torch.set_num_threads(1)
     sys.exit(main(line))
+
+
+def _works(words: list[str]) -> None:
+    sys.argv = words
+    sys.path.insert(0, str(Path(words[0]).parent))
+    runpy.run_path(words[0], run_name="__main__")

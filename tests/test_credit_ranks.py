@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from credit_rank_worker import STAGES, credited, questions
-from process_environment import ROOT, environment
+from forked_runs import run_ranks
+from process_environment import ROOT
 
 from tapo_train.build.algo import build_credit
 from tapo_train.recipe.compose import load_recipe
@@ -19,15 +18,7 @@ WORKER = Path(__file__).with_name("credit_rank_worker.py")
 
 
 def test_stages_beyond_single_questions_give_two_ranks_the_credit_of_one(tmp_path: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(WORKER), str(tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    run_ranks(2, WORKER, tmp_path, deadline_s=120)
     alone = json.loads(json.dumps(credited()))
     left, right = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     for stage in STAGES:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forked_runs import run_ranks
 from learner_rows import make_policy, picture, some_rows, weights_of
-from process_environment import environment
 from transformers import AutoModelForImageTextToText
 
 from tapo_train.algos.metrics import finalise
@@ -205,7 +201,7 @@ def test_a_picture_is_sent_once_and_only_to_a_rank_that_lacks_it():
 
 @pytest.mark.slow
 def test_rows_reach_a_rank_without_any_and_the_update_is_that_of_one_rank(tiny_qwen3_vl, tmp_path):
-    run_three_ranks(tiny_qwen3_vl, tmp_path)
+    run_ranks(3, WORKER, tiny_qwen3_vl, tmp_path, deadline_s=DEADLINE_S)
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     chat = ChatFormat(tiny_qwen3_vl)
     policy = make_policy(tiny_qwen3_vl, chat, learning_rate=0.1)
@@ -226,23 +222,3 @@ def test_rows_reach_a_rank_without_any_and_the_update_is_that_of_one_rank(tiny_q
         assert result["loss"] == pytest.approx(metrics["update/loss"], abs=1e-6)
         assert result["trained"] < result["sampled"] == found[0]["sampled"]
         torch.testing.assert_close(result["weights"], wanted, atol=WEIGHT_TOLERANCE, rtol=0)
-
-
-def run_three_ranks(model: Path, out: Path) -> None:
-    """The worker under torchrun, in a process group of its own so that a hang can be ended."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "3"]
-    command += ["--master-port", "0", "--standalone", str(WORKER), str(model), str(out)]
-    process = subprocess.Popen(
-        command,
-        env=environment() | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=DEADLINE_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 0, output

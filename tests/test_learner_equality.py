@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_runs import run_ranks
 from learner_equality_worker import ADAPTED, VARIANTS, outcome
-from process_environment import run_ranks
 
 from tapo_train.learner.engine import end_process_group
 

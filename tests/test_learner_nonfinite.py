@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_runs import run_ranks
 from learner_rows import make_policy, some_rows, weights_of
 from nonfinite_rank_worker import VARIANTS
-from process_environment import run_ranks
 
 from tapo_train.algos.metrics import finalise
 from tapo_train.errors import DataError, NonFiniteError

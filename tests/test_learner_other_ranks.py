@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_rank_worker import SETTINGS, STAGES, go_on
+from forked_runs import run_ranks
 from learner_rows import make_policy, weights_of
-from process_environment import ROOT, environment
 from safetensors import safe_open
 
 from tapo_train.learner import checkpoint
@@ -34,7 +32,7 @@ def test_two_ranks_go_on_from_one_and_one_from_two(tiny_qwen3_vl, tmp_path):
     wanted = weights_of(alone)
     assert max(float((wanted[n] - start[n]).abs().max()) for n in start) > 100 * TOLERANCE
 
-    run_two_ranks(tiny_qwen3_vl, source, tmp_path / "two")
+    run_ranks(2, WORKER, tiny_qwen3_vl, source, tmp_path / "two", deadline_s=240)
     go_on(alone, chat, updates=1)
     wanted_later = weights_of(alone)
     for stage in STAGES:
@@ -60,15 +58,3 @@ def assert_each_rank_wrote_its_share(folder):
             counts.append(sum(file.get_tensor(key).numel() for key in keys[-1]))
     assert not keys[0] & keys[1], "written twice"
     assert max(counts) < 0.7 * sum(counts)
-
-
-def run_two_ranks(*arguments: Path) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", WORKER, *arguments],
-        env=environment() | {"PYTHONPATH": f"{ROOT}:{WORKER.parent}"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked_runs import run_ranks
 from learner_rank_worker import STAGES, Outcome, two_updates
 from learner_rows import make_policy, some_rows, weights_of
-from process_environment import run_ranks
 from tiny_families import BUILDERS, build
 
 from tapo_train.learner.engine import end_process_group

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked_runs import run_ranks
 from learner_rows import make_policy, some_rows
-from process_environment import run_ranks
 from sequence_rank_worker import kept_per_token, outcome
 from test_config import sized
 from transformers import AutoConfig

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from process_environment import ROOT, environment
+from forked_runs import run_ranks
 
 from tapo_train.errors import DataError, RolloutError, ToolBudgetError
 from tapo_train.report.catalogue import require_known
@@ -233,20 +231,9 @@ if rank == 1:
 def test_two_ranks_share_what_is_left_and_stop_together(tmp_path: Path) -> None:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    variables = environment()
-    variables["PYTHONPATH"] += f":{ROOT / 'tests'}"
-    done = subprocess.run(
-        [*launcher, "--nproc-per-node=2", str(worker), str(tmp_path / "spent")],
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    said = run_ranks(2, worker, tmp_path / "spent", deadline_s=100)
     stop = "tools.budget: 0.4 of 1.0 is s"
-    assert sorted(done.stdout.splitlines()) == [
+    assert sorted(said.splitlines()) == [
         f"0: 4 2.5; 0.4 0.4 0.3; {stop}",
         f"1: 4 2.5; 0.4 0.4 0.3; not made; {stop}",
     ]

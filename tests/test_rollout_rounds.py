@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from process_environment import environment
+from forked_runs import run_ranks
 from rounds_rank_worker import STEPS, ScriptedPlay, numbered, refill
 
 from tapo_train.data.sampler import TaskSampler
@@ -130,16 +128,8 @@ def test_a_step_that_is_given_up_in_a_later_round_says_so(chat: ChatFormat) -> N
 def test_two_ranks_fill_the_same_places_with_the_same_groups_as_one(
     tiny_qwen3_vl: Path, tmp_path: Path
 ) -> None:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for start in ([sys.executable], [*launcher, "--nproc-per-node=2"]):
-        done = subprocess.run(
-            [*start, str(WORKER), str(tiny_qwen3_vl), str(tmp_path)],
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    for ranks in (1, 2):
+        run_ranks(ranks, WORKER, tiny_qwen3_vl, tmp_path, deadline_s=120)
     read = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     alone, first, second = read["1.0.json"], read["2.0.json"], read["2.1.json"]
     assert alone["calls"] == first["calls"] == second["calls"] > STEPS
