@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from forked_runs import train_forked
 from process_environment import ROOT, environment
 from pydantic import BaseModel
 from rollout_world import draw_image
-from whole_runs import digest_of_weights, train
+from whole_runs import digest_of_weights
 
 from tapo_train.build.tools import build_toolbox
 from tapo_train.errors import (
@@ -383,8 +384,10 @@ def test_a_replayed_run_is_the_recorded_one_token_for_token_and_loss_for_loss(
 ) -> None:
     recording = f"tools.recording={tmp_path}/recording"
     short = ("rollout/engine=hf", "run.steps=2", recording)
-    recorded = train(small_world, tmp_path / "recorded", *short, "tools.replay=record", ranks=2)
-    replayed = train(small_world, tmp_path / "replayed", *short, "tools.replay=replay", ranks=2)
+    recorded, replayed = (
+        train_forked(small_world, tmp_path / f"{mode}ed", *short, f"tools.replay={mode}", ranks=2)
+        for mode in ("record", "replay")
+    )
     assert without_cache(recorded) == without_cache(replayed)
     assert all(row["rollout/call_rate"] > 0 for row in recorded)
     for name in ("step_000000.jsonl", "step_000001.rank_1.jsonl"):
