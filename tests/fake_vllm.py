@@ -34,7 +34,8 @@ from tapo_train.rollout.servers.weights import ForeignWeights, WeightCarrier
 from tapo_train.types import Image, ImageRef
 
 SECRET = "sixteen-letters-"
-WAIT_S = 10.0
+WAIT_S = 60.0
+"""[s] for what happens at once, on a machine that does other things as well."""
 
 Script = Callable[[str], str]
 """The id of a request to what the policy writes."""
@@ -251,7 +252,7 @@ def trainer_of(
     **options: Any,
 ) -> Iterator[ServerEngine]:
     """An engine that asks the servers."""
-    expected = {"base": weights_fingerprint(chat.model), "run": "r", "patience_s": WAIT_S}
+    expected = {"base": weights_fingerprint(chat.model), "run": "r", "patience_s": 10.0}
     engine = ServerEngine(
         urls,
         chat=chat,

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_vllm import SECRET, serving, trainer_of, wait_until
+from fake_vllm import SECRET, WAIT_S, serving, trainer_of, wait_until
 from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine
 
@@ -92,7 +92,7 @@ def pictured(chat: ChatFormat, id: str, *images: int) -> GenerationRequest:
 def finish(engine: ServerEngine) -> list[Completion]:
     """Everything that is under way, and a moment for more that must not come."""
     done: list[Completion] = []
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + WAIT_S
     while engine.has_unfinished():
         assert time.monotonic() < deadline, "nothing comes"
         done += engine.step()
@@ -461,8 +461,8 @@ def test_a_server_that_comes_back_during_an_update_is_not_taken_for_one_that_has
         wait_until(lambda: engine._fleet.servers[0].weights is None)
         with serving(chat, draws_twice, port=first.server_address[1]) as again:
             taking, goes_on = threading.Event(), threading.Event()
-            again.on_load = lambda: (taking.set(), goes_on.wait(10))
-            assert taking.wait(10)
+            again.on_load = lambda: (taking.set(), goes_on.wait(WAIT_S))
+            assert taking.wait(WAIT_S)
             engine.load_weights({"w": torch.zeros(3)}.items(), version=2)
             goes_on.set()
             wait_until(lambda: again.label == "r.1")
