@@ -122,8 +122,9 @@ def _qwen3_5(kind: str, **more: int) -> Any:
         "layer_types": ["linear_attention", "full_attention"],
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 2,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
+        # What vLLM's kernel for CPUs takes.
+        "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128,
     }
     vision = {"intermediate_size": 64, "patch_size": 16, "num_position_embeddings": 64}
     return _seeing(kind, text, vision, **_qwen_ids())
