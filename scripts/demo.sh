@@ -16,6 +16,8 @@ SEED=1
 # OMP_NUM_THREADS where that is set.)
 RANKS=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 export OMP_NUM_THREADS=1
+# vLLM has a few small functions compiled; on a new machine that takes longer than to run them.
+export TORCH_COMPILE_DISABLE=1 TORCH_CPP_LOG_LEVEL=ERROR
 
 # Prints the evaluation while it runs and leaves its figures in `accuracy` and `questions`.
 measure() {

@@ -17,6 +17,8 @@ RUN=runs/demo_text
 QUESTIONS=${QUESTIONS:-96}
 RANKS=$(($(getconf _NPROCESSORS_ONLN) > 1 ? 2 : 1))
 export OMP_NUM_THREADS=1
+# vLLM has a few small functions compiled; on a new machine that takes longer than to run them.
+export TORCH_COMPILE_DISABLE=1 TORCH_CPP_LOG_LEVEL=ERROR
 
 launch() { $PY -m torch.distributed.run --standalone --nproc-per-node "$RANKS" -m tapo_train "$@"; }
 

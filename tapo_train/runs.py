@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -28,6 +29,8 @@ from tapo_train.training.watchdog import Watchdog
 from tapo_train.types import Task
 
 transformers_logging.disable_progress_bar()
+# DeepSpeed's calls of torch, told once on each rank between the lines of a run's progress.
+warnings.filterwarnings("ignore", message="`torch.distributed", category=FutureWarning)
 
 
 def train(recipe: Recipe, *, engine: Engine | None = None) -> Path | None:
