@@ -100,6 +100,18 @@ def test_differences_name_absent_fields_too() -> None:
     assert found == {"b": [2, 3], "c": [None, 4]}
 
 
+def test_fields_of_another_part_follow_from_its_name_and_are_no_differences() -> None:
+    tapo = {"credit.name": "tapo", "credit.beta": 0.8, "credit.span": "turn", "lr": 1}
+    none = {"credit.name": "none", "credit.span": "call", "lr": 1, "creditor": 2}
+    assert differences([tapo, none]) == {
+        "credit.name": ["tapo", "none"],
+        "credit.span": ["turn", "call"],
+        "creditor": [None, 2],
+    }
+    del none["credit.name"], tapo["credit.name"]
+    assert differences([tapo, none])["credit.beta"] == [0.8, None]
+
+
 def test_a_curve_nobody_logged_is_not_drawn(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "a", [row(0, reward__mean=None)]))
     assert curve("reward/mean", {"a": [run]}) is None

@@ -104,10 +104,20 @@ def find_runs(root: Path) -> list[Run]:
 
 
 def differences(recipes: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """Fields whose values are not the same in all recipes: one value each, None where absent."""
+    """Fields whose values are not the same in all recipes: one value each, None where absent.
+
+    Where parts of another name stand in one place (`credit.name`), the fields that only one of
+    them has follow from that and are left out.
+    """
     names = sorted({name for recipe in recipes for name in recipe})
     values = {name: [recipe.get(name) for recipe in recipes] for name in names}
-    return {name: held for name, held in values.items() if any(v != held[0] for v in held)}
+    found = {name: held for name, held in values.items() if any(v != held[0] for v in held)}
+    others = tuple(name.removesuffix("name") for name in found if name.endswith(".name"))
+    return {
+        name: held
+        for name, held in found.items()
+        if not name.startswith(others) or all(name in recipe for recipe in recipes)
+    }
 
 
 def variants(runs: Sequence[Run]) -> dict[str, list[Run]]:

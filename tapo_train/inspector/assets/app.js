@@ -249,7 +249,7 @@ function Reason({ call, file, question, attempts }) {
       <div><dt>similarity</dt><dd>${fixed(call.similarity)} <small>(at least ${fixed(call.theta)})</small></dd></div>
       <div><dt>support</dt><dd>${fixed(call.support)}</dd></div>
       <div><dt>reference advantage</dt><dd>${signed(call.reference_advantage)}</dd></div>
-      <div><dt>transfer</dt><dd>${fixed(call.transfer, 3)}</dd></div></dl>`}
+      <div><dt>transfer</dt><dd>${fixed(call.transfer, 3)} <small>(times credit.beta is given to the turn)</small></dd></div></dl>`}
     ${cluster.length > 0 && html`<details><summary>${plural(cluster.length, "matching call")} of successful attempts</summary>
       <ul>${cluster.map(ref => {
         const held = (attempts[ref.attempt].turns.find(turn => turn.index === ref.turn) || { calls: [] }).calls[ref.call];
