@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 1
 TEST_WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test check bench bench-gpu chaos docs clean
+.PHONY: help venv demo demo-text test check bench bench-gpu chaos docs clean
 
 help:  ## this menu
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/\t/' | expand -t 10
@@ -17,6 +17,9 @@ venv:  ## make .venv (EXTRAS=gpu,dev for CUDA builds); instant when up to date
 
 demo: venv  ## train a small search agent on this machine, CPU only, and measure it before and after
 	@scripts/demo.sh
+
+demo-text: venv  ## train a pretrained language model of 135 M parameters to look things up (half an hour)
+	@scripts/demo_text.sh
 
 test: venv  ## run all tests, independent files side by side (TEST_WORKERS=2)
 	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
