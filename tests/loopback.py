@@ -1,12 +1,15 @@
-"""HTTP without the network: a server on 127.0.0.1 and a connector that knows no other place."""
+"""HTTP without the network: servers on 127.0.0.1, a connector that knows no other place."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any, TypeVar
 
 import httpx
@@ -15,8 +18,55 @@ from tapo_train.tools.addresses import AllowedHosts
 from tapo_train.tools.net import FetchLimits, HttpClient
 
 Answer = TypeVar("Answer")
+Server = TypeVar("Server", bound=HTTPServer)
 Reply = Callable[[str, asyncio.StreamWriter], Awaitable[None]]
 """Writes what the server says to a request (head and body as text)."""
+
+
+class Answering(BaseHTTPRequestHandler):
+    """A handler of a scripted server: reads what was sent, says bytes or JSON, logs nothing."""
+
+    server: Any
+
+    def body(self) -> bytes:
+        return self.rfile.read(int(self.headers["Content-Length"]))
+
+    def say(self, content: object, status: int = 200) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_: object) -> None:
+        """Silence."""
+
+
+@contextmanager
+def threaded(server: Server) -> Iterator[Server]:
+    """The server answers in a thread, until the block ends."""
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextmanager
+def served_by(handler: type[BaseHTTPRequestHandler], **state: Any) -> Iterator[Any]:
+    """A server for the handler, which finds the state among the server's attributes."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    vars(server).update(state)
+    with threaded(server):
+        yield server
+
+
+def url_of(server: HTTPServer) -> str:
+    """Where a server on 127.0.0.1 is, without a path."""
+    return f"http://127.0.0.1:{server.server_port}"
 
 
 def response(body: bytes = b"ok", *, status: int = 200, **headers: str) -> bytes:

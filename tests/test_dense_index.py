@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
+from loopback import Answering, served_by, url_of
 
 from tapo_train.build.services import build_embedder
 from tapo_train.commands import index as command
@@ -37,36 +36,24 @@ def meaning(text: str) -> list[float]:
     return [*counts, 0.1]
 
 
-class Endpoint(BaseHTTPRequestHandler):
+class Endpoint(Answering):
     """Embeddings in OpenAI's form, in another order than asked."""
 
     asked: ClassVar[list[Any]]
     answer: ClassVar[list[bytes]]
 
     def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        body = json.loads(self.body())
         self.asked.append((self.path, body, self.headers["authorization"]))
         rows = [{"index": n, "embedding": meaning(t)} for n, t in enumerate(body["input"])]
-        data = self.answer[0] if self.answer else json.dumps({"data": rows[::-1]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.say(self.answer[0] if self.answer else {"data": rows[::-1]})
 
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[str, type[Endpoint]]]:
     handler = type("Handler", (Endpoint,), {"asked": [], "answer": []})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/v1", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served_by(handler) as server:
+        yield f"{url_of(server)}/v1", handler
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import threading
 from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loopback import Answering, served_by, url_of
 from PIL import Image as Pillow
 
 from tapo_train.__main__ import main
@@ -35,13 +34,12 @@ def searching(native: bool) -> dict[str, Any]:
     return {"role": "assistant", "content": text}
 
 
-class _Model(BaseHTTPRequestHandler):
+class _Model(Answering):
     """Searches once, by the API's calls or in words, then answers what it read."""
 
     def do_POST(self) -> None:
-        server: Any = self.server
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.asked.append((self.headers.get("Authorization"), asked))
+        asked = json.loads(self.body())
+        self.server.asked.append((self.headers.get("Authorization"), asked))
         question = asked["messages"][1]["content"][-1]["text"]
         if len(asked["messages"]) == 2 and "odd" not in question:
             message = searching(native="bridge" in question)
@@ -49,28 +47,15 @@ class _Model(BaseHTTPRequestHandler):
             name = "Gustave Eiffel" if "Eiffel" in json.dumps(asked["messages"][2:]) else "nobody"
             message = {"role": "assistant", "content": f"<answer>{name}</answer>"}
         body: Any = {"choices": [{"message": message}], "usage": {"completion_tokens": 7}}
-        if server.is_broken or "odd" in question:
+        if self.server.is_broken or "odd" in question:
             body = {"choices": [{"message": {"content": ["<|im_end|>"]}}]}
-        data = json.dumps(body).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
+        self.say(body)
 
 
 @pytest.fixture
 def serving() -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Model)
-    server.asked, server.is_broken = [], False
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served_by(_Model, asked=[], is_broken=False) as server:
+        yield server
 
 
 @pytest.fixture
@@ -96,8 +81,7 @@ def recipe_of(world: Path) -> Recipe:
 
 
 def endpoint_of(serving: Any) -> Endpoint:
-    url = f"http://127.0.0.1:{serving.server_address[1]}/v1"
-    return Endpoint(url=url, model="m", key_variable="OUTSIDE_KEY")
+    return Endpoint(url=f"{url_of(serving)}/v1", model="m", key_variable="OUTSIDE_KEY")
 
 
 def test_an_outside_model_is_evaluated_with_the_same_tools_and_replayed_to_the_digit(

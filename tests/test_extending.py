@@ -8,15 +8,14 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
 from algos_batches import padded_batch
+from loopback import Answering, served_by, url_of
 from PIL import Image as Pillow
 from test_rewards import trajectory
 
@@ -224,32 +223,24 @@ def test_a_data_set_of_one_file_has_pictures_and_several_answers(tmp_path: Path)
     assert (task.source, task.images[0].width, task.images[0].height) == ("colours", 8, 6)
 
 
-class _Collector(BaseHTTPRequestHandler):
+class _Collector(Answering):
     bodies: ClassVar[list[bytes]] = []
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        body = self.body()
         self.bodies.append(gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body)
-        self.send_response(200)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.say(b"")
 
 
 def test_metrics_go_to_a_collector_of_opentelemetry_by_one_file() -> None:
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http", reason="comes with vLLM")
     from opentelemetry.proto.collector.metrics.v1 import metrics_service_pb2 as service
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Collector)
-    Thread(target=server.serve_forever, daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_address[1]}/v1/metrics"
-    sink = CustomSink(Custom(path="otel_sink:OtelSink", arguments={"endpoint": endpoint}))
-    sink.write(2, {"reward/mean": 0.5, "rollout/calls/text_search_tool": 3.0})
-    sink.close()
-    server.shutdown()
-    server.server_close()
+    with served_by(_Collector) as server:
+        arguments = {"endpoint": f"{url_of(server)}/v1/metrics"}
+        sink = CustomSink(Custom(path="otel_sink:OtelSink", arguments=arguments))
+        sink.write(2, {"reward/mean": 0.5, "rollout/calls/text_search_tool": 3.0})
+        sink.close()
     told = service.ExportMetricsServiceRequest.FromString(_Collector.bodies[0])
     (gauges,) = [scope.metrics for found in told.resource_metrics for scope in found.scope_metrics]
     values = {g.name: g.gauge.data_points[0] for g in gauges}
@@ -269,29 +260,19 @@ def test_a_sink_may_be_a_mere_function() -> None:
         require_custom_parts(recipe(f"report.sink={__name__}:flat"))
 
 
-class _Grading(BaseHTTPRequestHandler):
+class _Grading(Answering):
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        body = json.dumps({"grade": 0.75 if "please" in asked["answer"] else "rude"}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        asked = json.loads(self.body())
+        self.say({"grade": 0.75 if "please" in asked["answer"] else "rude"})
 
 
 def test_the_judge_of_one_file_judges_and_leaves_out_what_it_cannot_judge() -> None:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Grading)
-    Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_address[1]}/judge"
-    part = custom_reward(CustomPart(path="kind_judge:KindJudge", arguments={"url": url}))
-    scoring = Scoring(RewardFunction(parts={"accuracy": Weighted(part=part)}), deadline_s=30.0)
-    polite = asyncio.run(scoring(trajectory("<answer>please</answer>")))
-    rude = asyncio.run(scoring(trajectory("<answer>no</answer>")))
-    server.shutdown()
-    server.server_close()
+    with served_by(_Grading) as server:
+        arguments = {"url": f"{url_of(server)}/judge"}
+        part = custom_reward(CustomPart(path="kind_judge:KindJudge", arguments=arguments))
+        scoring = Scoring(RewardFunction(parts={"accuracy": Weighted(part=part)}), deadline_s=30.0)
+        polite = asyncio.run(scoring(trajectory("<answer>please</answer>")))
+        rude = asyncio.run(scoring(trajectory("<answer>no</answer>")))
     assert polite.scored().total == 0.75
     assert rude.reward is None and "gave 'rude'" in (rude.unscored or "")
 

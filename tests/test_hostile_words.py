@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loopback import Answering, served_by
 from rollout_world import HOSTILE, SYSTEM_PROMPT, draw_image
 from scripted_engine import ScriptedEngine, turn_of
 
@@ -44,30 +43,16 @@ WRITTEN = (
 YES = "<judge>Yes</judge>"
 
 
-class _Judging(BaseHTTPRequestHandler):
+class _Judging(Answering):
     def do_POST(self) -> None:
-        server: Any = self.server
-        server.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        data = json.dumps({"choices": [{"message": {"content": server.said}}]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.server.asked.append(json.loads(self.body()))
+        self.say({"choices": [{"message": {"content": self.server.said}}]})
 
 
 @pytest.fixture(scope="module")
 def judging() -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Judging)
-    server.asked = []
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served_by(_Judging, asked=[]) as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +78,7 @@ def played(
     pictures = ImageIndex.load(folder / "p.jsonl", thumbnail_side_px=64)
     tools = [TextSearchTool(corpus), ImageSearchTool(pictures, ImageDecoder())]
     judging.said = verdict
-    host = f"127.0.0.1:{judging.server_address[1]}"
+    host = f"127.0.0.1:{judging.server_port}"
     client = HttpClient(allowed=AllowedHosts.parse([host]))
     judge = JudgeTool("judge", client, endpoint=f"http://{host}/v1", model="m")
     box = Toolbox([judge], deadline_s=30.0)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import http.client
 import json
 import re
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from inspected_run import HOSTILE, PICTURE, call, four_attempts, row_of, view, write_run
+from loopback import threaded
 
 from tapo_train.__main__ import main
 from tapo_train.credit.assigners import Tapo
@@ -304,20 +304,13 @@ def test_the_server_answers_the_loopback_alone_and_adds_steps(tmp_path: Path) ->
     run = write_run(tmp_path / "run", [[view("a", advantage=0.0, accuracy=1.0, calls=[call("x")])]])
     out = tmp_path / "out"
     write_pages(run, out)
-    server = page_server(out, 0, lambda: write_pages(run, out))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
+    with threaded(page_server(out, 0, lambda: write_pages(run, out))) as server:
         assert server.server_address[0] == "127.0.0.1"
         assert _get(server.server_port, "/index.html") == 200
         assert _get(server.server_port, "/data/run.js") == 200
         assert _get(server.server_port, "/data/") == 404
         assert _get(server.server_port, "/../recipe.yaml") == 404
         assert _get(server.server_port, "/index.html", host="elsewhere.example:80") == 421
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def _get(port: int, path: str, host: str | None = None) -> int:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loopback import threaded
 
 from tapo_train.__main__ import main
 from tapo_train.recipe.compose import load_recipe
@@ -34,9 +34,8 @@ def test_no_verdict_that_failed_touches_a_loss(
 ) -> None:
     monkeypatch.setenv("TAPO_DATA", str(REAL_ROWS))
     build_index(tmp_path / "index", [ROOT / "recipes" / "livevqa_local_pages"])
-    with ScriptedJudge(fail=0.2) as judge:
+    with threaded(ScriptedJudge(fail=0.2)) as judge:
         monkeypatch.setenv("JUDGE_ENDPOINT", judge.endpoint)
-        threading.Thread(target=judge.serve_forever, daemon=True).start()
         train(
             load_recipe(
                 "recipes/livevqa_local.yaml",
@@ -49,7 +48,6 @@ def test_no_verdict_that_failed_touches_a_loss(
                 ],
             )
         )
-        judge.shutdown()
         asked = judge.asked
     failed = [response for response, said in asked if said in FAILURES]
     assert len(asked) > 10 and len(failed) == len(asked) // 5
@@ -88,16 +86,14 @@ def test_real_rows_have_a_table_and_what_the_judge_left_open_is_asked_again(
     words += ["--benchmarks", f"news={REAL_ROWS}/livevqa_news", "--questions", "6"]
     words += ["--repeats", "2", "--out", str(tmp_path / "out"), "rollout/engine=hf"]
     words += [f"tools.corpus={tmp_path}/index", "reward.min_scored=0.2"]
-    with ScriptedJudge(fail=0.4) as judge:
+    with threaded(ScriptedJudge(fail=0.4)) as judge:
         monkeypatch.setenv("JUDGE_ENDPOINT", judge.endpoint)
-        threading.Thread(target=judge.serve_forever, daemon=True).start()
         assert main(["eval", *words]) == 0
         failed = sum(said in FAILURES for _, said in judge.asked)
         first = json.loads((tmp_path / "out" / "results.json").read_text())["tables"]["news"]
         judge.fail = 0.0
         capsys.readouterr()
         assert main(["eval", *words]) == 0
-        judge.shutdown()
         verdicts = [said for _, said in judge.asked]
     shown = capsys.readouterr().out
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 
 import pytest
+from loopback import Answering, served_by, url_of
 
 from tapo_train.demo.world.build import WorldSize, write_world
 from tapo_train.demo.world.chains import Chains
@@ -77,27 +75,13 @@ def pictures(folder: Path) -> list[str]:
     return [train, f"tools.corpus={corpus}", f"tools.image_index={index}"]
 
 
-def judged_chains(folder: Path) -> list[str]:
-    """The chains, and a judge that says yes."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), SaysYes)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    return [*chains(folder), f"reward.parts.judged.endpoint='{address}'"]
+class SaysYes(Answering):
+    """A judge."""
 
-
-class SaysYes(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.body()
         message = {"message": {"role": "assistant", "content": "<judge>Yes</judge>"}}
-        body = json.dumps({"choices": [message]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        pass
+        self.say({"choices": [message]})
 
 
 def videos(folder: Path) -> list[str]:
@@ -130,7 +114,7 @@ DATA: Mapping[str, Callable[[Path], list[str]]] = {
     "vsrm": chains,
     "igpo": chains,
     "mtir_sql": databases,
-    "rl_factory": judged_chains,
+    "rl_factory": chains,
     "imagent": pictures,
     "vital": videos,
     "playground": two_searches,
@@ -155,7 +139,10 @@ def test_a_system_trains_two_steps_from_its_recipe(
 ) -> None:
     monkeypatch.chdir(ROOT)
     overrides = [*SMALL, *DATA[name](tmp_path / "data"), f"run.dir={tmp_path}/run"]
-    train(load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides))
+    with served_by(SaysYes) as judge:
+        if name == "rl_factory":
+            overrides.append(f"reward.parts.judged.endpoint='{url_of(judge)}/v1'")
+        train(load_recipe(ROOT / "recipes" / f"{name}.yaml", overrides))
     rows = [
         json.loads(row) for row in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

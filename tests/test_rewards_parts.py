@@ -8,12 +8,12 @@ import json
 import statistics
 import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loopback import Answering, served_by
 from rewarding import reward_of
 from rollout_world import SYSTEM_PROMPT, draw_toolbox
 from scripted_engine import ScriptedEngine, turn_of
@@ -198,48 +198,36 @@ def test_what_a_prompt_quotes_can_neither_judge_nor_open_a_section_nor_fill_a_pl
     assert prompt.count("</response>") == 1 and "{question}" in prompt
 
 
-class _Judging(BaseHTTPRequestHandler):
+class _Judging(Answering):
     """Says Yes to what names Velor; every fifth request fails, in four ways by turns."""
 
     def do_POST(self) -> None:
-        server: Any = self.server
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        asked = json.loads(self.body())
         with server.lock:
             server.asked.append((self.headers.get("Authorization"), asked))
             number = len(server.asked)
         prompt = asked["messages"][0]["content"]
         response = prompt.partition("<response>\n")[2].partition("\n</response>")[0]
         said = f"<judge>{'Yes' if 'Velor' in response else 'No'}</judge>"
-        status, body = 200, json.dumps({"choices": [{"message": {"content": said}}]})
+        status = 200
+        content: object = {"choices": [{"message": {"content": said}}]}
         if number % 5 == 0:
             server.failed.add(response)
-            status, body = [
-                (500, "down"), (200, "[]"), (429, ""),
-                (200, json.dumps({"choices": [{"message": {"content": "perhaps"}}]})),
-            ][number // 5 % 4]  # fmt: skip
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body.encode())
-
-    def log_message(self, *_: Any) -> None:
-        pass
+            unclear = {"choices": [{"message": {"content": "perhaps"}}]}
+            failures = [(500, b"down"), (200, []), (429, b""), (200, unclear)]
+            status, content = failures[number // 5 % 4]
+        self.say(content, status)
 
 
 @pytest.fixture
 def judging() -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), _Judging)
-    server.lock, server.asked, server.failed = threading.Lock(), [], set()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served_by(_Judging, lock=threading.Lock(), asked=[], failed=set()) as server:
+        yield server
 
 
 def judge_of(server: Any, *, retries: int = 0) -> Judge:
-    host = f"127.0.0.1:{server.server_address[1]}"
+    host = f"127.0.0.1:{server.server_port}"
     client = HttpClient(
         allowed=AllowedHosts.parse([host]), headers={"Authorization": "Bearer sesame"}
     )

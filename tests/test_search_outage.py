@@ -9,12 +9,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Lock
 from typing import Any
 
 import pytest
+from loopback import Answering, served_by, url_of
 from process_environment import ROOT, environment
 from whole_runs import command
 
@@ -39,36 +39,21 @@ class Search:
 
 
 @contextmanager
-def serving(search: Search) -> Iterator[int]:
-    class Handler(BaseHTTPRequestHandler):
+def serving(search: Search) -> Iterator[str]:
+    class Handler(Answering):
         protocol_version = "HTTP/1.1"
 
-        def log_message(self, *args: Any) -> None:
-            pass
-
         def do_POST(self) -> None:
-            self.rfile.read(int(self.headers["content-length"]))
+            self.body()
             if search.is_well():
-                self.say(200, {"results": [{"title": "Velor", "text": "It has a mill."}]})
+                self.say({"results": [{"title": "Velor", "text": "It has a mill."}]})
             elif search.status is not None:
-                self.say(search.status, {"message": "this key has expired"})
+                self.say({"message": "this key has expired"}, search.status)
             else:
                 self.close_connection = True
 
-        def say(self, status: int, content: dict[str, Any]) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server.server_address[1]
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served_by(Handler) as server:
+        yield f"{url_of(server)}/s"
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
@@ -97,14 +82,14 @@ def test_a_search_that_fails_half_way_teaches_nothing_and_ends_the_run_in_its_wo
     small_world: Path, tmp_path: Path, status: int | None, said: str
 ) -> None:
     run = tmp_path / "run"
-    with serving(Search(status)) as port:
+    with serving(Search(status)) as endpoint:
         overrides = [
             "rollout/engine=hf",
             "run.steps=12",
             "rollout.max_failed_fraction=0.1",
             "data.questions_per_step=2",
             "rollout.rollouts_per_question=8",
-            f"tools.text_endpoint=http://127.0.0.1:{port}/s",
+            f"tools.text_endpoint={endpoint}",
         ]
         done = subprocess.run(
             command(small_world, run, *overrides),

@@ -11,19 +11,19 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
+from http.server import HTTPServer, ThreadingHTTPServer
 from itertools import product
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+from loopback import Answering, threaded, url_of
 
 from tapo_train.build.remote_tools import build_remote_tools
 from tapo_train.errors import ConfigError, ToolDownError
@@ -48,14 +48,8 @@ PASSAGES = [
 @contextmanager
 def running(server: HTTPServer) -> Iterator[str]:
     """Its address."""
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/retrieve"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    with threaded(server):
+        yield f"{url_of(server)}/retrieve"
 
 
 @pytest.fixture(scope="module")
@@ -190,14 +184,14 @@ def test_a_seat_is_free_again_when_its_connection_ends(monkeypatch: pytest.Monke
 FOREIGN = {"q iron": [("1", '"Iron"\nFe is <b>a</b> metal'), ("2", "bare line")]}
 
 
-class ForeignRetriever(BaseHTTPRequestHandler):
+class ForeignRetriever(Answering):
     """Written from the published form of Search-R1's server only."""
 
     asked: ClassVar[list[dict[str, Any]]]
     bare = False
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        asked = json.loads(self.body())
         self.asked.append(asked)
         result: list[list[Any]] = []
         for query in asked["queries"]:
@@ -209,9 +203,6 @@ class ForeignRetriever(BaseHTTPRequestHandler):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(data)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 def searched(url: str, query: str) -> Observation:

@@ -8,7 +8,6 @@ import random
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from typing import Any
 
 import pytest
 from fake_opensearch import FakeOpenSearch
+from loopback import threaded
 from test_dense_index import Endpoint, endpoint
 
 from tapo_train.build.services import build_embedder, build_store, build_text_index
@@ -94,13 +94,8 @@ def milvus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def opensearch() -> Iterator[FakeOpenSearch]:
-    server = FakeOpenSearch()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with threaded(FakeOpenSearch()) as server:
+        yield server
 
 
 @pytest.fixture(params=["milvus", "opensearch"])

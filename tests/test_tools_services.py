@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
 from urllib.parse import parse_qsl, urlsplit
 
 import numpy as np
 import pytest
-from loopback import Loopback, fetching, response, saying
+from loopback import Answering, Loopback, fetching, response, saying, served_by, url_of
 from rollout_world import HOSTILE, draw_image
 
 from tapo_train.build.remote_tools import build_remote_tools
@@ -69,7 +67,7 @@ LENS = {
 }
 
 
-class Services(BaseHTTPRequestHandler):
+class Services(Answering):
     """All of them on one port, by path."""
 
     asked: ClassVar[list[dict[str, Any]]]
@@ -82,7 +80,7 @@ class Services(BaseHTTPRequestHandler):
         self.answered({})
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["content-length"]))
+        body = self.body()
         self.answered(json.loads(body) if body.startswith(b"{") else {"bytes": len(body)})
 
     def answered(self, body: Any) -> None:
@@ -90,27 +88,23 @@ class Services(BaseHTTPRequestHandler):
         sent = {"path": parts.path, "query": dict(parse_qsl(parts.query)), "body": body}
         self.asked.append(sent | {"headers": {k.lower(): v for k, v in self.headers.items()}})
         if self.busy:
-            self.say(self.busy.pop(), b"slow down", Retry_After="1")
+            self.give(b"slow down", self.busy.pop(), "Retry-After", "1")
         elif parts.path == "/velor":
-            self.say(200, self.page, Content_Type="text/html")
+            self.give(self.page, 200, "Content-Type", "text/html")
         elif parts.path == "/llm/chat/completions":
-            message = {"choices": [{"message": {"content": self.summary}}]}
-            self.say(200, json.dumps(message).encode())
+            self.say({"choices": [{"message": {"content": self.summary}}]})
         elif parts.path in self.answers:
             text = json.dumps(self.answers[parts.path])
-            self.say(200, text.replace("PAGE", f"http://{self.headers['host']}").encode())
+            self.say(text.replace("PAGE", f"http://{self.headers['host']}").encode())
         else:
-            self.say(403, f"unknown key {SECRET}".encode())
+            self.say(f"unknown key {SECRET}".encode(), 403)
 
-    def say(self, status: int, body: bytes, **headers: str) -> None:
+    def give(self, body: bytes, status: int, header: str, value: str) -> None:
         self.send_response(status)
-        for name, value in (headers | {"Content_Length": str(len(body))}).items():
-            self.send_header(name.replace("_", "-"), value)
+        self.send_header(header, value)
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
-
-    def log_message(self, *_: object) -> None:
-        pass
 
 
 @pytest.fixture
@@ -126,13 +120,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, type[Services
         "/own": {"hits": {"items": [{"doc": {"head": "Velor", "body": "A house."}}]}},
     }
     handler = type("Handler", (Services,), {"asked": [], "busy": [], "answers": answers})
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", handler
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with served_by(handler) as server:
+        yield url_of(server), handler
 
 
 def searched(*overrides: str, retries: int = 0, events: Counter[str] | None = None) -> Observation:

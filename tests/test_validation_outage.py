@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from loopback import Answering, served_by, url_of
 from process_environment import ROOT, environment
 
 from tapo_train.learner import checkpoint
@@ -27,27 +26,16 @@ def searching(corpus: Path, *, is_down: Callable[[], bool]) -> Iterator[str]:
     """Address of a text search over a corpus; it answers 503 while it is down."""
     index = CorpusIndex.load(corpus)
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(Answering):
         def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            asked = json.loads(self.body())
             found = index.search(asked["query"], top_k=3)
             results = [{"title": p.title, "text": p.text, "url": "http://a/b"} for p in found]
-            body = DOWN.encode() if is_down() else json.dumps({"results": results}).encode()
-            self.send_response(503 if is_down() else 200)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            is_up = not is_down()
+            self.say({"results": results} if is_up else DOWN.encode(), 200 if is_up else 503)
 
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/search"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with served_by(Handler) as server:
+        yield f"{url_of(server)}/search"
 
 
 def tapo_train(*arguments: str) -> subprocess.CompletedProcess[str]:
