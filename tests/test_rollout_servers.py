@@ -378,7 +378,10 @@ def test_weights_arrive_whole_on_every_server_and_leave_no_files(
             for version in (3, 4):
                 engine.load_weights(sent.items(), version=version)
                 assert engine.version == version
-            assert len(list(tmp_path.rglob("*.safetensors"))) == 3, "old weights are left behind"
+            files = list(tmp_path.rglob("*.safetensors"))
+            assert len(files) == 3, "old weights are left behind"
+            readable = files[0].parent.stat().st_mode & 0o666
+            assert {file.stat().st_mode & 0o777 for file in files} == {readable}
             scores = engine.score(chat.plain("hello"), [draw_image(64, 64)][:0])
             engine.submit(request_of(chat))
             (completion,) = finish(engine)

@@ -123,4 +123,5 @@ def test_a_warm_start_writes_a_policy_that_a_run_can_start_from(
     start = tiny_qwen3_vl / "model.safetensors"
     trained = out / "export" / "model.safetensors"
     assert trained.stat().st_size < 0.6 * start.stat().st_size, "not stored as bfloat16"
+    assert trained.stat().st_mode == (trained.parent / "config.json").stat().st_mode
     assert (out / "export" / "recipe.yaml").exists()

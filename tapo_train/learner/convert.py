@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+
+from tapo_train.learner import durable
 
 
 def convert_weights(folder: Path, *, dtype: str) -> None:
@@ -20,8 +21,10 @@ def convert_weights(folder: Path, *, dtype: str) -> None:
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            tensors = {name: file.get_tensor(name).to(kind) for name in file.keys()}  # noqa: SIM118
-        save_file(tensors, path, metadata=metadata)
+            names = file.keys()
+            # Copies: what the file gives is a view of it, and it is written over.
+            tensors = {name: file.get_tensor(name).to(kind, copy=True) for name in names}
+        durable.write_tensors(path, tensors, metadata=metadata)
     config_path = folder / "config.json"
     config = json.loads(config_path.read_text(encoding="utf-8"))
     _set_dtype(config, dtype)

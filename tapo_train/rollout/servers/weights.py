@@ -121,7 +121,10 @@ def write_weights(weights: Weights, folder: Path) -> None:
 
     folder.mkdir(parents=True)
     for number, held in enumerate(buckets(weights, FILE_BYTES, device="cpu")):
-        save_file(held, folder / f"{number:05}.safetensors")
+        file = folder / f"{number:05}.safetensors"
+        save_file(held, file)
+        # safetensors lets nobody else read its files; servers may be another user's processes.
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def buckets(
