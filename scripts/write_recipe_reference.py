@@ -41,6 +41,7 @@ SECTIONS = (
     ("tools", recipe.Tools),
     ("tools.text_service and tools.image_service", recipe.ServiceSettings),
     ("tools.dense", recipe.DenseSettings),
+    ("tools.look_alikes", recipe.LookAlikeSettings),
     ("tools.pages", recipe.PageSettings),
     ("tools.pages.summary", recipe.SummarySettings),
     ("tools.limits, by the tool's name", recipe.ToolLimitSettings),

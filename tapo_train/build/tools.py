@@ -20,6 +20,7 @@ from tapo_train.tools.image_search import ImageIndex, ImageSearchTool
 from tapo_train.tools.images import ImageDecoder, ResultPictures
 from tapo_train.tools.ledger import Ledger
 from tapo_train.tools.limits import ToolLimits
+from tapo_train.tools.look_alikes import LookAlikes, VisionTower
 from tapo_train.tools.recording import Recording, Replay
 from tapo_train.tools.registry import load_tool
 from tapo_train.tools.text_search import TextSearchTool
@@ -53,8 +54,8 @@ def build_toolbox(
             made.append(zoom)
         elif name == "image_search_tool":
             path = _needed(image_index, "tools.image_index", name)
-            pictures = ImageIndex.load(path, thumbnail_side_px=tools.thumbnail_side)
-            made.append(ImageSearchTool(pictures, decoder, top_k=tools.image_top_k))
+            near = tools.look_alikes if world is None else None
+            made.append(_picture_search(tools, path, decoder, near))
         else:
             stored = tools.text_store is not None and world is None
             file = None if stored else _needed(corpus, "tools.corpus", name)
@@ -73,6 +74,24 @@ def build_toolbox(
         replay=replay_of(recipe) if world is None else None,
         pictures=ResultPictures(decoder=decoder, max_pixels=tools.max_result_pixels),
     )
+
+
+def _picture_search(
+    tools: recipe_tools.Tools,
+    path: Path,
+    decoder: ImageDecoder,
+    near: recipe_tools.LookAlikeSettings | None,
+) -> ImageSearchTool:
+    """The search in a folder or file of pictures.
+
+    Args:
+        near: what shows look-alikes where it finds nothing; None: nothing does.
+    """
+    index, look_alikes = ImageIndex.load(path, thumbnail_side_px=tools.thumbnail_side), None
+    if near is not None:
+        tower = VisionTower(Path(near.folder))
+        look_alikes = LookAlikes(path, index, tower, threshold=near.threshold)
+    return ImageSearchTool(index, decoder, top_k=tools.image_top_k, look_alikes=look_alikes)
 
 
 def environments_of(part: Custom) -> Environments:

@@ -7,7 +7,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tapo_train.tools.embedders import Embedder
@@ -22,7 +22,8 @@ of .txt and .md. Files are streamed: memory does not grow with them.
 with vectors beside them where --model names an embedder.
 
 `index pictures` makes a folder for tools.image_index from a .jsonl of {"title", "image"} or from a
-folder of PNG, JPEG and WebP, which are found by their names.
+folder of PNG, JPEG and WebP, which are found by their names. `index look-alikes` adds vectors of a
+CLIP or SigLIP folder to it, for tools.look_alikes.
 """
 
 
@@ -33,8 +34,8 @@ def main(argv: Sequence[str]) -> None:
     if arguments.action == "upload":
         print(f"{_uploaded(arguments)} ({time.monotonic() - started:.1f} s)")
         return
-    make = {"pictures": _pictures, "embed": _vectors}.get(arguments.action, _passages)
-    what = make(arguments)
+    makers = {"pictures": _pictures, "embed": _vectors, "look-alikes": _look_alikes}
+    what = makers.get(arguments.action, _passages)(arguments)
     size = sum(file.stat().st_size for file in arguments.folder.iterdir())
     print(
         f"{what} -> {arguments.folder} "
@@ -57,6 +58,13 @@ def _pictures(arguments: argparse.Namespace) -> str:
         arguments.folder, arguments.source, thumbnail_side_px=arguments.thumbnail_side
     )
     return f"{count} pictures of {arguments.source.name}"
+
+
+def _look_alikes(arguments: argparse.Namespace) -> str:
+    from tapo_train.tools.look_alikes import VisionTower, embed_pictures
+
+    count = embed_pictures(arguments.folder, arguments.source, VisionTower(arguments.model))
+    return f"{count} vectors of pictures"
 
 
 def _vectors(arguments: argparse.Namespace) -> str:
@@ -146,13 +154,23 @@ def _parser() -> argparse.ArgumentParser:
     upload.add_argument("--store-key-variable", help="environment variable with its key")
     upload.add_argument("--timeout", type=float, default=120.0, help="[s] of a request (120)")
     _add_embedder(upload, is_required=False)
+    _add_picture_actions(actions)
+    return parser
+
+
+def _add_picture_actions(actions: Any) -> None:
     pictures = actions.add_parser("pictures", help="a new index of pictures")
     pictures.add_argument("source", type=Path, metavar="PICTURES")
     pictures.add_argument("--out", dest="folder", type=Path, required=True, metavar="DIR")
     pictures.add_argument(
         "--thumbnail-side", type=int, default=256, help="longest side of what is shown [px] (256)"
     )
-    return parser
+    near = actions.add_parser(
+        "look-alikes", help="vectors of an index's pictures, for tools.look_alikes"
+    )
+    near.add_argument("folder", type=Path, metavar="DIR")
+    near.add_argument("source", type=Path, metavar="PICTURES", help="what it was made of")
+    near.add_argument("--model", type=Path, required=True, help="a CLIP or SigLIP folder")
 
 
 def _add_embedder(parser: argparse.ArgumentParser, *, is_required: bool) -> None:

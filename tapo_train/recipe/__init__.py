@@ -62,7 +62,13 @@ from tapo_train.recipe.rollout import (
     VllmSettings,
 )
 from tapo_train.recipe.run import Data, Lora, Mixture, Model, Probe, Run
-from tapo_train.recipe.services import DenseSettings, PageSettings, ServiceSettings, SummarySettings
+from tapo_train.recipe.services import (
+    DenseSettings,
+    LookAlikeSettings,
+    PageSettings,
+    ServiceSettings,
+    SummarySettings,
+)
 from tapo_train.recipe.sft import Sft
 from tapo_train.recipe.tools import McpServerSettings, ToolLimitSettings, Tools
 from tapo_train.recipe.values import STRICT
@@ -70,6 +76,7 @@ from tapo_train.recipe.watch import WatchSettings
 
 __all__ = [
     "DenseSettings",
+    "LookAlikeSettings",
     "PageSettings",
     "ServiceSettings",
     "SummarySettings",

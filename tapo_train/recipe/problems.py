@@ -255,6 +255,8 @@ def _tool_problems(recipe: Recipe) -> Iterable[str]:
         yield "tools.text_store.digest: found nothing, wanted by tools.replay=replay"
     if tools.dense and (tools.dense.folder is None) == (tools.dense.endpoint is None):
         yield "tools.dense: found both or neither of folder and endpoint, wanted one of them"
+    if tools.look_alikes and (not tools.image_index or tools.image_endpoint or tools.image_service):
+        yield "tools.look_alikes: found it without tools.image_index or beside a search of others"
     if tools.pages and not (tools.text_endpoint or tools.text_service):
         yield "tools.pages: found it without tools.text_endpoint and tools.text_service, wanted one"
     try:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic.dataclasses import dataclass
 
-from tapo_train.recipe.values import STRICT, Count, NonNegative
+from tapo_train.recipe.values import STRICT, Count, Fraction, NonNegative
 from tapo_train.tools.addresses import HIDDEN, shown
 
 
@@ -93,6 +93,17 @@ class DenseSettings:
     """Of the vectors' scores, brought to 0 to 1."""
     words_weight: NonNegative = 0.5
     """Of BM25's, brought to 0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)
+class LookAlikeSettings:
+    """What a picture search shows that finds nothing: `index look-alikes` made the vectors."""
+
+    folder: str
+    """A CLIP or SigLIP folder, run on the CPU; that of the vectors."""
+    threshold: Fraction
+    """Cosine from which pictures look alike. Every model has its own: look at what it says of
+    pictures that do and of others that do not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, config=STRICT)

@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from tapo_train.recipe.custom import CustomOrPath
 from tapo_train.recipe.services import (
     DenseSettings,
+    LookAlikeSettings,
     PageSettings,
     ServiceSettings,
     StoreSettings,
@@ -116,6 +117,9 @@ class Tools:
     image_index: str | None = None
     """Pictures of the image search; needed by image_search_tool. The folder of an index (`index
     pictures`), which all ranks map, or a jsonl of titles and paths, which each reads."""
+    look_alikes: LookAlikeSettings | None = None
+    """Where image_index finds nothing for certain, show what looks alike and say so; none: say
+    that nothing was found."""
     text_top_k: Count = 3
     """Documents shown for a query."""
     image_top_k: Count = 3

@@ -10,7 +10,6 @@ them did not find counts 0 there.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,11 +21,11 @@ from tapo_train.tools.corpus import Passage, read_passages
 from tapo_train.tools.corpus_index import CorpusIndex, Part, parts_of
 from tapo_train.tools.embedders import Embedder
 from tapo_train.tools.index_file import TextDigest
-from tapo_train.tools.vector_index import VectorIndex, write_vectors
+from tapo_train.tools.vector_index import load_beside, writing_beside
 
 __all__ = ["HybridIndex", "embed_index", "fused"]
 
-MANIFEST, VECTORS = "dense.json", "dense.faiss"
+NAME = "dense"
 DEPTH = 50
 """Passages of each search that are weighed against each other."""
 _TOGETHER = 256
@@ -52,7 +51,14 @@ class HybridIndex:
         words_weight: float = 0.5,
     ) -> None:
         self._corpus = CorpusIndex.load(folder)
-        self._vectors = _loaded(folder, embedder, self._corpus)
+        self._vectors = load_beside(
+            folder,
+            NAME,
+            made_by=embedder.version,
+            of=[part.digest for part in parts_of(folder)],
+            entries=(len(self._corpus), "passages"),
+            wanted=f"python -m tapo_train index embed {folder} CORPUS…",
+        )
         self._embedder = embedder
         self._weights = (dense_weight, words_weight)
         weights = f"{dense_weight:g}:{words_weight:g}"
@@ -99,21 +105,12 @@ async def embed_index(folder: Path, sources: Sequence[Path], embedder: Embedder)
         ToolDownError: the embedder's endpoint is down.
     """
     parts = parts_of(folder)
-    count = sum(part.passages for part in parts)
     passages = _checked(read_passages(sources), parts, folder)
-    spool = folder / "dense.f16"
-    try:
-        with spool.open("wb") as file:
-            while batch := [passage.shown() for passage in islice(passages, _TOGETHER)]:
-                vectors = await embedder.embed(batch, is_query=False)
-                file.write(vectors.astype(np.float16).tobytes())
-        spooled = np.memmap(spool, np.float16, "r").reshape(count, -1)
-        write_vectors(folder / VECTORS, spooled)
-    finally:
-        spool.unlink(missing_ok=True)
     digests = [part.digest for part in parts]
-    (folder / MANIFEST).write_text(json.dumps({"embedder": embedder.version, "of": digests}))
-    return count
+    with writing_beside(folder, NAME, made_by=embedder.version, of=digests) as add:
+        while batch := [passage.shown() for passage in islice(passages, _TOGETHER)]:
+            add(await embedder.embed(batch, is_query=False))
+    return sum(part.passages for part in parts)
 
 
 def _checked(passages: Iterable[Passage], parts: Sequence[Part], folder: Path) -> Iterator[Passage]:
@@ -129,18 +126,3 @@ def _checked(passages: Iterable[Passage], parts: Sequence[Part], folder: Path) -
             raise DataError(f"text index {folder}: found other passages than {part.source} gave it")
     if next(left, None) is not None:
         raise DataError(f"text index {folder}: found more passages than it has")
-
-
-def _loaded(folder: Path, embedder: Embedder, corpus: CorpusIndex) -> VectorIndex:
-    path, wanted = folder / MANIFEST, f"python -m tapo_train index embed {folder} CORPUS…"
-    try:
-        manifest = json.loads(path.read_bytes())
-        version, digests = manifest["embedder"], manifest["of"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: {type(error).__name__}: {error}; wanted {wanted}") from error
-    if version != embedder.version:
-        raise DataError(f"{path}: found vectors of {version}, wanted those of {embedder.version}")
-    vectors = VectorIndex.load(folder / VECTORS)
-    if digests != [part.digest for part in parts_of(folder)] or len(vectors) != len(corpus):
-        raise DataError(f"{path}: found vectors of other passages; wanted {wanted}")
-    return vectors

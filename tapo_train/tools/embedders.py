@@ -21,7 +21,14 @@ from tapo_train.tools.endpoints import Request, another_form, asked, json_of, va
 from tapo_train.tools.net import HttpClient
 from tapo_train.tools.vector_index import Floats
 
-__all__ = ["Embedder", "EndpointEmbedder", "FolderEmbedder"]
+__all__ = [
+    "Embedder",
+    "EndpointEmbedder",
+    "FolderEmbedder",
+    "folder_digest",
+    "read_part",
+    "unit",
+]
 
 _TOGETHER = 32
 """Texts of one pass through a model."""
@@ -97,13 +104,14 @@ def _vectors(data: bytes, count: int) -> Floats:
         raise another_form(data, f"wanted a list data of index and embedding ({error})") from error
     if places != list(range(count)) or vectors.ndim != 2 or not np.isfinite(vectors).all():
         raise another_form(data, f"wanted {count} vectors of equal length, all numbers finite")
-    return _unit(vectors)
+    return unit(vectors)
 
 
-def _unit(vectors: Floats) -> Floats:
+def unit(vectors: Floats) -> Floats:
+    """[N, D] of length 1."""
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: Floats = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
-    return unit
+    shortened: Floats = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    return shortened
 
 
 class FolderEmbedder:
@@ -118,16 +126,9 @@ class FolderEmbedder:
 
         self._prefixes = (passage_prefix, query_prefix)
         self._takes_first, self._longest = _pooling(folder)
-        try:
-            self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-                folder, local_files_only=True
-            )
-            self._model = transformers.AutoModel.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True
-            ).eval()
-        except (OSError, ValueError) as error:
-            raise DataError(f"embedder {folder}: {str(error)[:300]}") from error
-        self.version = f"folder:{_digest(folder)}:{passage_prefix}:{query_prefix}"
+        self._tokenizer = read_part(transformers.AutoTokenizer, folder)
+        self._model = read_part(transformers.AutoModel, folder, use_safetensors=True).eval()
+        self.version = f"folder:{folder_digest(folder)}:{passage_prefix}:{query_prefix}"
 
     async def embed(self, texts: Sequence[str], *, is_query: bool) -> Floats:
         """[N, D] unit vectors."""
@@ -154,7 +155,7 @@ class FolderEmbedder:
             mask = tokens["attention_mask"][:, :, None]
             mean = (hidden * mask).sum(1) / mask.sum(1)
             parts.append((hidden[:, 0] if self._takes_first else mean).float().numpy())
-        return _unit(np.concatenate(parts))
+        return unit(np.concatenate(parts))
 
 
 def _pooling(folder: Path) -> tuple[bool, int]:
@@ -182,11 +183,27 @@ def _pooling(folder: Path) -> tuple[bool, int]:
     raise DataError(f"embedder {folder}: found pooling {sorted(modes)}, wanted mean or first token")
 
 
-def _digest(folder: Path) -> str:
-    """Of the configuration and the beginning of the weights."""
+def read_part(kind: Any, folder: Path, **options: Any) -> Any:
+    """What `kind` (a class of transformers) makes of a local folder, without running its code.
+
+    Raises:
+        DataError: it is none, or wants code of its own.
+    """
+    try:
+        return kind.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, **options
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"embedder {folder}: {str(error)[:300]}") from error
+
+
+def folder_digest(folder: Path, *, is_whole: bool = False) -> str:
+    """Of the configuration and the weights, or of their beginning, which is read faster."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")]):
         with path.open("rb") as file:
             digest.update(f"{path.name}:{path.stat().st_size}:".encode())
             digest.update(file.read(_HASHED_BYTES))
+            while is_whole and (part := file.read(_HASHED_BYTES)):
+                digest.update(part)
     return digest.hexdigest()[:16]

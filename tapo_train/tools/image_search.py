@@ -9,13 +9,16 @@ from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field
 
 from tapo_train.tools.base import ToolContext
 from tapo_train.tools.images import ImageDecoder, indexed_image, number
+from tapo_train.tools.look_alikes import LookAlikes
 from tapo_train.tools.picture_index import ImageIndex, IndexedPicture
 from tapo_train.types import Image, Observation
 
 __all__ = ["ImageIndex", "ImageSearchArguments", "ImageSearchTool", "IndexedPicture"]
 
+NOTHING = "No matching images were found."
+LOOK_ALIKE = "These only look alike and may show something else:"
 REMEMBERED = 4096
-"""Pictures whose hits are kept: the rollouts of a question search the same ones."""
+"""Pictures whose answers are kept: the rollouts of a question search the same ones."""
 
 
 class ImageSearchArguments(BaseModel):
@@ -41,27 +44,41 @@ class ImageSearchTool:
     reads = frozenset({"picture"})
     arguments_model: type[BaseModel] = ImageSearchArguments
 
-    def __init__(self, index: ImageIndex, decoder: ImageDecoder, *, top_k: int = 3) -> None:
+    def __init__(
+        self,
+        index: ImageIndex,
+        decoder: ImageDecoder,
+        *,
+        top_k: int = 3,
+        look_alikes: LookAlikes | None = None,
+    ) -> None:
         self._index = index
         self._decoder = decoder
         self._top_k = top_k
-        self._found: dict[str, list[IndexedPicture]] = {}
-        self.version = f"2 index={index.digest} top_k={top_k}"
+        self._look_alikes = look_alikes
+        self._found: dict[str, Observation] = {}
+        near = "" if look_alikes is None else f" look_alikes={look_alikes.version}"
+        self.version = f"2 index={index.digest} top_k={top_k}{near}"
 
     async def run(self, arguments: ImageSearchArguments, context: ToolContext) -> Observation:
         """Titles, then as many thumbnails in the same order."""
         image = indexed_image(context, arguments.img_idx, tool=self.name)
-        hits = self._found.get(image.sha256)
-        if hits is None:
-            hits = await asyncio.to_thread(self._lookup, image)
+        found = self._found.get(image.sha256)
+        if found is None:
+            found = await asyncio.to_thread(self._lookup, image)
             if len(self._found) >= REMEMBERED:
                 del self._found[next(iter(self._found))]
-            self._found[image.sha256] = hits
-        if not hits:
-            return Observation(text="No matching images were found.")
-        titles = "\n".join(f"Title {rank}: {hit.title}" for rank, hit in enumerate(hits, start=1))
-        text = f"Reverse image search results:\n{titles}\nThumbnails:"
-        return Observation(text=text, images=tuple(hit.thumbnail for hit in hits))
+            self._found[image.sha256] = found
+        return found
 
-    def _lookup(self, image: Image) -> list[IndexedPicture]:
-        return self._index.search(self._decoder.decode(image), top_k=self._top_k)
+    def _lookup(self, image: Image) -> Observation:
+        picture, said = self._decoder.decode(image), "Reverse image search results:"
+        hits = self._index.search(picture, top_k=self._top_k)
+        if not hits and self._look_alikes is not None:
+            said = f"{NOTHING} {LOOK_ALIKE}"
+            hits = self._look_alikes.near(picture, top_k=self._top_k)
+        if not hits:
+            return Observation(text=NOTHING)
+        titles = "\n".join(f"Title {rank}: {hit.title}" for rank, hit in enumerate(hits, start=1))
+        text = f"{said}\n{titles}\nThumbnails:"
+        return Observation(text=text, images=tuple(hit.thumbnail for hit in hits))

@@ -22,7 +22,7 @@ from tapo_train.tools.index_file import index_lines
 from tapo_train.tools.picture_match import brightness_of
 from tapo_train.tools.picture_vectors import Floats, Pixels, margin_box, squashed, vectors_of
 
-__all__ = ["Described", "described_pictures"]
+__all__ = ["Described", "described_pictures", "titled_pictures"]
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 THUMBNAIL_PNG_PIXELS = 128 * 128
@@ -50,6 +50,16 @@ def described_pictures(source: Path, *, thumbnail_side_px: int) -> Iterator[Desc
     """Every picture of a file or folder, in order.
 
     Raises:
+        DataError: as `titled_pictures`.
+    """
+    for title, pixels in titled_pictures(source):
+        yield described(title, pixels, thumbnail_side_px=thumbnail_side_px)
+
+
+def titled_pictures(source: Path) -> Iterator[tuple[str, PilImage.Image]]:
+    """Title and RGB pixels of every picture of a file or folder, in order.
+
+    Raises:
         DataError: a line or a picture cannot be read, or a path leads out of the folder.
     """
     for where, title, path in _titled(source):
@@ -58,7 +68,7 @@ def described_pictures(source: Path, *, thumbnail_side_px: int) -> Iterator[Desc
                 pixels = on_white(encoded)
         except BROKEN as error:
             raise _unreadable(where, error) from error
-        yield described(title, pixels, thumbnail_side_px=thumbnail_side_px)
+        yield title, pixels
 
 
 def described(title: str, pixels: PilImage.Image, *, thumbnail_side_px: int) -> Described:

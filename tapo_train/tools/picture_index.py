@@ -28,7 +28,7 @@ from tapo_train.errors import DataError
 from tapo_train.tools.images import image_from_bytes
 from tapo_train.tools.index_file import TextDigest
 from tapo_train.tools.picture_files import Described, described_pictures
-from tapo_train.tools.picture_match import agreement
+from tapo_train.tools.picture_match import agreement, brightness_of
 from tapo_train.tools.picture_vectors import (
     DIMENSIONS,
     REGIONS,
@@ -164,6 +164,12 @@ class ImageIndex:
     def _box(self, number: int, region: int) -> Floats:
         box: Floats = self._margins[number] if region == len(REGIONS) else REGIONS[region]
         return box
+
+    def holds(self, number: int, title: str, picture: PilImage.Image) -> bool:
+        """Whether the picture of this number has the title and shows what an RGB picture shows."""
+        if number >= len(self) or self.entry(number).title != title:
+            return False
+        return np.array_equal(brightness_of(squashed(picture)), self._brightness[number])
 
     def entry(self, number: int) -> IndexedPicture:
         """Title and thumbnail of a picture.

@@ -7,7 +7,10 @@ the true neighbours are then missed. A FAISS file is read by FAISS: open only wh
 
 from __future__ import annotations
 
+import json
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from tapo_train.errors import DataError
 logging.getLogger("faiss.loader").setLevel(logging.WARNING)
 import faiss  # noqa: E402
 
-__all__ = ["Floats", "VectorIndex", "write_vectors"]
+__all__ = ["Floats", "VectorIndex", "load_beside", "write_vectors", "writing_beside"]
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -89,3 +92,61 @@ def write_vectors(path: Path, vectors: npt.NDArray[np.floating]) -> None:
         part = vectors[start : start + _ADDED_ROWS]
         index.add(np.ascontiguousarray(part, dtype=np.float32))
     faiss.write_index(index, str(path))
+
+
+@contextmanager
+def writing_beside(
+    folder: Path, name: str, *, made_by: str, of: object
+) -> Iterator[Callable[[Floats], None]]:
+    """Takes unit vectors of an index's entries, in their order, part by part; they are beside it
+    (NAME.faiss, and NAME.json with what made them and of what) once all have come.
+
+    Args:
+        made_by: version of the embedder.
+        of: what tells the index from others, in JSON.
+    """
+    spool, manifest, count = folder / f"{name}.f16", folder / f"{name}.json", 0
+    try:
+        with spool.open("wb") as file:
+
+            def add(vectors: Floats) -> None:
+                nonlocal count
+                count += len(vectors)
+                file.write(vectors.astype(np.float16).tobytes())
+
+            yield add
+        fresh = folder / f"{name}.faiss.new"
+        write_vectors(fresh, np.memmap(spool, np.float16, "r").reshape(count, -1))
+        # A write that is cut off here leaves vectors of nobody, and not of the wrong one.
+        manifest.unlink(missing_ok=True)
+        # In one step: ranks of a run may have the old file mapped.
+        fresh.replace(folder / f"{name}.faiss")
+    finally:
+        spool.unlink(missing_ok=True)
+    manifest.write_text(json.dumps({"embedder": made_by, "of": of}))
+
+
+def load_beside(
+    folder: Path, name: str, *, made_by: str, of: object, entries: tuple[int, str], wanted: str
+) -> VectorIndex:
+    """Map what `writing_beside` wrote.
+
+    Args:
+        entries: how many the index has, and what they are.
+        wanted: what writes them.
+
+    Raises:
+        DataError: there are none, or they are another embedder's or another index's.
+    """
+    path = folder / f"{name}.json"
+    try:
+        manifest = json.loads(path.read_bytes())
+        maker, source = manifest["embedder"], manifest["of"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: {type(error).__name__}: {error}; wanted {wanted}") from error
+    if maker != made_by:
+        raise DataError(f"{path}: found vectors of {maker}, wanted those of {made_by}")
+    vectors, (count, what) = VectorIndex.load(folder / f"{name}.faiss"), entries
+    if source != of or len(vectors) != count:
+        raise DataError(f"{path}: found vectors of other {what}; wanted {wanted}")
+    return vectors
