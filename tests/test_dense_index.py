@@ -17,6 +17,7 @@ from tapo_train.commands import index as command
 from tapo_train.errors import ConfigError, DataError, ToolDownError
 from tapo_train.recipe.compose import load_recipe
 from tapo_train.recipe.services import DenseSettings
+from tapo_train.tools import embedders
 from tapo_train.tools.corpus import Passage
 from tapo_train.tools.corpus_index import CorpusIndex
 from tapo_train.tools.dense_index import HybridIndex, fused
@@ -180,44 +181,87 @@ def test_an_endpoint_that_answers_otherwise_is_down(
         asyncio.run(ask())
 
 
+MODES = {
+    "pooling_mode_mean_tokens": lambda hidden: hidden.mean(axis=0),
+    "pooling_mode_cls_token": lambda hidden: hidden[0],
+}
+
+
+class TinyBert:
+    """A random sentence-transformers folder, and what its model says of a text."""
+
+    def __init__(self, folder: Path) -> None:
+        import torch
+        import transformers
+
+        words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "car", "mat", "query", ":"]
+        (folder / "vocab.txt").write_text("\n".join(words))
+        self.folder = folder
+        self.tokenizer = transformers.BertTokenizerFast(vocab_file=str(folder / "vocab.txt"))
+        self.tokenizer.save_pretrained(folder)
+        torch.manual_seed(0)
+        config = transformers.BertConfig(
+            vocab_size=10,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        )
+        self.model = transformers.BertModel(config).eval()
+        self.model.save_pretrained(folder)
+
+    def pools(self, mode: str) -> None:
+        """Write what the folder says of its pooling."""
+        (self.folder / "1_Pooling").mkdir(exist_ok=True)
+        pooling = {"word_embedding_dimension": 16, mode: True}
+        (self.folder / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
+
+    def hidden(self, text: str) -> np.ndarray:
+        """[T, 16]"""
+        import torch
+
+        with torch.inference_mode():
+            states = self.model(**self.tokenizer(text, return_tensors="pt")).last_hidden_state
+        return states[0].numpy()
+
+
 def test_a_folder_of_sentence_transformers_is_pooled_as_it_says(tmp_path: Path) -> None:
     """Against the mean and the first token, computed by hand from the model's own output."""
-    import torch
-    import transformers
-
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "cat", "car", "mat", "query", ":"]
-    (tmp_path / "vocab.txt").write_text("\n".join(words))
-    tokenizer = transformers.BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"))
-    tokenizer.save_pretrained(tmp_path)
-    torch.manual_seed(0)
-    config = transformers.BertConfig(
-        vocab_size=10,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-    )
-    model = transformers.BertModel(config).eval()
-    model.save_pretrained(tmp_path)
+    bert = TinyBert(tmp_path)
     with pytest.raises(DataError, match="wanted a sentence-transformers folder"):
         FolderEmbedder(tmp_path)
-    (tmp_path / "1_Pooling").mkdir()
-    pooling = tmp_path / "1_Pooling" / "config.json"
-    for mode, by_hand in (
-        ("pooling_mode_mean_tokens", lambda hidden: hidden.mean(axis=0)),
-        ("pooling_mode_cls_token", lambda hidden: hidden[0]),
-    ):
-        pooling.write_text(json.dumps({"word_embedding_dimension": 16, mode: True}))
+    for mode, by_hand in MODES.items():
+        bert.pools(mode)
         embedder = FolderEmbedder(tmp_path, query_prefix="query: ")
         asked = asyncio.run(embedder.embed(["cat", "car mat cat"], is_query=True))
         for text, vector in zip(("query: cat", "query: car mat cat"), asked, strict=True):
-            with torch.inference_mode():
-                hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
-            wanted = by_hand(hidden.numpy())
+            wanted = by_hand(bert.hidden(text))
             assert np.allclose(vector, wanted / np.linalg.norm(wanted), atol=1e-5)
-    pooling.write_text(json.dumps({"pooling_mode_max_tokens": True}))
+    bert.pools("pooling_mode_max_tokens")
     with pytest.raises(DataError, match="wanted mean or first token"):
         FolderEmbedder(tmp_path)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_text_longer_than_the_model_reads_counts_to_its_end(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces of three words and two marks, each by hand; the mean is one over all their tokens."""
+    monkeypatch.setattr(embedders, "_TOGETHER", 2)
+    bert = TinyBert(tmp_path)
+    bert.pools(mode)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 5}')
+    texts = {
+        "cat": ["cat"],
+        "car mat cat mat cat cat car": ["car mat cat", "mat cat cat", "car"],
+        "mat car": ["mat car"],
+    }
+    found = asyncio.run(FolderEmbedder(tmp_path).embed(list(texts), is_query=False))
+    for vector, pieces in zip(found, texts.values(), strict=True):
+        hidden = [bert.hidden(piece) for piece in pieces]
+        weights = [len(one) if mode == "pooling_mode_mean_tokens" else 1 for one in hidden]
+        wanted = sum(MODES[mode](one) * w for one, w in zip(hidden, weights, strict=True))
+        assert np.allclose(vector, wanted / np.linalg.norm(wanted), atol=1e-5)
 
 
 def test_a_recipe_names_one_embedder() -> None:

@@ -163,6 +163,20 @@ def test_a_folder_of_another_kind_or_of_none_is_named(tmp_path: Path) -> None:
         VisionTower(tmp_path / "nowhere")
 
 
+def test_damaged_weights_and_weights_of_another_size_are_named(tmp_path: Path) -> None:
+    model = clip(tmp_path / "clip", seed=0)
+    weights = model / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1000])
+    with pytest.raises(DataError, match=r"embedder .*clip: "):
+        VisionTower(model)
+    weights.write_bytes(whole)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"projection_dim": 512}))
+    with pytest.raises(DataError, match=r"embedder .*clip: "):
+        VisionTower(model)
+
+
 def test_weights_that_are_pickled_are_not_read(tmp_path: Path) -> None:
     model = clip(tmp_path, seed=0)
     weights = safetensors.torch.load_file(model / "model.safetensors")

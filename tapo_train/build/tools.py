@@ -12,6 +12,7 @@ from tapo_train.import_path import construct, load
 from tapo_train.recipe import Custom
 from tapo_train.recipe import tools as recipe_tools
 from tapo_train.recipe.compose import Recipe
+from tapo_train.recipe.services import LookAlikeSettings
 from tapo_train.rollout.failures import FailureBudget
 from tapo_train.tools.base import Tool
 from tapo_train.tools.crop import ZoomTool
@@ -80,7 +81,7 @@ def _picture_search(
     tools: recipe_tools.Tools,
     path: Path,
     decoder: ImageDecoder,
-    near: recipe_tools.LookAlikeSettings | None,
+    near: LookAlikeSettings | None,
 ) -> ImageSearchTool:
     """The search in a folder or file of pictures.
 

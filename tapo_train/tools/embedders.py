@@ -128,7 +128,7 @@ class FolderEmbedder:
         self._takes_first, self._longest = _pooling(folder)
         self._tokenizer = read_part(transformers.AutoTokenizer, folder)
         self._model = read_part(transformers.AutoModel, folder, use_safetensors=True).eval()
-        self.version = f"folder:{folder_digest(folder)}:{passage_prefix}:{query_prefix}"
+        self.version = f"folder:2:{folder_digest(folder)}:{passage_prefix}:{query_prefix}"
 
     async def embed(self, texts: Sequence[str], *, is_query: bool) -> Floats:
         """[N, D] unit vectors."""
@@ -139,23 +139,31 @@ class FolderEmbedder:
         """Nothing is held."""
 
     def _embedded(self, texts: list[str]) -> Floats:
+        """A text of more tokens than the model reads at a time is read in pieces."""
+        pieces = self._tokenizer(
+            texts,
+            truncation=True,
+            max_length=self._longest,
+            return_overflowing_tokens=self._tokenizer.is_fast,
+        )
+        owners = pieces.pop("overflow_to_sample_mapping", range(len(texts)))
+        pooled = []
+        for start in range(0, len(owners), _TOGETHER):
+            part = {name: rows[start : start + _TOGETHER] for name, rows in pieces.items()}
+            pooled.append(self._pooled(self._tokenizer.pad(part, return_tensors="pt")))
+        firsts = np.searchsorted(owners, range(len(texts)))
+        return unit(np.add.reduceat(np.concatenate(pooled), firsts))
+
+    def _pooled(self, tokens: Any) -> Floats:
+        """[N, D] of pieces: sums over their tokens, so that long ones weigh more, or the first."""
         import torch
 
-        parts = []
-        for start in range(0, len(texts), _TOGETHER):
-            tokens = self._tokenizer(
-                texts[start : start + _TOGETHER],
-                padding=True,
-                truncation=True,
-                max_length=self._longest,
-                return_tensors="pt",
-            )
-            with torch.inference_mode():
-                hidden = self._model(**tokens).last_hidden_state  # [N, T, D]
-            mask = tokens["attention_mask"][:, :, None]
-            mean = (hidden * mask).sum(1) / mask.sum(1)
-            parts.append((hidden[:, 0] if self._takes_first else mean).float().numpy())
-        return unit(np.concatenate(parts))
+        with torch.inference_mode():
+            hidden = self._model(**tokens).last_hidden_state  # [N, T, D]
+        mask = tokens["attention_mask"][:, :, None]
+        pooled = hidden[:, 0] if self._takes_first else (hidden * mask).sum(1)
+        vectors: Floats = pooled.float().numpy()
+        return vectors
 
 
 def _pooling(folder: Path) -> tuple[bool, int]:
@@ -187,13 +195,15 @@ def read_part(kind: Any, folder: Path, **options: Any) -> Any:
     """What `kind` (a class of transformers) makes of a local folder, without running its code.
 
     Raises:
-        DataError: it is none, or wants code of its own.
+        DataError: it is none, is damaged, or wants code of its own.
     """
+    from safetensors import SafetensorError
+
     try:
         return kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, **options
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(f"embedder {folder}: {str(error)[:300]}") from error
 
 

@@ -54,8 +54,10 @@ class VisionTower:
                 "siglip"
             )
         self._processor = read_part(transformers.AutoImageProcessor, folder)
+        # Else transformers lists on every start what of the folder is not the tower's.
+        unread = {"_keys_to_ignore_on_load_unexpected": [r"^text_", r"^logit_"]}
         self._model, report = read_part(
-            kind,
+            type(kind.__name__, (kind,), unread),
             folder,
             config=config.vision_config,
             use_safetensors=True,
