@@ -89,4 +89,4 @@ def test_every_command_of_the_page_is_a_valid_recipe(command: str) -> None:
 
 
 def test_the_page_shows_commands() -> None:
-    assert len(COMMANDS) == 9
+    assert len(COMMANDS) == 10
