@@ -276,16 +276,16 @@ def test_vectors_of_another_model_or_index_are_refused(
     other = MODELS[json.loads((model / "config.json").read_text())["model_type"]]
     with pytest.raises(DataError, match=r"look_alikes.json: found vectors of folder:\w{16}, wan"):
         near(pictures, other(tmp_path / "other", seed=1), photograph(1), threshold=0.0)
-    fewer = tmp_path / "fewer"
+    another = tmp_path / "another"
     shutil.copytree(photographs, tmp_path / "source")
-    (tmp_path / "source" / "view 03.png").unlink()
-    command.main(["pictures", str(tmp_path / "source"), "--out", str(fewer)])
+    photograph(50).save(tmp_path / "source" / "view 03.png")
+    command.main(["pictures", str(tmp_path / "source"), "--out", str(another)])
     with pytest.raises(DataError, match="wanted python -m tapo_train index look-alikes"):
-        near(fewer, model, photograph(1), threshold=0.0)
+        near(another, model, photograph(1), threshold=0.0)
     for name in ("look_alikes.json", "look_alikes.faiss"):
-        shutil.copy(pictures / name, fewer / name)
+        shutil.copy(pictures / name, another / name)
     with pytest.raises(DataError, match="found vectors of other pictures"):
-        near(fewer, model, photograph(1), threshold=0.0)
+        near(another, model, photograph(1), threshold=0.0)
 
 
 def test_a_source_of_other_pictures_is_refused_and_leaves_nothing(
