@@ -89,6 +89,14 @@ class FakeServer(ThreadingHTTPServer):
         self._lines.append(line)
         return line, address
 
+    def version_that_samples(self) -> str:
+        """The name of the weights, once they are not being replaced."""
+        while True:
+            self.goes_on.wait()
+            label = self.label
+            if self.goes_on.is_set():
+                return label
+
     def die(self) -> None:
         """Like kill -9: nothing listens any more, and every line breaks."""
         self.shutdown()
@@ -159,11 +167,11 @@ class Handler(BaseHTTPRequestHandler):
         if "stop_token_ids" in parameters:
             server.asked.append(id)
             server.answers.wait()
-        server.goes_on.wait()
         prompt = server.chat.expand(np.array(body["token_ids"], dtype=np.int32), images)
         written = [0]
         if "stop_token_ids" in parameters:
             written = server.chat.assistant(server.script(id)).tolist()
+        version = server.version_that_samples()
         tokens = written[: parameters["max_tokens"]]
         answer = {
             "choices": [
@@ -177,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
                         ]
                     },
                     "weight_versions": [
-                        {"version": server.label, "start": 0, "end": len(tokens)},
+                        {"version": version, "start": 0, "end": len(tokens)},
                     ],
                 }
             ],

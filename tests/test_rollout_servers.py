@@ -17,7 +17,7 @@ from fake_vllm import SECRET, WAIT_S, serving, trainer_of, wait_until
 from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine
 
-from tapo_train.errors import AlignmentError, EngineError
+from tapo_train.errors import AlignmentError, EngineError, EngineLostError
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.engine import Completion, Engine, GenerationRequest, Sampling
@@ -448,6 +448,23 @@ def test_a_server_that_was_restarted_before_anybody_missed_it_is_given_the_last_
         server.label, server.weights = BASE, {}
         wait_until(lambda: server.label == "r.1")
         assert torch.equal(server.weights["w"], ONES["w"])
+
+
+def test_a_server_that_was_lost_before_it_was_told_to_go_on_goes_on(
+    chat: ChatFormat, tmp_path: Path
+) -> None:
+    """It has the weights and is paused; whoever asks it would wait for ever."""
+    with (
+        serving(chat, draws_twice) as server,
+        trainer_of([server.url], chat, carrier=FolderWeights(tmp_path)) as engine,
+    ):
+        engine.load_weights(ONES.items(), version=1)
+        server.goes_on.clear()
+        lost = engine._fleet.servers[0]._give_up
+        engine._loop.call_soon_threadsafe(lost, EngineLostError("/resume: given up"))
+        engine.submit(request_of(chat))
+        assert len(finish(engine)) == 1
+        assert server.posts.count("/collective_rpc") == 1, "it had them already"
 
 
 def test_a_server_that_comes_back_during_an_update_is_not_taken_for_one_that_has_it(

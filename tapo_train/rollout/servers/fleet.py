@@ -170,7 +170,10 @@ class Fleet:
                 with suppress(EngineError):  # the server knows its problem
                     was_there = server.weights is not None
                     await server.greet()
-                    if not (was_there and self.names.are_others(server.weights)):
+                    has_ours = server.weights == self.names.present and server.weights != BASE
+                    if has_ours and not was_there:
+                        await server.go_on()  # it was lost as it got them, perhaps before that
+                    elif not (was_there and self.names.are_others(server.weights)):
                         await self._bring_up(server)
             await asyncio.sleep(BEAT_S)
 

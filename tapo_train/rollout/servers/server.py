@@ -149,8 +149,13 @@ class EngineServer:
                 raise EngineError("keeps keys and values of the old weights")
             await self._client.ask("POST", "/reset_encoder_cache")
             await self._client.ask("POST", "/update_weight_version", {"new_version": weights})
-            await self._client.ask("POST", "/resume")
+        await self.go_on()
         self.is_changing, self.weights = False, weights
+
+    async def go_on(self) -> None:
+        """Answer again, if it was paused."""
+        with self._judged():
+            await self._client.ask("POST", "/resume")
 
     async def close(self) -> None:
         """Hang up. The server goes on; it belongs to whoever started it."""
