@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import run_ranks
-from process_environment import ROOT
+from process_environment import ROOT, environment
 from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine, turn_of
 
@@ -195,5 +196,12 @@ def test_an_engine_over_ranks_that_are_not_there_is_refused() -> None:
 def test_vllm_over_two_ranks_plays_the_greedy_trajectories_of_one(
     tiny_qwen3_vl: Path, tmp_path: Path
 ) -> None:
-    said = run_ranks(2, WORKER, tiny_qwen3_vl, tmp_path, deadline_s=300)
-    assert said.count("agreed") == 2
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*launcher, "--nproc-per-node=2", str(WORKER), str(tiny_qwen3_vl), str(tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.count("agreed") == 2, done.stdout + done.stderr[-4000:]
