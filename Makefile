@@ -22,7 +22,7 @@ demo-text: venv  ## train a pretrained language model of 135 M parameters to loo
 	@scripts/demo_text.sh
 
 test: venv  ## run all tests, independent files side by side (TEST_WORKERS=2)
-	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 check: venv  ## style, types and import rules
 	.venv/bin/ruff check .
