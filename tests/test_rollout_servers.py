@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fake_vllm import SECRET, WAIT_S, serving, trainer_of, wait_until
+from fake_vllm import SECRET, WAIT_S, FakeServer, serving, trainer_of, wait_until
 from rollout_world import SYSTEM_PROMPT, draw_image, draw_toolbox, picture_task
 from scripted_engine import ScriptedEngine
 
@@ -422,49 +422,48 @@ def test_weights_are_replaced_in_mid_answer_between_a_pause_and_a_resume(
     ]
 
 
-def test_a_server_that_comes_back_is_given_the_last_weights(
-    chat: ChatFormat, tmp_path: Path
-) -> None:
+@pytest.fixture
+def with_weights(chat: ChatFormat, tmp_path: Path) -> Iterator[tuple[FakeServer, ServerEngine]]:
+    """A server that was given ONES as version 1, and its trainer."""
     with (
-        serving(chat, draws_twice) as first,
-        trainer_of([first.url], chat, carrier=FolderWeights(tmp_path)) as engine,
+        serving(chat, draws_twice) as server,
+        trainer_of([server.url], chat, carrier=FolderWeights(tmp_path)) as engine,
     ):
         engine.load_weights(ONES.items(), version=1)
-        first.die()
-        with serving(chat, draws_twice, port=first.server_address[1]) as again:
-            engine.submit(request_of(chat))
-            assert len(finish(engine)) == 1
-            assert torch.equal(again.weights["w"], ONES["w"])
+        yield server, engine
+
+
+def test_a_server_that_comes_back_is_given_the_last_weights(
+    chat: ChatFormat, with_weights: tuple[FakeServer, ServerEngine]
+) -> None:
+    first, engine = with_weights
+    first.die()
+    with serving(chat, draws_twice, port=first.server_address[1]) as again:
+        engine.submit(request_of(chat))
+        assert len(finish(engine)) == 1
+        assert torch.equal(again.weights["w"], ONES["w"])
 
 
 def test_a_server_that_was_restarted_before_anybody_missed_it_is_given_the_last_weights(
-    chat: ChatFormat, tmp_path: Path
+    with_weights: tuple[FakeServer, ServerEngine],
 ) -> None:
-    with (
-        serving(chat, draws_twice) as server,
-        trainer_of([server.url], chat, carrier=FolderWeights(tmp_path)) as engine,
-    ):
-        engine.load_weights(ONES.items(), version=1)
-        server.label, server.weights = BASE, {}
-        wait_until(lambda: server.label == "r.1")
-        assert torch.equal(server.weights["w"], ONES["w"])
+    server, _ = with_weights
+    server.label, server.weights = BASE, {}
+    wait_until(lambda: server.label == "r.1")
+    assert torch.equal(server.weights["w"], ONES["w"])
 
 
 def test_a_server_that_was_lost_before_it_was_told_to_go_on_goes_on(
-    chat: ChatFormat, tmp_path: Path
+    chat: ChatFormat, with_weights: tuple[FakeServer, ServerEngine]
 ) -> None:
     """It has the weights and is paused; whoever asks it would wait for ever."""
-    with (
-        serving(chat, draws_twice) as server,
-        trainer_of([server.url], chat, carrier=FolderWeights(tmp_path)) as engine,
-    ):
-        engine.load_weights(ONES.items(), version=1)
-        server.goes_on.clear()
-        lost = engine._fleet.servers[0]._give_up
-        engine._loop.call_soon_threadsafe(lost, EngineLostError("/resume: given up"))
-        engine.submit(request_of(chat))
-        assert len(finish(engine)) == 1
-        assert server.posts.count("/collective_rpc") == 1, "it had them already"
+    server, engine = with_weights
+    server.goes_on.clear()
+    lost = engine._fleet.servers[0]._give_up
+    engine._loop.call_soon_threadsafe(lost, EngineLostError("/resume: given up"))
+    engine.submit(request_of(chat))
+    assert len(finish(engine)) == 1
+    assert server.posts.count("/collective_rpc") == 1, "it had them already"
 
 
 def test_a_server_that_comes_back_during_an_update_is_not_taken_for_one_that_has_it(
