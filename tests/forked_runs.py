@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import subprocess
 import sys
 import tempfile
 import time
@@ -35,7 +36,7 @@ class ForkedRun:
     def __init__(self, world: Path, out: Path, *overrides: str, ranks: int) -> None:
         self._log = out.with_suffix(".log")
         line = arguments(world, out, *overrides)
-        self.ranks = _started(ranks, self._log, _trains, line)
+        self.ranks = _started(ranks, self._log, _commands, line)
 
     def kill(self) -> None:
         """kill -9 of every rank."""
@@ -57,6 +58,25 @@ def train_forked(world: Path, out: Path, *overrides: str, ranks: int) -> list[di
     run = ForkedRun(world, out, *overrides, ranks=ranks)
     assert run.statuses() == [0] * ranks, run.said
     return read_rows(out)
+
+
+def tapo_train(*words: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """What `python -m tapo_train` does with these words; a hang is ended.
+
+    Args:
+        variables: more of its environment.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        said, complained = Path(folder) / "stdout", Path(folder) / "stderr"
+        outer = environment() | variables
+        process = _forks.Process(
+            target=_alone, args=(list(words), outer, said, complained), daemon=True
+        )
+        process.start()
+        (status,) = _statuses([process], PATIENCE_S)
+        process.kill()
+        assert status is not None, f"hangs: {said.read_text()}{complained.read_text()}"
+        return subprocess.CompletedProcess(words, status, said.read_text(), complained.read_text())
 
 
 def run_ranks(ranks: int, worker: Path, *arguments: object, deadline_s: float) -> str:
@@ -108,8 +128,7 @@ def _rank(
     log: Path,
     outer: dict[str, str],
 ) -> None:
-    # A fork has the environment of the first one's time.
-    os.environ |= outer | {
+    group = {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(ranks),
@@ -117,19 +136,30 @@ def _rank(
         "MASTER_PORT": str(port),
         "TAPO_ENGINE_SECRET": SECRET,
     }
+    _become(outer | group, log, log)
+    work(words)
+
+
+def _alone(words: list[str], outer: dict[str, str], said: Path, complained: Path) -> None:
+    _become(outer, said, complained)
+    _commands(words)
+
+
+def _become(variables: dict[str, str], said: Path, complained: Path) -> None:
+    """A process of its own: a fork has the environment of the first one's time."""
+    os.environ.clear()
+    os.environ |= variables
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT))
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    for number, file in ((1, said), (2, complained)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
 
     import torch
 
     torch.set_num_threads(1)
-    work(words)
 
 
-def _trains(line: list[str]) -> None:
+def _commands(line: list[str]) -> None:
     from tapo_train.__main__ import main
 
     sys.exit(main(line))

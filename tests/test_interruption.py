@@ -37,7 +37,7 @@ ENGINE = (
 )
 
 
-def start(world: Path, out: Path, *overrides: str, ranks: int = 1) -> subprocess.Popen[str]:
+def start(world: Path, out: Path, *overrides: str, ranks: int) -> subprocess.Popen[str]:
     """A run in a process group of its own."""
     return subprocess.Popen(
         command(world, out, *overrides, ranks=ranks),

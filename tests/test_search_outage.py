@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,9 +13,9 @@ from threading import Lock
 from typing import Any
 
 import pytest
+from forked_runs import tapo_train
 from loopback import Answering, served_by, url_of
-from process_environment import ROOT, environment
-from whole_runs import command
+from whole_runs import arguments
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -91,14 +90,7 @@ def test_a_search_that_fails_half_way_teaches_nothing_and_ends_the_run_in_its_wo
             "rollout.rollouts_per_question=8",
             f"tools.text_endpoint={endpoint}",
         ]
-        done = subprocess.run(
-            command(small_world, run, *overrides),
-            cwd=ROOT,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=500,
-        )
+        done = tapo_train(*arguments(small_world, run, *overrides))
     assert done.returncode == 2, done.stderr[-3000:]
     words = done.stderr[done.stderr.index("rollout.max_failed_fraction:") :]
     assert "text_search_tool" in words and "infra_error" in words and said in words

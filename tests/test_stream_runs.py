@@ -173,7 +173,7 @@ def test_two_agents_with_a_server_each_come_to_what_two_processes_of_one_machine
         meeting += [f"--rdzv-endpoint=127.0.0.1:{free_port()}"]
         agents = [
             subprocess.Popen(
-                command(small_world, apart, *values, nodes=meeting),
+                command(small_world, apart, *values, ranks=1, nodes=meeting),
                 cwd=ROOT,
                 env=environment() | {"TAPO_ENGINE_SECRET": SECRET},
                 stdout=subprocess.PIPE,

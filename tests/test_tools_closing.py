@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 from closing_tool import FAULTY, IDLE_TOOL, NOTES, ClosingTool, notes
-from process_environment import ROOT, environment
+from forked_runs import tapo_train
 
 from tapo_train.tools.recording import Recording, Replay
 from tapo_train.tools.toolbox import Toolbox, close_tools
@@ -70,16 +68,9 @@ def test_an_evaluation_that_fails_closes_its_tools_and_says_its_own_error(
     monkeypatch.setenv(NOTES, str(tmp_path))
     monkeypatch.setenv(FAULTY, "1")
     overrides = ["rollout/engine=hf", IDLE_TOOL, "rollout.max_tokens=100"]
-    command = [sys.executable, "-m", "tapo_train", "eval", "--model", "assets/warm_start"]
-    command += ["--tasks", f"{small_world}/test.jsonl", "--questions", "1"]
-    done = subprocess.run(
-        [*command, "--recipe", "recipes/demo_cpu.yaml", *overrides],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    words = ["eval", "--model", "assets/warm_start", "--recipe", "recipes/demo_cpu.yaml"]
+    words += ["--tasks", f"{small_world}/test.jsonl", "--questions", "1"]
+    done = tapo_train(*words, *overrides)
     assert done.returncode == 2, done.stderr[-2000:]
     assert "wanted fewer than rollout.max_tokens = 100" in done.stderr
     assert "tool idle could not be closed: OSError: it is stuck" in done.stderr

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from closing_tool import FAULTY, IDLE_TOOL, NOTES, notes
-from process_environment import ROOT, environment
+from forked_runs import tapo_train, train_forked
 from safetensors import safe_open
 from whole_runs import (
     REAL_ROWS,
-    TIMEOUT_S,
-    command,
+    arguments,
     digest_of_weights,
-    finished,
     mixed_for,
     read_rows,
-    train,
     train_here,
     without_probe,
 )
@@ -62,14 +57,7 @@ def test_a_run_stops_at_the_sign_it_was_told_to_stop_at_and_closes_its_tools(
         "rollout/engine=hf",
         IDLE_TOOL,
     )
-    done = subprocess.run(
-        command(small_world, tmp_path / "run", *overrides),
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
+    done = tapo_train(*arguments(small_world, tmp_path / "run", *overrides))
     assert done.returncode != 0
     assert "error: watch.stop_on: groups_uniform has held for 2 steps in a row" in done.stderr
     assert "tool idle could not be closed: OSError" in done.stderr
@@ -83,21 +71,24 @@ def test_a_run_in_bfloat16_learns_and_its_engine_stays_within_the_tolerance_of_t
     small_world: Path, tmp_path: Path
 ) -> None:
     small = ("data.questions_per_step=2", "rollout.rollouts_per_question=2", "run.steps=2")
-    rows = train(small_world, tmp_path, "model.dtype=bfloat16", *small, *mixed_for(1))
+    bf16 = ("model.dtype=bfloat16", *small, *mixed_for(1))
+    rows = train_forked(small_world, tmp_path / "run", *bf16, ranks=1)
     assert [row["step"] for row in rows] == [0, 1]
     for row in rows:
         assert row["probe/mean_abs_diff"] < PROBE_TOLERANCE["bfloat16"]
         assert row["mismatch/abs_logprob_diff"] < PROBE_TOLERANCE["bfloat16"]
         assert row["update/grad_norm"] > 1e-3
-    with safe_open(tmp_path / "export" / "model.safetensors", framework="pt") as exported:
+    with safe_open(tmp_path / "run" / "export" / "model.safetensors", framework="pt") as exported:
         kinds = {exported.get_slice(name).get_dtype() for name in exported.keys()}  # noqa: SIM118
     assert kinds == {"BF16"}
 
 
 @pytest.mark.skipif(not REAL_ROWS.is_dir(), reason=f"no real rows at {REAL_ROWS}")
 def test_two_steps_on_real_rows_and_photographs(tmp_path: Path) -> None:
-    recipe = ["-m", "tapo_train", "train", "recipes/real_smoke.yaml", f"run.dir={tmp_path}/run"]
-    finished([sys.executable, *recipe], TAPO_DATA=str(REAL_ROWS))
+    words = ("train", "recipes/real_smoke.yaml", f"run.dir={tmp_path}/run")
+    done = tapo_train(*words, TAPO_DATA=str(REAL_ROWS))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1] == f"policy: {tmp_path}/run/export"
     rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [0, 1]
     assert all(row["mismatch/abs_logprob_diff"] < 1e-4 for row in rows)
@@ -116,10 +107,10 @@ def test_a_warm_start_writes_a_policy_that_a_run_can_start_from(
         "sft.habit_updates=2",
         "learner.warmup_updates=1",
     )
-    recipe = ["-m", "tapo_train", "sft", "recipes/warm_start.yaml", f"run.dir={out}"]
-    said = finished([sys.executable, *recipe, *overrides])
-    assert "update 6/6" in said
-    assert said.splitlines()[-1] == f"policy: {out}/export"
+    done = tapo_train("sft", "recipes/warm_start.yaml", f"run.dir={out}", *overrides)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "update 6/6" in done.stdout
+    assert done.stdout.splitlines()[-1] == f"policy: {out}/export"
     start = tiny_qwen3_vl / "model.safetensors"
     trained = out / "export" / "model.safetensors"
     assert trained.stat().st_size < 0.6 * start.stat().st_size, "not stored as bfloat16"

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forked_runs import tapo_train
 from loopback import Answering, served_by, url_of
-from process_environment import ROOT, environment
 
 from tapo_train.learner import checkpoint
 from tapo_train.tools.text_search import CorpusIndex
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
-TIMEOUT_S = 600
 DOWN = "the index is being rebuilt"
 
 
@@ -36,17 +33,6 @@ def searching(corpus: Path, *, is_down: Callable[[], bool]) -> Iterator[str]:
 
     with served_by(Handler) as server:
         yield f"{url_of(server)}/search"
-
-
-def tapo_train(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tapo_train", *arguments],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
 
 
 def test_a_search_that_dies_before_the_validation_ends_the_run_without_a_best(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from process_environment import ROOT, environment
+from process_environment import ROOT
 
 RECIPE = "recipes/demo_cpu.yaml"
 TIMEOUT_S = 240
@@ -60,49 +59,28 @@ def command(
     world: Path,
     out: Path,
     *overrides: str,
-    ranks: int = 1,
+    ranks: int,
     nodes: Sequence[str] = ("--standalone",),
 ) -> list[str]:
-    """The command line of a run.
+    """The command line of a run by torchrun.
 
     Args:
         nodes: of torchrun, which machines take part.
     """
-    program = ["-m", "tapo_train", *arguments(world, out, *overrides)]
-    if ranks == 1 and nodes == ("--standalone",):
-        return [sys.executable, *program]
-    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes]
-    return [*launcher, f"--nproc-per-node={ranks}", *program]
-
-
-def finished(line: Sequence[str], **variables: str) -> str:
-    """What a command printed that ended well, with more variables in its environment."""
-    done = subprocess.run(
-        line,
-        cwd=ROOT,
-        env=environment() | variables,
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def train(world: Path, out: Path, *overrides: str, ranks: int = 1) -> list[dict[str, Any]]:
-    """Run to the end; the rows of metrics.jsonl."""
-    said = finished(command(world, out, *overrides, ranks=ranks))
-    assert said.splitlines()[-1] == f"policy: {out}/export"
-    return read_rows(out)
+    launcher = [sys.executable, "-m", "torch.distributed.run", *nodes, f"--nproc-per-node={ranks}"]
+    return [*launcher, "-m", "tapo_train", *arguments(world, out, *overrides)]
 
 
 def train_here(world: Path, out: Path, *overrides: str) -> list[dict[str, Any]]:
-    """The same on one rank in this process, which has loaded everything; the reference engine."""
+    """The rows of metrics.jsonl of a run in this process, which has loaded everything.
+
+    One rank, the reference engine.
+    """
     from tapo_train import runs
     from tapo_train.recipe.compose import load_recipe
 
-    named = command(world, out, "rollout/engine=hf", *overrides)
-    runs.train(load_recipe(RECIPE, named[named.index(RECIPE) + 1 :]))
+    _, recipe, *named = arguments(world, out, "rollout/engine=hf", *overrides)
+    runs.train(load_recipe(recipe, named))
     return read_rows(out)
 
 
