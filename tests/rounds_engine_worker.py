@@ -8,8 +8,8 @@ process group down with it when it ends.
 
 from __future__ import annotations
 
+import asyncio
 import sys
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -24,7 +24,14 @@ from engine_and_learner_worker import (
     TEMPERATURE,
     require_agreement,
 )
-from rollout_world import SYSTEM_PROMPT, draw_toolbox, picture_task, teach_calls
+from rollout_world import (
+    SYSTEM_PROMPT,
+    DrawArguments,
+    DrawTool,
+    draw_toolbox,
+    picture_task,
+    teach_calls,
+)
 
 from tapo_train.data.sampler import TaskSampler
 from tapo_train.learner.batch import TrainingRow, pack
@@ -33,40 +40,50 @@ from tapo_train.learner.policy import Policy
 from tapo_train.rollout.chat import ChatFormat
 from tapo_train.rollout.collect import collect
 from tapo_train.rollout.driver import EngineDriver
-from tapo_train.rollout.engine import Completion, Sampling
+from tapo_train.rollout.engine import Sampling
 from tapo_train.rollout.group import Rules, Score
 from tapo_train.rollout.hf_engine import HfEngine
 from tapo_train.rollout.limits import Limits
 from tapo_train.rollout.seats import Seats
 from tapo_train.rollout.stream import GroupStream
 from tapo_train.rollout.vllm_engine import VllmEngine
+from tapo_train.tools.base import ToolContext
+from tapo_train.tools.toolbox import Toolbox
 from tapo_train.training.interruption import Interruption
 from tapo_train.training.parts import Rounds
 from tapo_train.training.rounds import Questions, Refill
 from tapo_train.training.stream import Stream
-from tapo_train.types import Group, Reward, Task, Trajectory
+from tapo_train.types import Group, Observation, Reward, Task, Trajectory
 
 TASKS = [picture_task(f"q{number}") for number in range(24)]
 PER_STEP, ROLLOUTS = 3, 2
-PACE_S = 0.03
 MOST_STEPS = 40
 STALENESS = 2
 LIMITS = Limits(max_turns=4, max_turn_tokens=48, max_tokens=1000)
 
 
-class PacedEngine(VllmEngine):
-    """vLLM, as slow as a model of some size, and counting what it gave up."""
+class CountingEngine(VllmEngine):
+    """vLLM, counting what it gave up."""
 
-    pace_s = PACE_S
     num_aborted = 0
-
-    def step(self) -> list[Completion]:
-        time.sleep(self.pace_s)
-        return super().step()
 
     def abort(self, ids: Sequence[str]) -> None:
         self.num_aborted += len(ids)
         super().abort(ids)
+
+
+@dataclass(kw_only=True)
+class WaitingTool(DrawTool):
+    """Answers the first call of some trajectories when the next update is over."""
+
+    run_of: Run
+
+    async def run(self, arguments: DrawArguments, context: ToolContext) -> Observation:
+        version = self.run_of.version
+        is_first = len(context.images) == len(context.task.images)
+        while is_first and int(context.task.id[1:]) % 4 == 0 and self.run_of.version == version:
+            await asyncio.sleep(0.01)
+        return await super().run(arguments, context)
 
 
 async def mixed_at_odd(trajectory: Trajectory) -> Trajectory:
@@ -89,7 +106,7 @@ class Run:
     """An engine and a learner in step, with the weights of every version."""
 
     chat: ChatFormat
-    engine: PacedEngine
+    engine: CountingEngine
     policy: Policy
     slow: HfEngine
     version: int = 0
@@ -110,7 +127,7 @@ class Run:
         """Groups that go on over updates."""
         rules = Rules(
             chat=self.chat,
-            toolbox=draw_toolbox(),
+            toolbox=Toolbox([WaitingTool(run_of=self)], deadline_s=600),
             system_prompt=SYSTEM_PROMPT,
             rollouts=ROLLOUTS,
             limits=LIMITS,
@@ -195,7 +212,6 @@ def streamed(run: Run) -> None:
     """Trajectories whose turns were sampled by different weights, each before it became too old."""
     rounds = run.stream(longer)
     held: list[Trajectory] = []
-    # How far a rollout gets depends on the machine: a few, until one went on and is whole.
     for _ in range(MOST_STEPS):
         held += run.step(rounds)[0]
         if any(len({turn.policy_version for turn in t.turns}) > 1 for t in held):
@@ -210,7 +226,6 @@ def streamed(run: Run) -> None:
 
 def refilled(run: Run) -> None:
     """Groups whose trajectories all earned the same give way to others."""
-    run.engine.pace_s = 0.0
     rounds = Refill(run.questions(mixed_at_odd), most=3)
     num_replaced = 0
     for _ in range(3):
@@ -225,11 +240,9 @@ def refilled(run: Run) -> None:
 def main(source: Path, work: Path) -> None:
     """All, with one engine."""
     chat = ChatFormat(teach_calls(source, work / "model"))
-    engine, version = PacedEngine(chat, OPTIONS), 0
-    engine.pace_s = 0.0
+    engine, version = CountingEngine(chat, OPTIONS), 0
     for trained in SETTINGS:
         version = require_agreement(engine, chat, trained, version=version)
-    engine.pace_s = PACE_S
     policy = Policy(
         chat.model,
         settings=SETTINGS["full"],

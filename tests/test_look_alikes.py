@@ -150,7 +150,8 @@ def test_the_text_tower_is_not_read_and_the_vision_tower_has_to_be_whole(
 
     asked = [photograph(1)]
     blind = VisionTower(changed(model, tmp_path / "no text", without("text_model")))
-    assert np.array_equal(blind.embed(asked), VisionTower(model).embed(asked))
+    # Its weights lie elsewhere in the file, and so in memory: products may differ by a rounding.
+    assert np.allclose(blind.embed(asked), VisionTower(model).embed(asked), atol=1e-6)
     with pytest.raises(DataError, match=r"found no weights .*post_layernorm.bias, wanted a whole"):
         VisionTower(changed(model, tmp_path / "half", without("post_layernorm.bias")))
 

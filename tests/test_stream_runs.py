@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pytest
@@ -45,6 +46,54 @@ def takes_its_time(id: str) -> str:
     if zlib.crc32(id.partition("/")[0].encode()) % 4 == 0:
         time.sleep(0.4)
     return searches_once(id)
+
+
+class OneLate:
+    """A script that keeps one question, after its first turn, until it is as old as it may become.
+
+    Args:
+        last: update of the run.
+    """
+
+    def __init__(self, *, staleness: int, last: int) -> None:
+        self._staleness, self._last = staleness, last
+        self._guard = Lock()
+        self._kept = ("", "")
+        """The start of the trainer and the question."""
+        self.server: FakeServer | None = None
+
+    def __call__(self, id: str) -> str:
+        question, _, trajectory = id.rpartition("/")
+        began = int(trajectory.partition(".")[0])
+        trainer, version = self._present()
+        if id.endswith(":1") and version == began and self._keeps(trainer, question):
+            until = min(began + self._staleness, self._last)
+            wait_until(lambda: self._present()[1] >= until, most_s=PATIENCE_S)
+            self._let_go(trainer, question)
+        return searches_once(id)
+
+    @contextmanager
+    def serving(self, chat: ChatFormat) -> Iterator[FakeServer]:
+        with serving(chat, self) as self.server:
+            yield self.server
+
+    def _present(self) -> tuple[str, int]:
+        """Start of the trainer and version of the weights; -1 while they are replaced."""
+        assert self.server is not None
+        trainer, _, version = self.server.label.rpartition(".")
+        return trainer, int(version) if version.isdecimal() else -1
+
+    def _keeps(self, trainer: str, question: str) -> bool:
+        """Whether this is the one; what a trainer asked that was killed keeps nobody."""
+        with self._guard:
+            if self._kept[0] != trainer or not self._kept[1]:
+                self._kept = trainer, question
+            return self._kept == (trainer, question)
+
+    def _let_go(self, trainer: str, question: str) -> None:
+        with self._guard:
+            if self._kept == (trainer, question):
+                self._kept = trainer, ""
 
 
 class Holding:
@@ -251,7 +300,8 @@ def test_two_ranks_killed_in_mid_sync_and_one_of_them_in_mid_update_go_on_from_a
     small_world: Path, tmp_path: Path, chat: ChatFormat
 ) -> None:
     out, mark, steps, staleness = tmp_path / "run", tmp_path / "mark", 7, 2
-    with serving(chat, takes_its_time) as one, serving(chat, takes_its_time) as two:
+    late = [OneLate(staleness=staleness, last=steps - 1) for _ in range(2)]
+    with late[0].serving(chat) as one, late[1].serving(chat) as two:
         values = (
             *overrides(one.url, two.url, staleness=staleness),
             f"run.steps={steps}",
