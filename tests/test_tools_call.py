@@ -270,6 +270,22 @@ def test_a_tool_whose_threads_all_hang_starves_no_other_tool(gate: threading.Eve
     assert [answer.outcome for answer in played(play)] == [Outcome.OK] * 16
 
 
+def test_a_tool_that_computes_has_as_many_threads_as_it_says(gate: threading.Event) -> None:
+    computing = Blocking(gate)
+    computing.max_threads = 2  # type: ignore[attr-defined]
+    box = Toolbox([computing], deadline_s=20)
+
+    async def play() -> list[Observation]:
+        calls = [asyncio.create_task(call) for call in calls_of(box, "ask", 5)]
+        await until(lambda: len(computing.asked) == 2)
+        await asyncio.sleep(0.1)
+        assert len(computing.asked) == 2
+        gate.set()
+        return await asyncio.gather(*calls)
+
+    assert [answer.outcome for answer in played(play)] == [Outcome.OK] * 5
+
+
 def test_waiting_for_a_thread_is_not_held_against_the_deadline(gate: threading.Event) -> None:
     gate_of_call = threading.Event()
     gate_of_call.set()

@@ -16,6 +16,7 @@ from tapo_train.types import Image, Observation, Outcome, Task
 __all__ = [
     "EVERYTHING",
     "STATE",
+    "THREADS",
     "CallName",
     "Tool",
     "ToolContext",
@@ -43,13 +44,18 @@ EVERYTHING = frozenset({"pictures", "task"})
 "picture" is the one that `img_idx` names, "pictures" all of the conversation, "task" the
 question with its answers. Of a tool without that attribute everything is assumed."""
 
+THREADS = 64
+"""Of a tool that does not say it: blocking tools wait more than they compute."""
+
 
 class Tool(Protocol):
     """A tool: validated arguments in, observation out.
 
     Its coroutines run on the tools' event loop, its blocking work (`asyncio.to_thread`) in threads
     of its own. It may say what it `reads` of the conversation (EVERYTHING): calls that agree in
-    that are equal, so they share an answer while it is under way and in a recording. It may have
+    that are equal, so they share an answer while it is under way and in a recording. It may say
+    how many threads its blocking work has at most (`max_threads`; else THREADS): one that computes
+    with small arrays only slows itself down in many, as they wait for the interpreter. It may have
     a `close`, plain or a coroutine, for the end of the run.
     """
 

@@ -21,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from tapo_train.errors import ReplayMissError, ToolDownError, ToolError
-from tapo_train.tools.base import CallName, Tool, ToolContext, call_name, failure
+from tapo_train.tools.base import THREADS, CallName, Tool, ToolContext, call_name, failure
 from tapo_train.tools.images import ResultPictures
 from tapo_train.tools.ledger import CallRecord, Ledger
 from tapo_train.tools.limits import Gate, ToolLimits
@@ -31,8 +31,6 @@ from tapo_train.types import Observation, Outcome
 
 __all__ = ["CallPolicy"]
 
-THREADS_PER_TOOL = 64
-"""Blocking tools wait more than they compute."""
 MOST_HUNG = 256
 """Calls of a tool that may hang in their threads; then further ones fail at once."""
 _ROUNDS_OF_GRACE = 4
@@ -60,7 +58,9 @@ class CallPolicy:
 
     def __post_init__(self) -> None:
         self.gate = Gate(self.limits)
-        self.threads = DaemonThreads(THREADS_PER_TOOL, max_abandoned=MOST_HUNG)
+        self.threads = DaemonThreads(
+            getattr(self.tool, "max_threads", THREADS), max_abandoned=MOST_HUNG
+        )
 
     async def answer(self, arguments: BaseModel, context: ToolContext) -> Observation:
         """What the policy reads. Calls that are equal and under way together are made once.

@@ -42,6 +42,7 @@ class ImageSearchTool:
     name = "image_search_tool"
     description = "Find out what an image shows."
     reads = frozenset({"picture"})
+    max_threads = 2  # an index of files compares small arrays: 64 take three times the CPU of one
     arguments_model: type[BaseModel] = ImageSearchArguments
 
     def __init__(
