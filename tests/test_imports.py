@@ -37,7 +37,8 @@ DOORS = {
     "deepspeed": {"learner/engine.py"},
     # Whatever a policy or a page can name goes through `tools`, which judges each address. The
     # last asks the servers of the recipe alone, most of them private, and sends them the secret.
-    "httpx": {"tools/connections.py", "tools/net.py", "rollout/servers/client.py"},
+    "httpx": {"tools/connections.py", "tools/net.py"},
+    "aiohttp": {"rollout/servers/client.py"},
     "hydra": {"recipe/compose.py"},
     "tantivy": {"tools/corpus_index.py"},
     "faiss": {"tools/vector_index.py"},

@@ -47,8 +47,8 @@ def direct_transport() -> httpx.AsyncBaseTransport:
 class _Place:
     """The connections to one judged address under one name."""
 
-    def __init__(self, connect: Connect, idle_s: float, asks_again: bool) -> None:
-        self._connect, self._idle_s, self._asks_again = connect, idle_s, asks_again
+    def __init__(self, connect: Connect) -> None:
+        self._connect = connect
         self._free: deque[tuple[float, httpx.AsyncBaseTransport]] = deque()
         """With the time [s] since which each is unused; the last one used comes last."""
         self.under_way = 0
@@ -83,14 +83,14 @@ class _Place:
         if self._free:
             kept = self._free.pop()[1]
             broken = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
-            with suppress(*(broken if self._asks_again else ())):
+            with suppress(*broken):
                 return kept, await _asked(kept, request)
         fresh = self._connect()
         return fresh, await _asked(fresh, request)
 
     async def _drop_stale(self) -> None:
         while self._free and (
-            len(self._free) > MOST_IDLE or self._free[0][0] < time.monotonic() - self._idle_s
+            len(self._free) > MOST_IDLE or self._free[0][0] < time.monotonic() - IDLE_S
         ):
             await self._free.popleft()[1].aclose()
 
@@ -107,19 +107,8 @@ async def _asked(transport: httpx.AsyncBaseTransport, request: httpx.Request) ->
 class Connections:
     """The kept connections of a client. On one event loop at a time."""
 
-    def __init__(
-        self,
-        connect: Connect = direct_transport,
-        *,
-        idle_s: float = IDLE_S,
-        asks_again: bool = True,
-    ) -> None:
-        """
-        Args:
-            idle_s: [s] an unused connection is kept; at most `IDLE_S` with `direct_transport`.
-            asks_again: whether what was sent over a kept connection that broke may be sent twice.
-        """
-        self._place_of = partial(_Place, connect, idle_s, asks_again)
+    def __init__(self, connect: Connect = direct_transport) -> None:
+        self._place_of = partial(_Place, connect)
         self._places: OrderedDict[tuple[Origin, str], _Place] = OrderedDict()
         self._loop: asyncio.AbstractEventLoop | None = None
 

@@ -2,7 +2,7 @@
 
 engine.py     requests in flight, from the rollout's thread to an event loop and back
 fleet.py      which servers are there, which hold the present weights, what goes where
-client.py     one server over HTTP: the door of httpx
+client.py     one server over HTTP: the door of aiohttp
 answers.py    what a server may say
 weights.py    new weights through a folder that all see
 transfer.py   new weights between GPUs, through vLLM's weight transfer
