@@ -63,6 +63,8 @@ class FakeServer(ThreadingHTTPServer):
         self.sent: list[str] = []
         """Names of the pictures that came in full."""
         self.posts: list[str] = []
+        self.ahead: list[str] = []
+        """Ids of requests that want to be answered before those that came earlier."""
         self.answers = threading.Event()
         """While it is clear, no request is answered."""
         self.answers.set()
@@ -164,6 +166,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.say(500, {"error": "cache miss"})
         id = body["request_id"].rpartition("@")[0]
         parameters = body["sampling_params"]
+        if body["priority"] < 0:
+            server.ahead.append(id)
         if "stop_token_ids" in parameters:
             server.asked.append(id)
             server.answers.wait()

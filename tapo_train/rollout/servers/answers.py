@@ -118,7 +118,9 @@ class Expected:
         starts, ends = [span.start for span in spans], [span.end for span in spans]
         if [*starts, len(completion.tokens)] != [0, *ends] or sorted(set(starts)) != starts:
             raise EngineError(f"{name}: weights are not named for each of its tokens: {spans}")
-        strange = completion.tokens[~np.isin(completion.tokens, self._sampled)]
+        # They are in order; `isin` would look at the whole vocabulary for each turn.
+        nearest = self._sampled.take(np.searchsorted(self._sampled, completion.tokens), mode="clip")
+        strange = completion.tokens[nearest != completion.tokens]
         if len(strange):
             raise EngineError(f"{name}: token {strange[0]} cannot be sampled")
         if completion.logprobs.max() > ROUNDING:

@@ -32,7 +32,7 @@ from tapo_train.types import Image
 if TYPE_CHECKING:
     import torch
 
-POLL_S = 0.002
+POLL_S = 0.005
 """How soon it is worth asking again when nothing has arrived."""
 
 T = TypeVar("T")
@@ -84,7 +84,7 @@ class ServerEngine:
 
     def step(self) -> list[Completion]:
         """See `Engine.step`: what has arrived; nothing is computed here."""
-        done, wait_s = [], POLL_S / 4
+        done, wait_s = [], POLL_S / 10
         try:
             while True:
                 id, flight = self._landed.get(timeout=wait_s)

@@ -14,6 +14,13 @@ from tapo_train.rollout.vllm_settings import CPU_CACHE_BLOCK, MIN_PREFILL
 KEEP_ALIVE_S = 60
 """[s] an unused connection is kept; longer than clients keep theirs."""
 
+IN_ENGINE = "vllm.v1.executor.uniproc_executor.UniProcExecutor"
+"""On CPU: computes in the engine's process. By its short name vLLM would take a process of its own
+for that, and the two would wait for each other in busy loops: a quarter of the machine."""
+
+Flags = dict[str, str | int | float | None]
+"""Values by name; None: a switch."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
@@ -46,7 +53,7 @@ class Launch:
 
     def command(self) -> list[str]:
         """The command line."""
-        flags: dict[str, str | int | float | None] = {
+        flags: Flags = {
             "model": str(self.model),
             "dtype": self.dtype,
             "host": self.host,
@@ -60,6 +67,7 @@ class Launch:
             # The folder's generation_config must not change the sampled distribution.
             "generation-config": "vllm",
             "enable-prefix-caching": None,
+            "scheduling-policy": "priority",  # first come, first served, but for scores
             "enable-scale-out": None,  # the token endpoint
             "enable-prompt-tokens-details": None,
             "disable-uvicorn-access-log": None,
@@ -73,7 +81,7 @@ class Launch:
             "tensor-parallel-size": self.tensor_parallel,
         }
         if self.cache_gib is not None:
-            flags |= {"enforce-eager": None, "block-size": CPU_CACHE_BLOCK}
+            flags |= self._on_cpu()
         if self.seeded:
             flags["no-enable-chunked-prefill"] = None
             flags["max-num-batched-tokens"] = max(MIN_PREFILL, self.max_tokens + 1)
@@ -84,6 +92,12 @@ class Launch:
         for name, value in flags.items():
             words += [f"--{name}"] if value is None else [f"--{name}", str(value)]
         return words
+
+    def _on_cpu(self) -> Flags:
+        flags: Flags = {"enforce-eager": None, "block-size": CPU_CACHE_BLOCK}
+        if self.tensor_parallel == 1:
+            flags["distributed-executor-backend"] = IN_ENGINE
+        return flags
 
     def environment(self, served: str) -> dict[str, str]:
         """Variables beside those of this process.

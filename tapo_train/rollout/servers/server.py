@@ -13,9 +13,11 @@ import base64
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from uuid import uuid4
 
 import numpy as np
@@ -33,6 +35,9 @@ from tapo_train.types import Image
 
 ONE_TOKEN = {"max_tokens": 1, "detokenize": False}
 """Of an answer that nobody reads."""
+BEFORE_ALL = -1
+"""Priority of scores: the learner waits for them after each change of weights, and behind answers
+whose keys and values are computed anew it would wait long."""
 LOADING_S = 1800.0
 """[s] a server may take over new weights; one that dies meanwhile is noticed at once."""
 
@@ -64,7 +69,11 @@ class EngineServer:
         self._chat = chat
         self._expected = expected
         self._bias = bans(chat)
-        self._given: dict[str, asyncio.Task[None]] = {}
+        self._known: set[str] = set()
+        """Pictures it was given, by their hash."""
+        self._wanted: Counter[str] = Counter()
+        """The same of pictures of requests under way, and in how many of them each is."""
+        self._uploads: dict[str, asyncio.Task[None]] = {}
         self._lives = 0
 
     @property
@@ -105,7 +114,9 @@ class EngineServer:
         """[T-1] log-probabilities of tokens[1:] under the raw model."""
         parameters = {"temperature": 0.0, "prompt_logprobs": 0, **ONE_TOKEN}
         with self._judged():
-            body = await self._sample("score", tokens, images, parameters, replica)
+            body = await self._sample(
+                "score", tokens, images, parameters, replica, priority=BEFORE_ALL
+            )
             return self._expected.scores(body, tokens)
 
     async def pause(self) -> None:
@@ -168,17 +179,43 @@ class EngineServer:
         images: Sequence[Image],
         parameters: Body,
         replica: int,
+        *,
+        priority: int = 0,
     ) -> bytes:
         """The answer to a request, whose pictures are sent in full where the server lacks them."""
-        await asyncio.gather(*(self._give(image, replica) for image in images))
-        collapsed = self._chat.collapse(tokens)
+        named = {image.sha256 for image in images}
+        self._wanted.update(named)
         try:
-            return await self._infer(id, collapsed, images, parameters, replica)
-        except EngineError as error:
-            # An HTTP status, as it says that it forgot a picture, among other things.
-            if not images or type(error) is EngineLostError:
-                raise
-            return await self._infer(id, collapsed, images, parameters, replica, whole=True)
+            whole = await self._carried(images, replica)
+            collapsed = self._chat.collapse(tokens)
+            ask = partial(
+                self._infer, id, collapsed, images, parameters, replica, priority=priority
+            )
+            try:
+                answer = await ask(whole)
+            except EngineError as error:
+                # An HTTP status, as it says that it forgot a picture, among other things.
+                if not images or type(error) is EngineLostError:
+                    raise
+                answer = await ask(named)
+        finally:
+            self._wanted -= Counter(named)
+        self._known |= named
+        return answer
+
+    async def _carried(self, images: Sequence[Image], replica: int) -> set[str]:
+        """Which pictures a request carries in full: those that the server lacks and it alone has.
+
+        One that others have as well goes ahead of them all, once, as they must not wait for the
+        answer of whichever carries it.
+        """
+        if all(image.sha256 in self._known for image in images):
+            return set()
+        await asyncio.sleep(0)  # the others of a group come together with this one
+        new = {image.sha256: image for image in images if image.sha256 not in self._known}
+        shared = [name for name in new if self._wanted[name] > 1 or name in self._uploads]
+        await asyncio.gather(*(self._give(new[name], replica) for name in shared))
+        return new.keys() - set(shared)
 
     async def _infer(
         self,
@@ -187,35 +224,38 @@ class EngineServer:
         images: Sequence[Image],
         parameters: Body,
         replica: int,
+        whole: Set[str],
         *,
-        whole: bool = False,
+        priority: int = 0,
     ) -> bytes:
         """However long it takes: `greet` sees whether the server still lives."""
+        parts = [_part(image, whole=image.sha256 in whole) for image in images]
         body = {
             # A request that was given up here may still be under way when it is asked again.
             "request_id": f"{id}@{uuid4().hex[:8]}",
             "token_ids": tokens,
-            "content_parts": [_part(image, whole=whole) for image in images] or None,
+            "content_parts": parts or None,
             "sampling_params": parameters,
             "return_token_ids": True,
+            "priority": priority,
         }
         engine = {"X-data-parallel-rank": str(replica)} if len(self.seats) > 1 else None
         path = "/inference/v1/generate"
         return await self._client.ask("POST", path, body, read_s=math.inf, headers=engine)
 
     async def _give(self, image: Image, replica: int) -> None:
-        """Have the server know a picture, which is sent once however many requests it is in."""
-        if image.sha256 not in self._given:
-            self._given[image.sha256] = asyncio.create_task(self._upload(image, replica))
+        """Have the server know a picture, which is sent once however many requests wait for it."""
+        name = image.sha256
+        if name not in self._uploads:
+            self._uploads[name] = asyncio.create_task(self._upload(image, replica))
         # The request that came first may be aborted; the picture is still wanted.
-        await asyncio.shield(self._given[image.sha256])
+        await asyncio.shield(self._uploads[name])
 
     async def _upload(self, image: Image, replica: int) -> None:
-        tokens = self._chat.picture_tokens
-        answer = await self._infer(
-            "picture", tokens.tolist(), [image], ONE_TOKEN, replica, whole=True
-        )
+        tokens, name = self._chat.picture_tokens, image.sha256
+        answer = await self._infer("picture", tokens.tolist(), [image], ONE_TOKEN, replica, {name})
         self._expected.prompt(answer, self._chat.expand(tokens, [image]))
+        self._known.add(name)
 
     @contextmanager
     def _judged(self) -> Iterator[None]:
@@ -235,7 +275,8 @@ class EngineServer:
         """
         self.weights, self.is_changing = None, False
         self._lives += 1
-        self._given.clear()
+        self._known.clear()
+        self._uploads.clear()
         self._client.cut()
         if self.is_forsaken:
             return
