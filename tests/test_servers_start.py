@@ -111,6 +111,10 @@ def test_vllm_takes_every_flag_and_they_mean_what_the_engine_needs() -> None:
     cpu = read(cache_gib=2, seeded=True)
     assert cpu.enforce_eager and cpu.enable_chunked_prefill is False
     assert cpu.max_num_batched_tokens == 4096 and cpu.weight_transfer_config is None
+    assert cpu.distributed_executor_backend.endswith(".UniProcExecutor")
+    for several in (read(cache_gib=2, data_parallel=2), read(cache_gib=2, tensor_parallel=2), gpus):
+        assert several.distributed_executor_backend is None
+    assert cpu.scheduling_policy == gpus.scheduling_policy == "priority"
 
 
 def test_only_ipc_lets_a_server_unpickle() -> None:

@@ -95,7 +95,7 @@ class Launch:
 
     def _on_cpu(self) -> Flags:
         flags: Flags = {"enforce-eager": None, "block-size": CPU_CACHE_BLOCK}
-        if self.tensor_parallel == 1:
+        if self.tensor_parallel == self.data_parallel == 1:
             flags["distributed-executor-backend"] = IN_ENGINE
         return flags
 
