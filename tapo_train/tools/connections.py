@@ -82,8 +82,7 @@ class _Place:
         await self._drop_stale()
         if self._free:
             kept = self._free.pop()[1]
-            broken = (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError)
-            with suppress(*broken):
+            with suppress(httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
                 return kept, await _asked(kept, request)
         fresh = self._connect()
         return fresh, await _asked(fresh, request)
